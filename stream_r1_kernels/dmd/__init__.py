@@ -1,0 +1,5 @@
+"""The weighted distribution-matching loss and its gradient."""
+
+from .api import dmd_gradient_, dmd_loss
+
+__all__ = ["dmd_gradient_", "dmd_loss"]

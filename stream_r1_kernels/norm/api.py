@@ -1,0 +1,45 @@
+from torch import Tensor
+
+from .reference import gated_add_reference, modulated_norm_reference
+from .validation import check_gated_add, check_modulated_norm
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6, backend: str = "auto") -> Tensor:
+    """AdaLN with a modulation per frame, as in the Wan block: LN(x) * (1 + scale) + shift.
+
+    LN is over the last dimension, without weights, in float32 whatever the dtypes (float64 for float64 x).
+
+    Args:
+        x: [B, T, D], the tokens of F frames one frame after the other; float32, bfloat16, float16 or float64.
+        shift, scale: [B, F, D] with F dividing T (1 <= F <= T); x's dtype or float32. Any strides: they usually are
+            slices of one [B, F, 6, D] tensor.
+        eps: added to the variance, >= 0.
+        backend: "auto", "cpu" or "reference"; an explicit choice never falls back.
+
+    Returns:
+        [B, T, D] in x's dtype, contiguous. Differentiable in x, shift and scale.
+
+    Raises:
+        ValueError: a shape or eps that does not fit.  TypeError: a dtype that is not allowed.
+    """
+    check_modulated_norm(x, shift, scale, eps)
+    return modulated_norm_reference(x, shift, scale, eps)
+
+
+def gated_add(x: Tensor, y: Tensor, gate: Tensor, *, backend: str = "auto") -> Tensor:
+    """The gated residual of the Wan block, x + y * gate, with a gate per frame; float32 inside, rounded once.
+
+    Args:
+        x: [B, T, D], the residual stream; float32, bfloat16, float16 or float64.
+        y: [B, T, D], the branch; x's dtype, or bfloat16 / float16 beside a float32 x.
+        gate: [B, F, D] with F dividing T (1 <= F <= T); y's dtype or float32; any strides.
+        backend: "auto", "cpu" or "reference"; an explicit choice never falls back.
+
+    Returns:
+        [B, T, D] in x's dtype, contiguous. Differentiable in x, y and gate.
+
+    Raises:
+        ValueError: a shape that does not fit.  TypeError: a dtype that is not allowed.
+    """
+    check_gated_add(x, y, gate)
+    return gated_add_reference(x, y, gate)

@@ -1,0 +1,21 @@
+"""Plain torch: what `modulated_norm` and `gated_add` mean."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def modulated_norm_reference(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """x [B, T, D], shift and scale [B, F, D]: LN(x) * (1 + scale) + shift in float32, frame by frame."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    normed = F.layer_norm(x.to(dtype), x.shape[-1:], eps=eps)
+    normed = normed.unflatten(1, (shift.shape[1], x.shape[1] // shift.shape[1]))  # [B, F, T/F, D]
+    out = normed * (1 + scale.to(dtype).unsqueeze(2)) + shift.to(dtype).unsqueeze(2)
+    return out.flatten(1, 2).to(x.dtype)
+
+
+def gated_add_reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x, y [B, T, D], gate [B, F, D]: x + y * gate in float32, frame by frame."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    y = y.unflatten(1, (gate.shape[1], y.shape[1] // gate.shape[1]))  # [B, F, T/F, D]
+    return (x + (y.to(dtype) * gate.to(dtype).unsqueeze(2)).flatten(1, 2)).to(x.dtype)

@@ -1,0 +1,52 @@
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _check_tokens(op: str, x: Tensor) -> None:
+    if x.dim() != 3:
+        raise ValueError(f"{op}: x: expected shape [B, T, D], got {list(x.shape)}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{op}: x: expected float32, bfloat16, float16 or float64, got {x.dtype}")
+
+
+def _check_per_frame(op: str, name: str, value: Tensor, x: Tensor) -> None:
+    batch, tokens, width = x.shape
+    if value.dim() != 3 or value.shape[0] != batch or value.shape[2] != width:
+        raise ValueError(f"{op}: {name}: expected shape [{batch}, F, {width}], got {list(value.shape)}")
+    frames = value.shape[1]
+    if frames == 0 or tokens % frames != 0:
+        raise ValueError(f"{op}: {name}: expected a number of frames that divides {tokens} tokens, got {frames}")
+    if value.device != x.device:
+        raise ValueError(f"{op}: {name}: expected device {x.device} as x, got {value.device}")
+
+
+def check_modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> None:
+    op = "modulated_norm"
+    _check_tokens(op, x)
+    for name, value in (("shift", shift), ("scale", scale)):
+        _check_per_frame(op, name, value, x)
+        if value.dtype not in (x.dtype, torch.float32):
+            raise TypeError(f"{op}: {name}: expected {x.dtype} as x, or float32, got {value.dtype}")
+    if scale.shape != shift.shape:
+        raise ValueError(f"{op}: scale: expected shape {list(shift.shape)} as shift, got {list(scale.shape)}")
+    if scale.dtype != shift.dtype:
+        raise TypeError(f"{op}: scale: expected {shift.dtype} as shift, got {scale.dtype}")
+    if not eps >= 0:
+        raise ValueError(f"{op}: eps: expected a number >= 0, got {eps}")
+
+
+def check_gated_add(x: Tensor, y: Tensor, gate: Tensor) -> None:
+    op = "gated_add"
+    _check_tokens(op, x)
+    if y.shape != x.shape:
+        raise ValueError(f"{op}: y: expected shape {list(x.shape)} as x, got {list(y.shape)}")
+    if y.device != x.device:
+        raise ValueError(f"{op}: y: expected device {x.device} as x, got {y.device}")
+    if y.dtype != x.dtype and not (x.dtype == torch.float32 and y.dtype in (torch.bfloat16, torch.float16)):
+        allowed = "float32, bfloat16 or float16" if x.dtype == torch.float32 else f"{x.dtype} as x"
+        raise TypeError(f"{op}: y: expected {allowed}, got {y.dtype}")
+    _check_per_frame(op, "gate", gate, x)
+    if gate.dtype not in (y.dtype, torch.float32):
+        raise TypeError(f"{op}: gate: expected {y.dtype} as y, or float32, got {gate.dtype}")

@@ -1,0 +1,5 @@
+"""From a reward's pixel gradients to the weights of the latent cells."""
+
+from .api import intra_weights, region_saliency
+
+__all__ = ["intra_weights", "region_saliency"]
