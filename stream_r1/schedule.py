@@ -24,7 +24,9 @@ def _per_frame(sigma: float | Tensor, x: Tensor) -> float | Tensor:
     if sigma.dim() > 2 or (sigma.dim() and sigma.shape != x.shape[: sigma.dim()]):
         expected = f"a scalar, [{x.shape[0]}] or {list(x.shape[:2])}"
         raise ValueError(f"schedule: sigma must be {expected} for x {list(x.shape)}, got {list(sigma.shape)}")
-    return sigma.to(device=x.device, dtype=torch.float32).reshape(sigma.shape + (1,) * (x.dim() - sigma.dim()))
+    return sigma.to(device=x.device, dtype=torch.float32).reshape(
+        sigma.shape + (1,) * (x.dim() - sigma.dim())
+    )
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:

@@ -21,9 +21,7 @@ def test_steps_are_rows_of_the_shifted_table() -> None:
     looked_up = table[[1000 - step for step in steps]]
     ours = torch.tensor(FlowSchedule(5.0).denoising_steps(steps), dtype=torch.float64)
     torch.testing.assert_close(ours, looked_up)
-    torch.testing.assert_close(
-        torch.tensor(FlowSchedule(5.0).timesteps(1000), dtype=torch.float64), table
-    )
+    torch.testing.assert_close(torch.tensor(FlowSchedule(5.0).timesteps(1000), dtype=torch.float64), table)
 
 
 @given(st.floats(0.5, 12), st.floats(0, 1000))

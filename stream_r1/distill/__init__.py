@@ -1,0 +1,1 @@
+"""Distillation: self-rollout, distribution matching, reward weights, and the trainers that use them."""
