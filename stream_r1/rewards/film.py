@@ -1,0 +1,230 @@
+"""The small video reward: a frozen ImageNet network, MiniLM sentence embeddings, and three heads trained on one film.
+
+It judges visual quality (VQ), motion quality (MQ) and text alignment (TA) as VideoAlign does, at a size that two CPU
+cores differentiate in well under a second. `film_training.py` makes the heads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from stream_r1.rewards.base import ScoreNormalizer, check_video
+from stream_r1.rewards.film_features import FilmFeatureExtractor, FilmFeatures
+
+if TYPE_CHECKING:
+    from stream_r1.models.text import TextEncoder
+
+AXES = ("VQ", "MQ", "TA")
+_APPEARANCE, _MOTION, _CONTENT, _SENTENCE = 392, 335, 432, 384
+_KEPT_PROMPTS = 4096
+
+
+class FilmHeads(nn.Module):
+    """Features -> raw scores. A hundred thousand parameters, the only ones that are trained.
+
+    Args:
+        hidden: width of the two perceptrons.
+        shared: width of the space in which content and sentence meet.
+    """
+
+    def __init__(self, hidden: int = 64, shared: int = 64):
+        super().__init__()
+        self.appearance_scale = _Standardize(_APPEARANCE)
+        self.motion_scale = _Standardize(_MOTION)
+        self.content_scale = _Standardize(_CONTENT)
+        self.visual = _perceptron(_APPEARANCE, hidden)
+        self.motion = _perceptron(_MOTION, hidden)
+        self.content_projection = nn.Sequential(nn.Dropout(0.3), nn.Linear(_CONTENT, shared))
+        self.sentence_projection = nn.Sequential(nn.Dropout(0.1), nn.Linear(_SENTENCE, shared))
+
+    def forward(self, features: FilmFeatures, sentences: Tensor) -> Tensor:
+        """features of B videos, sentences [B, 384] -> raw scores [B, 3]."""
+        content, text = self.meet(features.content, sentences)
+        return torch.stack(
+            [self.visual_score(features.appearance), self.motion_score(features.motion), (content * text).sum(1)], 1
+        )
+
+    def visual_score(self, appearance: Tensor) -> Tensor:
+        """[B, T, 392] -> [B]: every frame is judged, then averaged."""
+        return self.visual(self.appearance_scale(appearance)).squeeze(-1).mean(1)
+
+    def motion_score(self, motion: Tensor) -> Tensor:
+        """[B, 335] -> [B]."""
+        return self.motion(self.motion_scale(motion)).squeeze(-1)
+
+    def meet(self, content: Tensor, sentences: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 432] and [N, 384] -> unit vectors [B, shared] and [N, shared]."""
+        projected = self.content_projection(self.content_scale(content))
+        return F.normalize(projected, dim=-1), F.normalize(self.sentence_projection(sentences), dim=-1)
+
+
+class FilmReward(nn.Module):
+    """A `Reward` with the axes VQ, MQ and TA, for small videos (the heads are trained at 64 x 112, 24 fps).
+
+    Scores are normalised over clean and corrupted clips together, half each: a clean clip with its own caption scores
+    about +1 an axis, a badly corrupted one about -1 or less, so that `exp(2 r)` stays within a few powers of e.
+
+    Args:
+        heads: trained heads.
+        normalizer: one mean and deviation an axis.
+        max_frames: longer videos are scored as the mean over windows of `window_frames` spread evenly over them, at
+            most `max_frames` in all; frames between the windows then have no gradient.
+        window_frames: frames of a window.
+        text_encoder: gives MiniLM token states [B, L, 384], zero-padded; loaded at the first prompt if not given.
+    """
+
+    axes: tuple[str, ...] = AXES
+
+    def __init__(
+        self,
+        heads: FilmHeads,
+        normalizer: ScoreNormalizer,
+        *,
+        max_frames: int = 84,
+        window_frames: int = 21,
+        text_encoder: TextEncoder | None = None,
+    ):
+        super().__init__()
+        if not 3 <= window_frames <= max_frames:
+            raise ValueError(
+                f"FilmReward: window_frames: expected 3 <= window_frames <= max_frames, got {window_frames}, {max_frames}"
+            )
+        self.heads = heads.eval().requires_grad_(False)
+        self.normalizer = normalizer
+        self.features = FilmFeatureExtractor()
+        self.max_frames = max_frames
+        self.window_frames = window_frames
+        self._sentences = SentenceEmbedder(text_encoder)
+
+    def score(self, video: Tensor, prompts: list[str]) -> Tensor:
+        """Scores VQ, MQ and TA of a batch.
+
+        Args:
+            video: [B, T, 3, H, W] floating point in [0, 1], any T >= 1 and any size (resized to 64 x 112).
+            prompts: B captions.
+
+        Returns:
+            [B, 3] float32, differentiable in `video`.
+        """
+        check_video(video, prompts, name="FilmReward.score")
+        if video.shape[0] == 0:
+            return video.new_zeros(0, len(self.axes), dtype=torch.float32)
+        windows = self._windows(video)  # [B, n, t, 3, H, W]
+        count = windows.shape[1]
+        sentences = self._sentences(prompts).to(video.device).repeat_interleave(count, 0)
+        with torch.autocast(video.device.type, enabled=False):
+            raw = self.heads(self.features(windows.flatten(0, 1)), sentences)
+            return self.normalizer(raw).unflatten(0, (-1, count)).mean(1)
+
+    def _windows(self, video: Tensor) -> Tensor:
+        frames, length = video.shape[1], self.window_frames
+        if frames <= self.max_frames:
+            return video[:, None]
+        count = self.max_frames // length
+        starts = [index * (frames - length) // max(count - 1, 1) for index in range(count)]
+        return torch.stack([video[:, start : start + length] for start in starts], 1)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `config.json` and `heads.safetensors`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {
+            "type": "film",
+            "axes": list(self.axes),
+            "mean": self.normalizer.mean.tolist(),
+            "std": self.normalizer.std.tolist(),
+            "hidden": self.heads.visual[1].out_features,
+            "shared": self.heads.content_projection[1].out_features,
+            "max_frames": self.max_frames,
+            "window_frames": self.window_frames,
+        }
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file({name: value.contiguous() for name, value in self.heads.state_dict().items()}, folder / "heads.safetensors")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, text_encoder: TextEncoder | None = None) -> FilmReward:
+        """Reads what `save_pretrained` wrote.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: the config is of another reward or other axes.
+        """
+        folder = Path(folder)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if config.get("type") != "film" or tuple(config.get("axes", ())) != AXES:
+            raise ValueError(
+                f'FilmReward.from_pretrained: folder: expected type "film" with axes {list(AXES)} in {folder}, '
+                f"got {config.get('type')!r} with {config.get('axes')}"
+            )
+        heads = FilmHeads(config["hidden"], config["shared"])
+        heads.load_state_dict(load_file(folder / "heads.safetensors"))
+        return cls(
+            heads,
+            ScoreNormalizer(config["mean"], config["std"]),
+            max_frames=config["max_frames"],
+            window_frames=config["window_frames"],
+            text_encoder=text_encoder,
+        )
+
+
+class SentenceEmbedder:
+    """Prompts -> unit sentence vectors: the mean of MiniLM's token states (Reimers and Gurevych, arXiv 1908.10084).
+
+    Remembers the prompts it has seen, so a training loop over a fixed set encodes each once.
+    """
+
+    def __init__(self, text_encoder: TextEncoder | None = None):
+        self._encoder = text_encoder
+        self._known: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """N prompts -> [N, 384] float32."""
+        fresh = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
+        if len(self._known) + len(fresh) > _KEPT_PROMPTS:
+            self._known.clear()
+            fresh = list(dict.fromkeys(prompts))
+        if fresh:
+            if self._encoder is None:
+                from stream_r1.models.text import MiniLMEncoder
+
+                self._encoder = MiniLMEncoder()
+            states = self._encoder.encode(fresh).float()  # [N, L, 384], zeros where there is no token
+            tokens = states.abs().amax(-1, keepdim=True) > 0
+            vectors = F.normalize((states * tokens).sum(1) / tokens.sum(1).clamp(min=1), dim=-1)
+            self._known.update(zip(fresh, vectors.unbind(0), strict=True))
+        return torch.stack([self._known[prompt] for prompt in prompts])
+
+
+class _Standardize(nn.Module):
+    """(x - mean) / std with the training set's statistics, kept with the weights."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, features: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("std", torch.ones(features))
+
+    def fit(self, examples: Tensor) -> None:
+        """Takes the statistics of examples [..., features]."""
+        examples = examples.flatten(0, -2)
+        self.mean.copy_(examples.mean(0))
+        self.std.copy_(examples.std(0) + 1e-3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Beyond a few deviations nothing was learnt: bounded, so that no single odd feature decides.
+        return 4 * torch.tanh((x - self.mean) / self.std / 4)
+
+
+def _perceptron(features: int, hidden: int) -> nn.Sequential:
+    return nn.Sequential(nn.Dropout(0.1), nn.Linear(features, hidden), nn.GELU(), nn.Linear(hidden, 1))

@@ -1,0 +1,105 @@
+"""What the film reward sees of a video: per-frame appearance, statistics of change, and content.
+
+Everything is differentiable in the pixels and made of one pass of a frozen network over the frames.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stream_r1.rewards.efficientnet import EfficientNetLite
+
+SIZE = (64, 112)  # height, width that the heads are trained at
+_TAPS = (0, 2, 4, 10, 15)  # blocks of lite0: 16, 24, 40, 112, 320 channels at 1/2, 1/4, 1/8, 1/16, 1/32
+_EPS = 0.02  # change below this (features: O(1), pixels: x 10) counts as none
+_GRID = 8  # pixels of the block grid that decoders and codecs leave visible
+
+
+class FilmFeatures(NamedTuple):
+    """Features of a batch of videos; float32."""
+
+    appearance: Tensor  # [B, T, 392] for VQ
+    motion: Tensor  # [B, 335] for MQ
+    content: Tensor  # [B, 432] for TA
+
+
+class FilmFeatureExtractor(nn.Module):
+    """[B, T, 3, H, W] in [0, 1], any T and size -> FilmFeatures. Frozen, without state of its own to save."""
+
+    def __init__(self, trunk: EfficientNetLite | None = None):
+        super().__init__()
+        self.trunk = trunk or EfficientNetLite.from_package("lite0", _TAPS)
+
+    def forward(self, video: Tensor) -> FilmFeatures:
+        batch, frames = video.shape[:2]
+        images = video.flatten(0, 1).float()  # [B*T, 3, H, W]
+        if images.shape[-2:] != SIZE:
+            images = F.interpolate(images, SIZE, mode="bilinear", antialias=True, align_corners=False)
+        maps = self.trunk(images)
+        appearance = torch.cat([*map(_pooled_moments, maps[:4]), _pixel_statistics(images)], 1)
+        content = torch.cat([maps[3].mean((2, 3)), maps[4].mean((2, 3))], 1)
+        thumbnails = 10 * F.avg_pool2d(images, 4)  # [B*T, 3, 16, 28]
+        moving = [x.unflatten(0, (batch, frames)) for x in (thumbnails, maps[1], maps[2])]
+        return FilmFeatures(
+            appearance.unflatten(0, (batch, frames)),
+            torch.cat([_change_statistics(x) for x in moving], 1),
+            content.unflatten(0, (batch, frames)).mean(1),
+        )
+
+
+def _pooled_moments(x: Tensor) -> Tensor:
+    """[N, C, h, w] -> mean and standard deviation over space, [N, 2C]."""
+    mean = x.mean((2, 3))
+    variance = (x - mean[..., None, None]).square().mean((2, 3))
+    return torch.cat([mean, (variance + 1e-6).sqrt()], 1)
+
+
+def _pixel_statistics(images: Tensor) -> Tensor:
+    """Log energies of luma's fine detail at two scales and of the seams of an 8 x 8 grid, [N, 8]."""
+    luma = images.mean(1, keepdim=True)  # [N, 1, H, W]
+    statistics = []
+    for scale in (1, 2):
+        x = F.avg_pool2d(luma, scale) if scale > 1 else luma
+        dx, dy = x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
+        corner = dx[..., 1:, 1:] - dx[..., 1:, :-1] - dx[..., :-1, 1:] + dx[..., :-1, :-1]  # noise more than edges
+        statistics += [_log_energy(dx), _log_energy(dy), _log_energy(corner)]
+        if scale == 1:
+            seams_x, seams_y = dx[..., _GRID - 1 :: _GRID], dy[..., _GRID - 1 :: _GRID, :]
+            statistics += [_log_energy(seams_x) - statistics[0], _log_energy(seams_y) - statistics[1]]
+    return torch.cat(statistics, 1)
+
+
+def _log_energy(x: Tensor) -> Tensor:
+    """[N, 1, h, w] -> log of the mean magnitude, [N, 1]."""
+    return (x.abs().mean((2, 3)) + 1e-3).log()
+
+
+def _change_statistics(x: Tensor) -> Tensor:
+    """How a map changes: [B, T, C, h, w] -> [B, 5C].
+
+    Smooth motion has second differences small beside first ones, changes over two frames larger than over one, and a
+    steady amount of change; freezing, jitter, flicker and shuffling each break one of these.
+    """
+    if x.shape[1] < 3:  # too short for a second difference: the last frame stands still
+        x = torch.cat([x, *[x[:, -1:]] * (3 - x.shape[1])], 1)
+    first = x[:, 1:] - x[:, :-1]
+    second = first[:, 1:] - first[:, :-1]
+    step = _log_change(first)  # [B, T-1, C]
+    around = (step[:, 1:] + step[:, :-1]) / 2
+    roughness = _log_change(second) - around
+    progress = _log_change(first[:, 1:] + first[:, :-1]) - around
+    return torch.cat([step.mean(1), _deviation(step), roughness.mean(1), _deviation(roughness), progress.mean(1)], 1)
+
+
+def _log_change(x: Tensor) -> Tensor:
+    """[B, t, C, h, w] -> log of the mean magnitude over space, [B, t, C]."""
+    return (x.abs().mean((3, 4)) + _EPS).log()
+
+
+def _deviation(x: Tensor) -> Tensor:
+    """Standard deviation over time, with a finite gradient at zero: [B, t, C] -> [B, C]."""
+    return ((x - x.mean(1, keepdim=True)).square().mean(1) + 1e-6).sqrt()
