@@ -1,0 +1,55 @@
+#include "cpu/isa.h"
+
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+namespace stream_r1 {
+namespace {
+
+Isa best_isa() {
+#if defined(__x86_64__) && defined(STREAM_R1_HAS_AVX512)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq"))
+    return Isa::avx512;
+#endif
+#if defined(__x86_64__) && defined(STREAM_R1_HAS_AVX2)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    return Isa::avx2;
+#endif
+  return Isa::baseline;
+}
+
+Isa lowered_by_environment(Isa best) {
+  const char* wish = std::getenv("STREAM_R1_ISA");
+  if (wish == nullptr) return best;
+  for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512})
+    if (std::strcmp(wish, isa_name(isa)) == 0) return std::min(isa, best);
+  return best;
+}
+
+std::string cpu_isa_name() { return isa_name(cpu_isa()); }
+
+}  // namespace
+
+Isa cpu_isa() {
+  static const Isa isa = lowered_by_environment(best_isa());
+  return isa;
+}
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::avx512:
+      return "avx512";
+    case Isa::avx2:
+      return "avx2";
+    default:
+      return "baseline";
+  }
+}
+
+}  // namespace stream_r1
+
+TORCH_LIBRARY_IMPL(stream_r1, CatchAll, m) { m.impl("cpu_isa", stream_r1::cpu_isa_name); }

@@ -1,0 +1,77 @@
+// Every op of stream_r1_kernels. Implementations register themselves where they live: csrc/cpu/<op>.cpp for the CPU and
+// autograd, Python for fake tensors. Attention is laid out [B, T, H, D], latents [B, F, C, h, w].
+
+#include <torch/library.h>
+
+TORCH_LIBRARY(stream_r1, m) {
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+
+  // The instruction set that the CPU kernels run with on this machine.
+  m.def("cpu_isa() -> str", tags);
+
+  // Attention of a chunk to the past and to itself, without any mask: the keys are [past | fresh], either may be absent.
+  // out [B, T, H, D], lse [B, H, T] float32. The past gets no gradient.
+  m.def(
+      "cached_chunk_attention(Tensor q, Tensor? k, Tensor? v, Tensor? past_k, Tensor? past_v, float scale)"
+      " -> (Tensor out, Tensor lse)",
+      tags);
+  m.def(
+      "cached_chunk_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v,"
+      " Tensor? past_k, Tensor? past_v, Tensor out, Tensor lse, float scale) -> (Tensor, Tensor, Tensor)",
+      tags);
+
+  // Attention over all chunks at once; work outside the visible blocks is skipped.
+  m.def(
+      "chunk_attention(Tensor q, Tensor k, Tensor v, int tokens_per_frame, int frames_per_chunk, int? window_frames,"
+      " int sink_frames, int? first_chunk_frames, bool teacher_forcing, float scale) -> (Tensor out, Tensor lse)",
+      tags);
+  m.def(
+      "chunk_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+      " int tokens_per_frame, int frames_per_chunk, int? window_frames, int sink_frames, int? first_chunk_frames,"
+      " bool teacher_forcing, float scale) -> (Tensor, Tensor, Tensor)",
+      tags);
+
+  // RMSNorm over the full width, head split and rotary: [B, T, H * D] -> [B, T, H, D].
+  m.def(
+      "qk_norm_rotary(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, int num_heads,"
+      " float eps) -> (Tensor, Tensor)",
+      tags);
+  m.def(
+      "qk_norm_rotary_into(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin,"
+      " int num_heads, float eps, Tensor(a!) k_out) -> Tensor",
+      tags);
+  m.def(
+      "qk_norm_rotary_backward(Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, Tensor q_weight, Tensor k_weight,"
+      " Tensor cos, Tensor sin, int num_heads, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+      tags);
+
+  // Adaptive layer norm per frame: x [B, T, D]; shift, scale, gate [B, F, D]; mean, rstd [B, T] float32.
+  m.def(
+      "modulated_norm(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor out, Tensor mean, Tensor rstd)",
+      tags);
+  m.def(
+      "modulated_norm_backward(Tensor grad_out, Tensor x, Tensor scale, Tensor mean, Tensor rstd)"
+      " -> (Tensor, Tensor, Tensor)",
+      tags);
+  m.def("gated_add(Tensor x, Tensor y, Tensor gate) -> Tensor", tags);
+  m.def("gated_add_backward(Tensor grad_out, Tensor y, Tensor gate) -> (Tensor, Tensor)", tags);
+
+  // Pixel gradients [N, T, 3, H, W] -> [N, F, h, w] float32: channel norm, mean over a latent cell's own pixels.
+  m.def("region_saliency(Tensor pixel_grads, int frames, int height, int width) -> Tensor", tags);
+
+  // Saliency [M, B, F, h, w] and scores [B, M] -> weights [B, F, 1, h, w] float32, mean 1 a sample.
+  m.def(
+      "intra_weights(Tensor saliency, Tensor scores, float temperature, float spatial_floor, float temporal_floor,"
+      " bool use_spatial, bool use_temporal) -> Tensor",
+      tags);
+
+  // The weighted DMD loss and its gradient by x, computed together; all x0-predictions are [B, F, C, h, w].
+  m.def(
+      "dmd_loss(Tensor x, Tensor fake, Tensor real_cond, Tensor? real_uncond, float guidance, Tensor? w_intra,"
+      " Tensor? w_inter, Tensor? mask) -> (Tensor loss, Tensor grad)",
+      tags);
+  m.def(
+      "dmd_gradient_(Tensor(a!) buffer, Tensor x, Tensor fake, Tensor real_cond, Tensor? real_uncond, float guidance,"
+      " Tensor? w_intra, Tensor? w_inter, Tensor? mask, float scale) -> ()",
+      tags);
+}

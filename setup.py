@@ -1,0 +1,86 @@
+"""Builds the one extension, `stream_r1_kernels/_C`: ops registered with torch, no Python module.
+
+`csrc/ops.cpp` and `csrc/cpu/<op>.cpp` are compiled once. `csrc/cpu/<op>_kernel.cpp` are compiled once for every instruction set;
+the fastest that the machine has is picked at run time (csrc/cpu/isa.h).
+"""
+
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+from setuptools import setup
+from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+ROOT = Path(__file__).parent
+GIGABYTES_PER_JOB = 1.5  # what one compiler process needs for torch's headers
+
+ISA_FLAGS = {"baseline": ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"]}
+if platform.machine() in ("x86_64", "AMD64"):
+    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"]
+    ISA_FLAGS["avx512"] = [
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"),
+        *("-mprefer-vector-width=512", "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
+    ]
+
+LEFT_OUT = {"cuda": "this version has no CUDA kernels yet"}
+
+
+def jobs() -> int:
+    """Compiler processes that fit the cores this process may use and the memory that is free."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except (ValueError, OSError):
+        return cores
+    return max(1, min(cores, int(free / GIGABYTES_PER_JOB)))
+
+
+class BuildKernels(BuildExtension):
+    """Compiles the kernel files once an instruction set and records what was built beside the extension."""
+
+    def build_extension(self, ext) -> None:
+        print(f"stream-r1: CPU kernels for {', '.join(ISA_FLAGS)}, against torch {torch.__version__}", file=sys.stderr)
+        for part, why in LEFT_OUT.items():
+            print(f"stream-r1: left out: {part} ({why})", file=sys.stderr)
+        kernels = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*_kernel.cpp"))
+        ext.extra_objects = [
+            built
+            for isa, flags in ISA_FLAGS.items() if kernels
+            for built in self.compiler.compile(
+                kernels,
+                output_dir=os.path.join(self.build_temp, isa),
+                include_dirs=ext.include_dirs,
+                extra_postargs=[*ext.extra_compile_args["cxx"], *flags, f"-DSTREAM_R1_ISA={isa}"],
+                depends=ext.depends,
+            )
+        ]
+        super().build_extension(ext)
+        record = {"torch": torch.__version__, "isa": list(ISA_FLAGS), "left_out": LEFT_OUT}
+        beside = Path(self.get_ext_fullpath(ext.name)).parent
+        (beside / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def extension() -> CppExtension:
+    sources = [path for path in (ROOT / "csrc/cpu").glob("*.cpp") if not path.stem.endswith("_kernel")]
+    return CppExtension(
+        "stream_r1_kernels._C",
+        sorted(str(path.relative_to(ROOT)) for path in [ROOT / "csrc/ops.cpp", *sources]),
+        include_dirs=[str(ROOT / "csrc")],
+        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")),
+        define_macros=[(f"STREAM_R1_HAS_{isa.upper()}", "1") for isa in ISA_FLAGS],
+        extra_compile_args={
+            "cxx": ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0"]
+        },
+        py_limited_api=True,
+    )
+
+
+os.environ.setdefault("MAX_JOBS", str(jobs()))
+setup(
+    ext_modules=[extension()],
+    cmdclass={"build_ext": BuildKernels.with_options(use_ninja=True)},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)

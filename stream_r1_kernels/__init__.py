@@ -1,0 +1,36 @@
+"""Ops for streaming video diffusion and its distillation. Needs torch and nothing else.
+
+Attention (`[B, T, H, D]`):
+    ChunkMask, chunk_attention             all chunks at once, block-causal, with window, sink, teacher forcing
+    Past, cached_chunk_attention           one chunk against what came before it
+    RotaryGrid, qk_norm_rotary             positions without a table, and the fused norm + head split + rotary of q and k
+Around the matmuls (`[B, T, D]`):
+    modulated_norm, gated_add              AdaLN with a modulation per frame
+Distillation (`[B, F, C, h, w]`):
+    region_saliency, intra_weights         from a reward's pixel gradients to the weights of the latent cells
+    dmd_loss, dmd_gradient_                the weighted distribution-matching loss; its gradient, added to a buffer
+
+Every op takes `backend="auto" | "cpu" | "cuda" | "triton" | "reference"`; `python -m stream_r1_kernels.info` says what can run here.
+"""
+
+from .attention import ChunkMask, Past, cached_chunk_attention, chunk_attention
+from .dmd import dmd_gradient_, dmd_loss
+from .norm import gated_add, modulated_norm
+from .rotary import RotaryGrid, apply_rotary, qk_norm_rotary
+from .saliency import intra_weights, region_saliency
+
+__all__ = [
+    "ChunkMask",
+    "Past",
+    "RotaryGrid",
+    "apply_rotary",
+    "cached_chunk_attention",
+    "chunk_attention",
+    "dmd_gradient_",
+    "dmd_loss",
+    "gated_add",
+    "intra_weights",
+    "modulated_norm",
+    "qk_norm_rotary",
+    "region_saliency",
+]

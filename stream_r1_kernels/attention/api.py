@@ -1,0 +1,122 @@
+"""The public attention functions."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from ..backends import resolve
+from . import reference
+from .mask import ChunkMask
+from .past import Past
+from .validation import check_past, check_qkv, check_same_length
+
+
+def chunk_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: ChunkMask, *, scale: float | None = None, backend: str = "auto"
+) -> Tensor:
+    """Attention of all chunks of a sequence at once, each to what `mask` lets it see. Forward and backward.
+
+    Only visible blocks are computed. A query that sees nothing can't occur: a chunk always sees itself.
+
+    Args:
+        q, k, v: `[B, T, H, D]`, T a whole number of frames (2 halves of them when the mask is teacher forcing); any strides.
+        scale: factor of the scores, default 1 / sqrt(D).
+    Returns:
+        `[B, T, H, D]` in q's dtype; sums are in float32.
+    Raises:
+        ValueError for shapes, TypeError for dtypes, RuntimeError for a backend that can't be used here.
+    """
+    op = "chunk_attention"
+    check_qkv(op, q, k=k, v=v)
+    check_same_length(op, "k", k, "q", q)
+    check_same_length(op, "v", v, "q", q)
+    mask.frames(q.shape[1])
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if resolve(backend, op, q) == "reference":
+        return reference.chunk_attention(q, k, v, mask, scale)
+    out, _ = torch.ops.stream_r1.chunk_attention(
+        q,
+        k,
+        v,
+        mask.tokens_per_frame,
+        mask.frames_per_chunk,
+        mask.window_frames,
+        mask.sink_frames,
+        mask.first_chunk_frames,
+        mask.teacher_forcing,
+        scale,
+    )
+    return out
+
+
+@overload
+def cached_chunk_attention(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    past: Past | None,
+    *,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def cached_chunk_attention(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    past: Past | None,
+    *,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def cached_chunk_attention(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    past: Past | None,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """One chunk attends to the past and to itself, without a mask.
+
+    past.holds_fresh = True (sampling): the fresh keys and values lie inside `past` already; `k` and `v` are not read and may be
+    None. No gradients: a q, k or v that requires grad is refused.
+    past.holds_fresh = False (training): the keys are [past | fresh]. q, k and v get gradients, the past never does.
+    past = None: the chunk sees itself alone.
+
+    Args:
+        q, k, v: the fresh chunk, `[B, T, H, D]`; k and v may have another T than q; any strides.
+        past: keys and values `[B, Tp, H, D]`, Tp >= 0.
+        scale: factor of the scores, default 1 / sqrt(D).
+        return_lse: also return the log-sum-exp of the scaled scores, `[B, H, T]` float32 (differentiable).
+    Returns:
+        `[B, T, H, D]` in q's dtype, and the log-sum-exp if asked. Without any key: zeros and -inf.
+    Raises:
+        ValueError for shapes and for gradients that would be lost, TypeError for dtypes, RuntimeError for a backend that can't be
+        used here.
+    """
+    op = "cached_chunk_attention"
+    past_k, past_v = (None, None) if past is None else (past.k, past.v)
+    check_qkv(op, q, k=k, v=v, **{"past.k": past_k, "past.v": past_v})
+    check_past(op, q, k, v, past)
+    if k is not None and v is not None:
+        check_same_length(op, "v", v, "k", k)
+    if past is not None and past.holds_fresh:
+        k = v = None
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if resolve(backend, op, q) == "reference":
+        out, lse = reference.cached_chunk_attention(q, k, v, past_k, past_v, scale)
+    else:
+        out, lse = torch.ops.stream_r1.cached_chunk_attention(q, k, v, past_k, past_v, scale)
+    return (out, lse) if return_lse else out

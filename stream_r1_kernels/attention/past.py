@@ -1,0 +1,16 @@
+"""What a chunk sees before itself."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Past(NamedTuple):
+    """Keys and values of earlier chunks, `[B, Tp, H, D]`, rotated and normalised, in any order. Never gets a gradient.
+
+    holds_fresh: the fresh chunk's own keys and values already lie inside `k` and `v`, in the slot they will keep.
+    """
+
+    k: Tensor
+    v: Tensor
+    holds_fresh: bool

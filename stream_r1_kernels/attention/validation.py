@@ -1,0 +1,56 @@
+"""Checks of the attention ops' arguments, made once, at the public functions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .past import Past
+
+
+def check_qkv(op: str, q: Tensor, **others: Tensor | None) -> None:
+    """q `[B, T, H, D]`; the others `[B, any, H, D]` of the same dtype and device."""
+    if q.dim() != 4:
+        raise ValueError(f"{op}: q: expected [B, T, H, D], got shape {tuple(q.shape)}")
+    if not q.is_floating_point():
+        raise TypeError(f"{op}: q: expected a floating-point dtype, got {q.dtype}")
+    batch, _, heads, width = q.shape
+    for name, other in others.items():
+        if other is None:
+            continue
+        if other.dim() != 4 or other.shape[0] != batch or other.shape[2] != heads or other.shape[3] != width:
+            raise ValueError(f"{op}: {name}: expected [{batch}, T, {heads}, {width}] as q, got {tuple(other.shape)}")
+        if other.dtype != q.dtype:
+            raise TypeError(f"{op}: {name}: expected {q.dtype} as q, got {other.dtype}")
+        if other.device != q.device:
+            raise ValueError(f"{op}: {name}: expected device {q.device} as q, got {other.device}")
+
+
+def check_same_length(op: str, name: str, a: Tensor, other_name: str, b: Tensor) -> None:
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"{op}: {name}: expected {b.shape[1]} tokens as {other_name}, got {a.shape[1]}")
+
+
+def check_past(op: str, q: Tensor, k: Tensor | None, v: Tensor | None, past: Past | None) -> None:
+    """The combinations that `cached_chunk_attention` knows; see its docstring."""
+    if (k is None) != (v is None):
+        raise ValueError(f"{op}: k, v: expected both or neither, got {'v' if k is None else 'k'} alone")
+    if past is None:
+        if k is None:
+            raise ValueError(f"{op}: past: expected a Past when k and v are None, got None")
+    else:
+        check_same_length(op, "past.v", past.v, "past.k", past.k)
+        if not past.holds_fresh and k is None:
+            raise ValueError(f"{op}: k, v: expected the fresh keys and values, as past.holds_fresh is False; got None")
+        if torch.is_grad_enabled():
+            _refuse_gradients(op, q, k, v, past)
+
+
+def _refuse_gradients(op: str, q: Tensor, k: Tensor | None, v: Tensor | None, past: Past) -> None:
+    if past.k.requires_grad or past.v.requires_grad:
+        raise ValueError(f"{op}: past: expected tensors without requires_grad, as the past gets no gradient; detach them")
+    if past.holds_fresh and any(x is not None and x.requires_grad for x in (q, k, v)):
+        raise ValueError(
+            f"{op}: past.holds_fresh: expected False where q, k or v require grad, got True: with the fresh keys inside the "
+            "past they would get no gradient. Pass them as k and v, or use torch.no_grad()"
+        )
