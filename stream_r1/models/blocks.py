@@ -1,0 +1,206 @@
+"""The parts of a causal Wan transformer, under the parameter names of diffusers' `WanTransformer3DModel`.
+
+Shapes: B batch, F latent frames, T tokens (T = F * rows * columns), D width, H heads, L text positions.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from stream_r1_kernels import (
+    ChunkMask,
+    Past,
+    cached_chunk_attention,
+    chunk_attention,
+    gated_add,
+    modulated_norm,
+    qk_norm_rotary,
+)
+
+
+class FreshSlot(NamedTuple):
+    """Where a chunk's keys and values go while it is sampled, and what it sees there: itself included."""
+
+    k: Tensor  # [B, T, H, D / H], a view into the cache
+    v: Tensor
+    visible: Past
+
+
+class RMSScale(nn.Module):
+    """The weight of an RMSNorm over the full width, taken before the head split."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+
+class Attention(nn.Module):
+    """Projections of one attention; who attends to what is the block's affair."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.norm_q = RMSScale(dim)
+        self.norm_k = RMSScale(dim)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1))
+
+    def project_out(self, x: Tensor) -> Tensor:
+        return self.to_out[0](x.flatten(2))  # [B, T, H, D / H] -> [B, T, D]
+
+
+class GELUProjection(nn.Module):
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        # Index 1 is a dropout in diffusers: it has no parameters, but it counts.
+        self.net = nn.ModuleList([GELUProjection(dim, hidden), nn.Identity(), nn.Linear(hidden, dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class TwoLayers(nn.Module):
+    """`linear_1`, an activation, `linear_2`."""
+
+    def __init__(self, inputs: int, dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(inputs, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+
+def time_sinusoid(t: Tensor, dim: int) -> Tensor:
+    """Sinusoidal features of timesteps: `t` of any shape, in [0, 1000] -> float32 `[*t.shape, dim]`, cosines first.
+
+    Computed in float64 as in Wan: a float32 phase near 1000 is off by 3e-5 rad.
+    """
+    half = dim // 2
+    index = torch.arange(half, dtype=torch.float64, device=t.device)
+    phase = t.double().unsqueeze(-1) * torch.exp(index * (-math.log(10000.0) / half))
+    return torch.cat((phase.cos(), phase.sin()), dim=-1).float()
+
+
+class ConditionEmbedder(nn.Module):
+    """Timesteps and text, brought to the transformer's width."""
+
+    def __init__(self, dim: int, freq_dim: int, text_dim: int) -> None:
+        super().__init__()
+        self.freq_dim = freq_dim
+        self.time_embedder = TwoLayers(freq_dim, dim)
+        self.time_proj = nn.Linear(dim, 6 * dim)
+        self.text_embedder = TwoLayers(text_dim, dim)
+
+    def time(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`t` [B, F] -> the embedding [B, F, D] (for the head) and its projection [B, F, 6, D] (for the blocks), in `dtype`."""
+        net = self.time_embedder
+        features = time_sinusoid(t, self.freq_dim).to(net.linear_1.weight.dtype)
+        embedding = net.linear_2(functional.silu(net.linear_1(features))).to(dtype)
+        return embedding, self.time_proj(functional.silu(embedding)).unflatten(-1, (6, -1))
+
+    def text(self, embeds: Tensor) -> Tensor:
+        """`embeds` [B, L, text_dim] -> [B, L, D]."""
+        net = self.text_embedder
+        return net.linear_2(functional.gelu(net.linear_1(embeds), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """One Wan block: self-attention over chunks, cross-attention to the text, feed-forward; AdaLN with a timestep a frame."""
+
+    def __init__(self, dim: int, ffn_dim: int, num_heads: int, cross_attn_norm: bool, eps: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.eps = eps
+        self.attn1 = Attention(dim, num_heads)
+        self.attn2 = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps) if cross_attn_norm else nn.Identity()
+        self.ffn = FeedForward(dim, ffn_dim)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def text_keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Embedded text [B, L, D] -> this block's cross-attention keys and values, [B, L, H, D / H] each."""
+        attn = self.attn2
+        k = functional.rms_norm(attn.to_k(text), (text.shape[-1],), attn.norm_k.weight, self.eps)
+        return attn.split_heads(k), attn.split_heads(attn.to_v(text))
+
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        text_k: Tensor,
+        text_v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: ChunkMask | None = None,
+        past: Past | None = None,
+        slot: FreshSlot | None = None,
+    ) -> Tensor:
+        """`x` [B, T, D], `time` [B, F, 6, D] (F may be 1), rotary phases [T, D / H / 2] -> [B, T, D].
+
+        Self-attention follows `mask` over the sequence, or runs on `slot` (sampling: keys and values are written there),
+        or sees `past` and itself (training a chunk); with none of them every token sees every token.
+        """
+        table = self.scale_shift_table.unsqueeze(0) + time.to(self.scale_shift_table.dtype)
+        shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(2)  # [B, F, D] each
+
+        attended = self.self_attention(modulated_norm(x, shift1, scale1, eps=self.eps), cos, sin, mask, past, slot)
+        x = gated_add(x, attended, gate1)
+        x = x + self.cross_attention(self.cross_norm(x), text_k, text_v)
+        return gated_add(x, self.ffn(modulated_norm(x, shift2, scale2, eps=self.eps)), gate2)
+
+    def self_attention(
+        self,
+        h: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: ChunkMask | None,
+        past: Past | None,
+        slot: FreshSlot | None,
+    ) -> Tensor:
+        attn = self.attn1
+        q, k, v = attn.to_q(h), attn.to_k(h), attn.split_heads(attn.to_v(h))
+        q, k = qk_norm_rotary(
+            q,
+            k,
+            attn.norm_q.weight,
+            attn.norm_k.weight,
+            cos,
+            sin,
+            num_heads=self.num_heads,
+            eps=self.eps,
+            k_out=None if slot is None else slot.k,
+        )
+        if slot is not None:
+            slot.v.copy_(v)
+            return attn.project_out(cached_chunk_attention(q, None, None, slot.visible))
+        if mask is not None:
+            return attn.project_out(chunk_attention(q, k, v, mask))
+        return attn.project_out(cached_chunk_attention(q, k, v, past))
+
+    def cross_norm(self, x: Tensor) -> Tensor:
+        norm = self.norm2
+        if not isinstance(norm, nn.LayerNorm) or norm.weight.dtype == x.dtype:
+            return norm(x)
+        return norm(x.to(norm.weight.dtype)).to(x.dtype)
+
+    def cross_attention(self, h: Tensor, text_k: Tensor, text_v: Tensor) -> Tensor:
+        attn = self.attn2
+        q = attn.split_heads(functional.rms_norm(attn.to_q(h), (h.shape[-1],), attn.norm_q.weight, self.eps))
+        # scaled_dot_product_attention wants [B, H, T, D / H]
+        q, k, v = q.transpose(1, 2), text_k.transpose(1, 2), text_v.transpose(1, 2)
+        return attn.project_out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2))

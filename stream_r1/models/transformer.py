@@ -1,0 +1,343 @@
+"""The causal student: a Wan video transformer that denoises a few latent frames at a time and remembers the rest.
+
+Parameter names and config keys are those of diffusers' `WanTransformer3DModel`: its folders load here and ours load there.
+With one chunk over all frames the two compute the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+from torch.nn import functional
+
+from stream_r1.models.blocks import Block, ConditionEmbedder, FreshSlot
+from stream_r1_kernels import ChunkCache, ChunkMask, RotaryGrid, modulated_norm
+
+
+class TextContext(NamedTuple):
+    """A prompt as the student reads it: the cross-attention keys and values of every layer, [B, L, H, D / H] each."""
+
+    k: tuple[Tensor, ...]
+    v: tuple[Tensor, ...]
+
+    @property
+    def batch(self) -> int:
+        return self.k[0].shape[0]
+
+    def detach(self) -> TextContext:
+        return TextContext(tuple(k.detach() for k in self.k), tuple(v.detach() for v in self.v))
+
+    def expand(self, batch: int) -> TextContext:
+        """One prompt for `batch` samples, without copying."""
+        return TextContext(
+            tuple(k.expand(batch, -1, -1, -1) for k in self.k), tuple(v.expand(batch, -1, -1, -1) for v in self.v)
+        )
+
+
+class CausalWanTransformer(ModelMixin, ConfigMixin):
+    """Causal video diffusion transformer (Wan 2.1 blocks, a timestep per latent frame, a streaming cache).
+
+    The first 16 settings are diffusers' own. Ours:
+
+    Args:
+        text_len: text positions; shorter texts are padded with zero embeddings, and the padding is attended to, as in Wan.
+        frames_per_chunk: latent frames denoised together.
+        window_frames: frames a chunk sees, sink and itself included; None: everything before it.
+        sink_frames: first frames that stay visible for ever.
+        positions: "absolute" (Self Forcing) or "window" (Reward Forcing, Stream-R1), see `ChunkCache`.
+        sink_ema: decay of the sink's moving average; None: the sink stays as it was.
+        first_chunk_frames: frames of the first chunk where it differs (1: independent first frame).
+
+    Raises:
+        ValueError: settings of diffusers' that this student has no use for (image conditioning, no qk norm), or sizes that do
+            not fit together.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]
+    _repeated_blocks = ["Block"]
+    _keep_in_fp32_modules = ["time_embedder", "scale_shift_table", "norm2"]
+    _keys_to_ignore_on_load_unexpected = ["norm_added_q"]
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: tuple[int, ...] = (1, 2, 2),
+        num_attention_heads: int = 40,
+        attention_head_dim: int = 128,
+        in_channels: int = 16,
+        out_channels: int = 16,
+        text_dim: int = 4096,
+        freq_dim: int = 256,
+        ffn_dim: int = 13824,
+        num_layers: int = 40,
+        cross_attn_norm: bool = True,
+        qk_norm: str | None = "rms_norm_across_heads",
+        eps: float = 1e-6,
+        image_dim: int | None = None,
+        added_kv_proj_dim: int | None = None,
+        rope_max_seq_len: int = 1024,
+        pos_embed_seq_len: int | None = None,
+        text_len: int = 512,
+        frames_per_chunk: int = 3,
+        window_frames: int | None = None,
+        sink_frames: int = 0,
+        positions: str = "absolute",
+        sink_ema: float | None = None,
+        first_chunk_frames: int | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("image_dim", image_dim), ("added_kv_proj_dim", added_kv_proj_dim)):
+            if value is not None:
+                raise ValueError(f"CausalWanTransformer: {name} must be None (text to video only), got {value}")
+        if qk_norm != "rms_norm_across_heads":
+            raise ValueError(f"CausalWanTransformer: qk_norm must be 'rms_norm_across_heads', got {qk_norm!r}")
+        if len(patch_size) != 3 or patch_size[0] != 1:
+            raise ValueError(f"CausalWanTransformer: patch_size must be (1, height, width), got {tuple(patch_size)}")
+        dim = num_attention_heads * attention_head_dim
+        _, patch_rows, patch_columns = patch_size
+        out_channels = out_channels or in_channels
+
+        self.rotary = RotaryGrid(attention_head_dim)
+        kernel = (1, patch_rows, patch_columns)
+        self.patch_embedding = nn.Conv3d(in_channels, dim, kernel_size=kernel, stride=kernel)
+        self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim)
+        self.blocks = nn.ModuleList(
+            [Block(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps) for _ in range(num_layers)]
+        )
+        self.proj_out = nn.Linear(dim, out_channels * patch_rows * patch_columns)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.gradient_checkpointing = False
+
+    def encode_text(self, embeds: Tensor) -> TextContext:
+        """Cross-attention keys and values of a prompt, for every layer: once a prompt, not once a step.
+
+        Args:
+            embeds: text embeddings [B, L, text_dim] with L <= text_len; missing positions are zeros.
+
+        Returns:
+            `TextContext`, differentiable with respect to the weights and `embeds` when grad is on.
+
+        Raises:
+            ValueError: another shape.
+        """
+        length, width = self.config.text_len, self.config.text_dim
+        if embeds.ndim != 3 or embeds.shape[2] != width or embeds.shape[1] > length:
+            raise ValueError(
+                f"CausalWanTransformer.encode_text: embeds must be [B, L <= {length}, {width}], got {list(embeds.shape)}"
+            )
+        embeds = functional.pad(embeds.to(self.dtype), (0, 0, 0, length - embeds.shape[1]))
+        text = self.condition_embedder.text(embeds)
+        k, v = zip(*(block.text_keys_values(text) for block in self.blocks), strict=True)
+        return TextContext(k, v)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        text: TextContext | Tensor,
+        *,
+        mask: ChunkMask | Literal["causal"] | None = None,
+        clean_x: Tensor | None = None,
+    ) -> Tensor:
+        """The velocity of a whole clip at once.
+
+        Args:
+            x: noisy latents [B, F, C, h, w].
+            t: timesteps in [0, 1000], [B, F] or [B].
+            text: a `TextContext`, or text embeddings as for `encode_text`; its batch is B or 1.
+            mask: who sees whom; "causal": what a stream with this model's settings would see at absolute positions;
+                None: every frame sees every frame (teacher, critic).
+            clean_x: clean latents [B, F, C, h, w] for teacher forcing: the sequence becomes [clean | noisy], the clean half at
+                t = 0, and a noisy chunk sees the clean chunks before it and itself. Needs a mask.
+
+        Returns:
+            v [B, F, C, h, w], in the dtype of `x`.
+
+        Raises:
+            ValueError: shapes or a mask that do not fit.
+        """
+        batch, frames, rows, columns = self._check_latents("forward", x)
+        t = self._per_frame_t("forward", t, batch, frames)
+        if isinstance(mask, str):
+            if mask != "causal":
+                raise ValueError(f"CausalWanTransformer.forward: mask must be a ChunkMask, 'causal' or None, got {mask!r}")
+            mask = self.causal_mask(rows * columns, teacher_forcing=clean_x is not None)
+        if (clean_x is not None) != (mask is not None and mask.teacher_forcing):
+            raise ValueError("CausalWanTransformer.forward: clean_x and a mask with teacher_forcing=True need each other")
+
+        h = self._patchify(x)
+        cos, sin = self.rotary.phases(0, frames, rows, columns, x.device)
+        if clean_x is not None:
+            if clean_x.shape != x.shape:
+                raise ValueError(
+                    f"CausalWanTransformer.forward: clean_x must have x's shape {list(x.shape)}, got {list(clean_x.shape)}"
+                )
+            h = torch.cat((self._patchify(clean_x), h), dim=1)
+            t = t.expand(batch, frames)
+            t = torch.cat((torch.zeros_like(t), t), dim=1)
+            cos, sin = cos.repeat(2, 1), sin.repeat(2, 1)
+        text = self._as_context("forward", text, batch)
+        embedding, time = self.condition_embedder.time(t, h.dtype)
+        for block, text_k, text_v in zip(self.blocks, text.k, text.v, strict=True):
+            h = self._run(block, h, time, text_k, text_v, cos, sin, mask)
+        if clean_x is not None:
+            h, embedding = h[:, h.shape[1] // 2 :], embedding[:, frames:]
+        return self._head(h, embedding, rows, columns).to(x.dtype)
+
+    def forward_chunk(
+        self, x: Tensor, t: Tensor, text: TextContext | Tensor, cache: ChunkCache, *, write: bool = True
+    ) -> Tensor:
+        """The velocity of the chunk that comes next in a stream.
+
+        Args:
+            x: noisy latents [B, cache.frames, C, h, w].
+            t: timesteps in [0, 1000], [B, f] or [B] (cheaper where a chunk has one).
+            text: as for `forward`; pass a `TextContext`, so that it is computed once.
+            cache: from `new_cache`. `cache.begin_chunk()` runs if it has not; `cache.commit()` is the caller's.
+            write: True (sampling, clean pass): no grad, the fresh keys and values go into their slot. False (a step with grad):
+                they stay arguments, the cache is only read, and gradients reach nothing before this chunk.
+
+        Returns:
+            v [B, f, C, h, w], in the dtype of `x`.
+
+        Raises:
+            ValueError: shapes that do not fit the cache.
+        """
+        if write:
+            with torch.no_grad():
+                return self._chunk(x, t, text, cache, True)
+        return self._chunk(x, t, text, cache, False)
+
+    def _chunk(self, x: Tensor, t: Tensor, text: TextContext | Tensor, cache: ChunkCache, write: bool) -> Tensor:
+        batch, frames, rows, columns = self._check_latents("forward_chunk", x)
+        if (batch, frames, rows, columns) != (cache.batch, cache.frames, cache.rows, cache.columns):
+            raise ValueError(
+                "CausalWanTransformer.forward_chunk: the cache expects "
+                f"(batch, frames, rows, columns) = {(cache.batch, cache.frames, cache.rows, cache.columns)} of the next chunk, "
+                f"got {(batch, frames, rows, columns)} from x {list(x.shape)}"
+            )
+        text = self._as_context("forward_chunk", text, batch)
+        cos, sin = cache.positions()
+        h = self._patchify(x)
+        embedding, time = self.condition_embedder.time(self._per_frame_t("forward_chunk", t, batch, frames), h.dtype)
+        snapshot = torch.is_grad_enabled()
+        for block, layer, text_k, text_v in zip(self.blocks, cache.layers, text.k, text.v, strict=True):
+            if write:
+                slot = FreshSlot(*layer.slot(), layer.past(holds_fresh=True))
+                h = block(h, time, text_k, text_v, cos, sin, None, None, slot)
+            else:
+                past = layer.past(holds_fresh=False, copy=snapshot)
+                h = self._run(block, h, time, text_k, text_v, cos, sin, None, past)
+        return self._head(h, embedding, rows, columns).to(x.dtype)
+
+    def new_cache(
+        self,
+        batch: int,
+        height: int,
+        width: int,
+        *,
+        max_frames: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> ChunkCache:
+        """An empty cache for a stream of latents `height` x `width`.
+
+        Args:
+            max_frames: latent frames the stream can get to; needed by a model without a window, else ignored.
+            dtype: of the keys and values; None: the model's.
+        """
+        rows, columns = self._grid("new_cache", height, width)
+        config = self.config
+        return ChunkCache(
+            len(self.blocks),
+            batch,
+            config.num_attention_heads,
+            self.rotary,
+            rows,
+            columns,
+            config.frames_per_chunk,
+            window_frames=config.window_frames,
+            sink_frames=config.sink_frames,
+            positions=config.positions,
+            ema=config.sink_ema,
+            max_frames=max_frames,
+            first_chunk_frames=config.first_chunk_frames,
+            dtype=dtype or self.dtype,
+            device=self.device,
+        )
+
+    def causal_mask(self, tokens_per_frame: int, *, teacher_forcing: bool = False) -> ChunkMask:
+        """The mask over a whole clip under which each chunk sees what it would see in a stream.
+
+        A `ChunkMask` counts its window without the sink, this model's `window_frames` with it.
+        """
+        window, sink = self.config.window_frames, self.config.sink_frames
+        return ChunkMask(
+            tokens_per_frame=tokens_per_frame,
+            frames_per_chunk=self.config.frames_per_chunk,
+            window_frames=None if window is None else window - sink,
+            sink_frames=0 if window is None else sink,
+            first_chunk_frames=self.config.first_chunk_frames,
+            teacher_forcing=teacher_forcing,
+        )
+
+    def _run(self, block: nn.Module, *inputs: Any) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(block, *inputs)
+        return block(*inputs)
+
+    def _patchify(self, x: Tensor) -> Tensor:
+        """[B, F, C, h, w] -> tokens [B, T, D]: the patch convolution as one matmul."""
+        conv = self.patch_embedding
+        _, patch_rows, patch_columns = conv.kernel_size
+        x = x.to(conv.weight.dtype).unflatten(4, (-1, patch_columns)).unflatten(3, (-1, patch_rows))
+        patches = x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)  # [B, T, C * patch]
+        return functional.linear(patches, conv.weight.flatten(1), conv.bias)
+
+    def _head(self, h: Tensor, embedding: Tensor, rows: int, columns: int) -> Tensor:
+        """Tokens [B, T, D] and the time embedding [B, F, D] -> [B, F, C, h, w]."""
+        table = self.scale_shift_table.unsqueeze(0)
+        shift, scale = (table + embedding.unsqueeze(2).to(table.dtype)).unbind(2)
+        patches = self.proj_out(modulated_norm(h, shift, scale, eps=self.config.eps))
+        _, patch_rows, patch_columns = self.patch_embedding.kernel_size
+        patches = patches.unflatten(2, (patch_rows, patch_columns, -1)).unflatten(1, (-1, rows, columns))
+        return patches.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+    def _check_latents(self, where: str, x: Tensor) -> tuple[int, int, int, int]:
+        channels = self.config.in_channels
+        if x.ndim != 5 or x.shape[2] != channels:
+            raise ValueError(f"CausalWanTransformer.{where}: x must be [B, F, {channels}, h, w], got {list(x.shape)}")
+        rows, columns = self._grid(where, x.shape[3], x.shape[4])
+        return x.shape[0], x.shape[1], rows, columns
+
+    def _grid(self, where: str, height: int, width: int) -> tuple[int, int]:
+        _, patch_rows, patch_columns = self.patch_embedding.kernel_size
+        if height % patch_rows or width % patch_columns or height < 1 or width < 1:
+            raise ValueError(
+                f"CausalWanTransformer.{where}: latent height and width must be multiples of the patch "
+                f"{patch_rows} x {patch_columns}, got {height} x {width}"
+            )
+        return height // patch_rows, width // patch_columns
+
+    def _per_frame_t(self, where: str, t: Tensor, batch: int, frames: int) -> Tensor:
+        """[B] -> [B, 1] (one modulation for all frames), [B, F] stays."""
+        if t.shape == (batch,):
+            return t.unsqueeze(1)
+        if t.shape != (batch, frames):
+            raise ValueError(
+                f"CausalWanTransformer.{where}: t must be [{batch}] or [{batch}, {frames}], got {list(t.shape)}"
+            )
+        return t
+
+    def _as_context(self, where: str, text: TextContext | Tensor, batch: int) -> TextContext:
+        context = text if isinstance(text, TextContext) else self.encode_text(text)
+        if len(context.k) != len(self.blocks) or context.batch not in (1, batch):
+            raise ValueError(
+                f"CausalWanTransformer.{where}: text must have {len(self.blocks)} layers and batch 1 or {batch}, "
+                f"got {len(context.k)} layers and batch {context.batch}"
+            )
+        return context if context.batch == batch else context.expand(batch)

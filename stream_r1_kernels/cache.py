@@ -1,0 +1,319 @@
+"""The streaming cache: keys and values of past frames, one buffer a layer, `[sink | ring of chunk slots]`.
+
+    frames      0 1 2 | 3 4 5   6 7 8              window 9 frames, 3 of them sink, chunks of 3
+    buffer     [ sink | slot 0  slot 1 ]
+    chunk 3:     0 1 2  9 A B   6 7 8              its keys and values land where 3 4 5 were: nothing moves
+    chunk 4:     0 1 2  9 A B   C D E
+
+Keys are rotated once, at their absolute frame. Attention does not care about the order of keys and rotary phases only about
+differences, so what a chunk sees is one contiguous range of the buffer, itself included: each pass is one dense attention
+without a mask, and keeping a chunk copies nothing. Only the sink may have to move in time (positions="window"): its keys are
+turned by the temporal phase, once a chunk, to the frames just before the window.
+
+Sources: sink and window of StreamingLLM (2309.17453), the chunk cache of Self Forcing (2506.08009), the moving average of the
+sink of Reward Forcing (2512.04678).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .attention.past import Past
+from .rotary import RotaryGrid, apply_rotary
+
+POSITIONS = ("absolute", "window")
+
+
+class ChunkCache:
+    """Keys and values of the frames a stream can still see, for every layer of a model, under one bookkeeping.
+
+    A chunk's life: `begin_chunk()` makes room, each denoising pass writes its keys and values into `cache[layer].slot()` and
+    attends to `cache[layer].past(holds_fresh=True)`, and after the pass whose keys and values shall stay `commit()`.
+    Positions are host integers: nothing waits for the device, and memory never grows.
+
+    Args:
+        layers, batch, heads: sizes; the head width is the rotary grid's.
+        rotary: the grid that keys are rotated with.
+        rows, columns: tokens of a frame, as a grid.
+        frames_per_chunk: latent frames denoised together.
+        window_frames: frames visible at once, sink and fresh chunk included; None: the whole past.
+        sink_frames: first frames that stay visible for ever.
+        positions: "absolute": keys stay at their frame; "window": the sink always lies just before the window.
+        ema: keep the sink as a moving average, `sink = ema * sink + (1 - ema) * evicted chunk`; None: leave it as it is.
+        max_frames: room for a stream without a window, in frames (ignored with a window, which streams for ever).
+        first_chunk_frames: frames of the first chunk where it differs (1: independent first frame).
+        dtype: of keys and values. A moving average is kept in float32: in bfloat16 an update of 0.1 % rounds away.
+
+    Raises:
+        ValueError: sizes that do not fit together; the message names them.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        batch: int,
+        heads: int,
+        rotary: RotaryGrid,
+        rows: int,
+        columns: int,
+        frames_per_chunk: int,
+        *,
+        window_frames: int | None = None,
+        sink_frames: int = 0,
+        positions: str = "absolute",
+        ema: float | None = None,
+        max_frames: int | None = None,
+        first_chunk_frames: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        first = frames_per_chunk if first_chunk_frames is None else first_chunk_frames
+        _check_geometry(frames_per_chunk, first, window_frames, sink_frames, positions, ema, max_frames)
+        for name, size in (("layers", layers), ("heads", heads), ("rows", rows), ("columns", columns)):
+            if size < 1:
+                raise ValueError(f"ChunkCache: {name} must be at least 1, got {size}")
+        if batch < 0:
+            raise ValueError(f"ChunkCache: batch must not be negative, got {batch}")
+        self.rotary = rotary
+        self.rows, self.columns = rows, columns
+        self.tokens_per_frame = rows * columns
+        self.frames_per_chunk = frames_per_chunk
+        self.first_chunk_frames = first
+        self.window_frames = window_frames
+        self.sink_frames = sink_frames
+        self.ema = ema
+        self.moves_sink = positions == "window"
+        self.capacity: int = window_frames if window_frames is not None else max_frames  # type: ignore[assignment]
+        # A short first chunk without a sink goes to the end of its slot, so that what is visible stays one range.
+        self._lead = (frames_per_chunk - first) if window_frames is not None and sink_frames == 0 else 0
+
+        tokens = self.capacity * self.tokens_per_frame
+        shape = (layers, 2, batch, tokens, heads, rotary.head_dim)
+        # Zeros, not empty: what has not been written must never be a NaN in somebody's sum.
+        self.storage = torch.zeros(shape, dtype=dtype, device=device)
+        self._sink_k, self._sink_v = self._allocate_sink()
+        self.layers = [LayerCache(self, layer) for layer in range(layers)]
+        self.reset()
+
+    def _allocate_sink(self) -> tuple[Tensor | None, Tensor | None]:
+        """The sink as it was at its own frames: what its moved or averaged copy in the buffer is made from, each chunk anew."""
+        if self.window_frames is None or self.sink_frames == 0 or not (self.moves_sink or self.ema is not None):
+            return None, None
+        sink = self.storage[:, 0, :, : self.sink_frames * self.tokens_per_frame]
+        if self.ema is None:
+            return torch.zeros_like(sink, memory_format=torch.contiguous_format), None
+        wide = torch.float64 if sink.dtype == torch.float64 else torch.float32
+        k, v = (torch.zeros(sink.shape, dtype=wide, device=sink.device) for _ in range(2))
+        return k, v
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, layer: int) -> LayerCache:
+        return self.layers[layer]
+
+    @property
+    def batch(self) -> int:
+        return self.storage.shape[2]
+
+    @property
+    def next_frame(self) -> int:
+        """Absolute index of the first frame of the chunk under way (or of the next one)."""
+        return self._next_frame
+
+    @property
+    def frames(self) -> int:
+        """Frames of the chunk under way (or of the next one)."""
+        return self.first_chunk_frames if self._next_frame == 0 else self.frames_per_chunk
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether later chunks may overwrite or move what this chunk sees."""
+        return self.window_frames is not None
+
+    @property
+    def open(self) -> bool:
+        """Whether a chunk is under way: `begin_chunk` was called and `commit` not yet."""
+        return self._phases is not None
+
+    def reset(self) -> None:
+        """Forget everything and start at frame 0; the memory stays."""
+        self._next_frame = 0
+        self._phases: tuple[Tensor, Tensor] | None = None
+        self._slot_start = self._slot_tokens = 0
+        self._visible_start = self._visible_stop = 0
+
+    def begin_chunk(self) -> None:
+        """Make room for the next chunk: choose its slot, evict what was there, move or average the sink. Twice is once.
+
+        Raises:
+            ValueError: a stream without a window is at its `max_frames`.
+        """
+        if self.open:
+            return
+        start, frames, sink = self._next_frame, self.frames, self.sink_frames
+        if self.window_frames is None:
+            if start + frames > self.capacity:
+                raise ValueError(
+                    f"ChunkCache: max_frames is {self.capacity}, but frames {start} to {start + frames - 1} come next; "
+                    "a stream without an end needs window_frames"
+                )
+            slot, evicts = start, False
+        elif start < sink:
+            slot, evicts = start, False
+        else:
+            ring = self.capacity - sink
+            along = start + self._lead - sink
+            slot, evicts = sink + along % ring, along >= ring
+
+        tokens = self.tokens_per_frame
+        self._slot_start, self._slot_tokens = slot * tokens, frames * tokens
+        self._visible_start = 0 if evicts else self._lead * tokens
+        self._visible_stop = self.capacity * tokens if evicts else (slot + frames) * tokens
+        if evicts and self._sink_k is not None:
+            self._renew_sink(start)
+        self._phases = self.rotary.phases(start, frames, self.rows, self.columns, self.storage.device)
+
+    def commit(self) -> None:
+        """Keep the chunk under way, with the keys and values that its last pass wrote.
+
+        Raises:
+            ValueError: no chunk is under way.
+        """
+        if not self.open:
+            raise ValueError("ChunkCache.commit: no chunk is under way, expected begin_chunk() before")
+        self._next_frame += self.frames
+        self._phases = None
+
+    def positions(self) -> tuple[Tensor, Tensor]:
+        """Rotary phases (cos, sin) of the fresh chunk, float32 [T, D / 2] each."""
+        if self._phases is None:
+            self.begin_chunk()
+            assert self._phases is not None
+        return self._phases
+
+    @torch.no_grad()
+    def _renew_sink(self, start: int) -> None:
+        """Average the chunk about to be evicted into the sink, then write the sink's copy that this chunk sees."""
+        assert self._sink_k is not None
+        sink_tokens = self.sink_frames * self.tokens_per_frame
+        ring = self.capacity - self.sink_frames
+        slot = slice(self._slot_start, self._slot_start + self._slot_tokens)
+        device = self.storage.device
+        evicted_to_sink = self.rotary.temporal_shift(-(start - ring), device)
+        sink_to_window = self.rotary.temporal_shift(start + self.frames - self.capacity, device)
+        first_eviction = start == self.capacity
+        for layer in range(len(self)):  # a layer at a time: the float32 temporaries stay small
+            k, v = self.storage[layer, 0], self.storage[layer, 1]
+            kept_k, visible_k = self._sink_k[layer], k[:, :sink_tokens]
+            if first_eviction:
+                kept_k.copy_(visible_k)
+            if self._sink_v is not None and self.ema is not None:
+                kept_v, visible_v = self._sink_v[layer], v[:, :sink_tokens]
+                if first_eviction:
+                    kept_v.copy_(visible_v)
+                evicted_k = apply_rotary(k[:, slot].to(kept_k.dtype), *evicted_to_sink)
+                kept_k.mul_(self.ema).add_(evicted_k, alpha=1 - self.ema)
+                kept_v.mul_(self.ema).add_(v[:, slot], alpha=1 - self.ema)
+                visible_v.copy_(kept_v)
+            # Always from the kept sink, not from the last copy: a thousand small turns in bfloat16 would wear it out.
+            visible_k.copy_(apply_rotary(kept_k, *sink_to_window) if self.moves_sink else kept_k)
+
+
+class LayerCache:
+    """One layer's part of a `ChunkCache`."""
+
+    __slots__ = ("_cache", "_layer")
+
+    def __init__(self, cache: ChunkCache, layer: int) -> None:
+        self._cache = cache
+        self._layer = layer
+
+    def slot(self) -> tuple[Tensor, Tensor]:
+        """Where the fresh chunk's keys and values go: views [B, T, H, D] into the buffer."""
+        cache, layer = self._cache, self._layer
+        stop = cache._slot_start + cache._slot_tokens
+        return (
+            cache.storage[layer, 0, :, cache._slot_start : stop],
+            cache.storage[layer, 1, :, cache._slot_start : stop],
+        )
+
+    def past(self, holds_fresh: bool, copy: bool = False) -> Past | None:
+        """What the fresh chunk sees.
+
+        Args:
+            holds_fresh: True (sampling): the visible range of the buffer, with the fresh slot in it, no copy. False
+                (training): what earlier chunks left; a view where that is one range, gathered where the slot lies amid it.
+            copy: a snapshot, for a backward pass that comes after later chunks. Without a window nothing visible is ever
+                overwritten, and the view is as good as a snapshot: it is what one gets.
+
+        Returns:
+            `Past` with keys and values [B, Tp, H, D], or None where there is no past (first chunk, holds_fresh=False).
+        """
+        cache = self._cache
+        k, v = cache.storage[self._layer, 0], cache.storage[self._layer, 1]
+        start, stop = cache._visible_start, cache._visible_stop
+        if holds_fresh:
+            return Past(k[:, start:stop], v[:, start:stop], True)
+
+        fresh_start = cache._slot_start
+        fresh_stop = fresh_start + cache._slot_tokens
+        if start < fresh_start and fresh_stop < stop:
+            return Past(
+                torch.cat((k[:, start:fresh_start], k[:, fresh_stop:stop]), dim=1),
+                torch.cat((v[:, start:fresh_start], v[:, fresh_stop:stop]), dim=1),
+                False,
+            )
+        start, stop = (start, fresh_start) if start < fresh_start else (fresh_stop, stop)
+        if start == stop:
+            return None
+        k, v = k[:, start:stop], v[:, start:stop]
+        if copy and cache.overwrites:
+            return Past(k.clone(), v.clone(), False)
+        # .data: autograd counts writes to a whole buffer and would refuse a backward over frames that nobody touched.
+        return Past(k.data, v.data, False)
+
+
+def _check_geometry(
+    chunk: int,
+    first: int,
+    window: int | None,
+    sink: int,
+    positions: str,
+    ema: float | None,
+    max_frames: int | None,
+) -> None:
+    def refuse(text: str) -> None:
+        raise ValueError(f"ChunkCache: {text}")
+
+    if chunk < 1:
+        refuse(f"frames_per_chunk must be at least 1, got {chunk}")
+    if not 1 <= first <= chunk:
+        refuse(f"first_chunk_frames must be between 1 and frames_per_chunk = {chunk}, got {first}")
+    if sink < 0:
+        refuse(f"sink_frames must not be negative, got {sink}")
+    if positions not in POSITIONS:
+        refuse(f"positions must be one of {', '.join(POSITIONS)}, got {positions!r}")
+    if ema is not None and not 0 <= ema <= 1:
+        refuse(f"ema must be between 0 and 1, got {ema}")
+    if window is None:
+        if max_frames is None or max_frames < 1:
+            refuse(f"without window_frames, max_frames must be at least 1, got {max_frames}")
+        if ema is not None:
+            refuse("ema needs window_frames: without a window nothing is ever evicted into the sink")
+        return
+    if ema is not None and sink != chunk:
+        refuse(
+            f"with ema the evicted chunk becomes part of the sink, so sink_frames must equal frames_per_chunk = {chunk}, "
+            f"got {sink}"
+        )
+    if sink and (sink < first or (sink - first) % chunk):
+        refuse(
+            f"sink_frames must end with a chunk: {first} + a multiple of {chunk} "
+            f"(first_chunk_frames, frames_per_chunk), got {sink}"
+        )
+    if window - sink < chunk or (window - sink) % chunk:
+        refuse(
+            f"window_frames - sink_frames must be a positive multiple of frames_per_chunk = {chunk}, got {window} - {sink}"
+        )
