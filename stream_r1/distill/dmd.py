@@ -1,0 +1,93 @@
+"""Distribution matching: which way the student's videos should move so that their distribution becomes the teacher's.
+
+Two bidirectional models look at the student's noised video: the frozen teacher, with guidance, says what real videos
+are like there, the critic, trained on the student's own videos, says what the student's are like.
+Source: DMD2 (2405.14867), CausVid (2412.07772, eq. 4).
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+
+from stream_r1.distill.weighting import Weights
+from stream_r1.models.transformer import CausalWanTransformer
+from stream_r1.schedule import FlowSchedule
+from stream_r1_kernels import dmd_loss
+
+ScoreModel = WanTransformer3DModel | CausalWanTransformer
+
+
+def velocity(model: ScoreModel, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    """A bidirectional model's v [B, F, C, h, w], in x's dtype.
+
+    Args:
+        model: diffusers' Wan, or ours with every frame visible.
+        x: [B, F, C, h, w] at timesteps t [B], text embeddings [B, L, D].
+    """
+    dtype = model.dtype
+    if isinstance(model, CausalWanTransformer):
+        return model(x.to(dtype), t, text.to(dtype), mask=None).to(x.dtype)
+    v = model(x.transpose(1, 2).to(dtype), t, text.to(dtype), return_dict=False)[0]
+    return v.transpose(1, 2).to(x.dtype)
+
+
+class DistributionMatching:
+    """The generator's and the critic's losses.
+
+    Args:
+        teacher: frozen; every frame sees every other.
+        critic: a copy of the teacher that learns.
+        negative: [1, L, D], the text embedding that guidance moves away from.
+        guidance: w of x0 = cond + w (cond - uncond): a conventional guidance scale minus 1; 0 turns guidance off.
+    """
+
+    def __init__(
+        self,
+        teacher: ScoreModel,
+        critic: ScoreModel,
+        negative: Tensor,
+        *,
+        schedule: FlowSchedule,
+        guidance: float = 3.0,
+    ) -> None:
+        self.teacher = teacher
+        self.critic = critic
+        self.negative = negative
+        self.schedule = schedule
+        self.guidance = guidance
+
+    def real_x0(self, x_t: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The teacher's x0 with the text and with the negative (None without guidance), [B, F, C, h, w] each."""
+        if self.guidance == 0:
+            return self._x0(self.teacher, x_t, t, text), None
+        negative = self.negative.to(text).expand_as(text)
+        both = self._x0(self.teacher, torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([text, negative]))
+        cond, uncond = both.chunk(2)
+        return cond, uncond
+
+    def loss(self, x: Tensor, text: Tensor, t: Tensor, eps: Tensor, weights: Weights | None = None) -> Tensor:
+        """The (weighted) distribution-matching loss of the student's x0.
+
+        Args:
+            x: [B, F, C, h, w], the rollout, with a graph.
+            text: [B, L, D] embeddings.
+            t, eps: timesteps [B] and noise like x at which the scores are compared.
+            weights: None for plain DMD.
+        """
+        with torch.no_grad():
+            x_t = self.schedule.add_noise(x.detach(), eps, self.schedule.sigma(t))
+            cond, uncond = self.real_x0(x_t, t, text)
+            fake = self._x0(self.critic, x_t, t, text)
+        inter, intra = (weights.inter, weights.intra) if weights is not None else (None, None)
+        return dmd_loss(x, fake, cond, uncond, guidance=self.guidance, w_inter=inter, w_intra=intra)
+
+    def critic_loss(self, x: Tensor, text: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """Flow matching of the critic on the student's videos x: mean (v - (eps - x))^2."""
+        x_t = self.schedule.add_noise(x, eps, self.schedule.sigma(t))
+        v = velocity(self.critic, x_t, t, text)
+        return (v - self.schedule.velocity(x, eps)).square().mean()
+
+    def _x0(self, model: ScoreModel, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        return self.schedule.x0_from_v(x_t, velocity(model, x_t, t, text), self.schedule.sigma(t))

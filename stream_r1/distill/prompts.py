@@ -1,0 +1,90 @@
+"""The training data of distillation: prompts in an endless shuffled order, and their text embeddings."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class TextEncoder(Protocol):
+    def encode(self, prompts: list[str]) -> Tensor:
+        """Embeddings [B, L, D] of B prompts."""
+        ...
+
+
+class ShuffledOrder:
+    """Indices 0..count-1, shuffled anew every epoch, for ever. Where it is, is two numbers.
+
+    Args:
+        count: how many things there are.
+        seed: of the shuffling; epoch e of a seed is always the same permutation.
+    """
+
+    def __init__(self, count: int, seed: int = 0) -> None:
+        if count < 1:
+            raise ValueError(f"ShuffledOrder: count must be at least 1, got {count}")
+        self.count = count
+        self.seed = seed
+        self.epoch = 0
+        self.position = 0
+        self._shuffle()
+
+    def _shuffle(self) -> None:
+        mixed = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+        self._order = torch.randperm(self.count, generator=mixed).tolist()
+
+    def draw(self, size: int) -> list[int]:
+        """The next `size` indices; an epoch ends where it ends, also amid a batch."""
+        out: list[int] = []
+        while len(out) < size:
+            if self.position == self.count:
+                self.epoch, self.position = self.epoch + 1, 0
+                self._shuffle()
+            take = self._order[self.position : self.position + size - len(out)]
+            self.position += len(take)
+            out += take
+        return out
+
+    def state_dict(self) -> dict[str, int]:
+        return {"count": self.count, "epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        if state["count"] != self.count:
+            raise ValueError(f"ShuffledOrder: state is for {state['count']} items, expected {self.count}")
+        self.epoch, self.position = state["epoch"], state["position"]
+        self._shuffle()
+
+
+class PromptEmbeddings:
+    """Encodes prompts, and remembers the `remember` last used.
+
+    Args:
+        encoder: a text encoder.
+        device: where embeddings go.
+        remember: prompts kept in memory, on `device`.
+    """
+
+    def __init__(self, encoder: TextEncoder, device: torch.device | str = "cpu", remember: int = 512) -> None:
+        self.encoder = encoder
+        self.device = torch.device(device)
+        self.remember = remember
+        self._known: OrderedDict[str, Tensor] = OrderedDict()
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """Embeddings [B, L, D], float32, data."""
+        # One at a time: a prompt's embedding must not depend on its neighbours, by a rounding error or by padding.
+        embedded = [self._one(prompt) for prompt in prompts]
+        while len(self._known) > self.remember:
+            self._known.popitem(last=False)
+        return torch.stack(embedded)
+
+    def _one(self, prompt: str) -> Tensor:
+        if prompt not in self._known:
+            self._known[prompt] = self.encoder.encode([prompt])[0].detach().float().to(self.device)
+        self._known.move_to_end(prompt)
+        return self._known[prompt]

@@ -1,0 +1,135 @@
+"""Settings of the distillation, with the published values as defaults; combinations that cannot work are refused."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from stream_r1.config import Settings
+from stream_r1.distill.weighting import WeightingMode
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Unit = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Timestep = Annotated[float, Field(ge=0, le=1000)]
+
+
+class OptimizerSettings(Settings):
+    """AdamW with clipping by the norm of all gradients."""
+
+    lr: Positive
+    betas: tuple[Unit, Unit] = (0.0, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 0.01
+    clip: Positive = 10.0
+
+    @model_validator(mode="after")
+    def _betas_below_one(self) -> OptimizerSettings:
+        if max(self.betas) >= 1:
+            raise ValueError(f"betas: expected two numbers in [0, 1), got {list(self.betas)}")
+        return self
+
+
+class EmaSettings(Settings):
+    """Moving average of the student's weights, from step `start` on; before, the average is the student."""
+
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    start: Annotated[int, Field(ge=0)] = 200
+
+
+class RolloutSettings(Settings):
+    """What the student makes in training: latents [frames, channels, height, width] in few steps."""
+
+    frames: Count = 21
+    height: Count = 60
+    width: Count = 104
+    steps: Annotated[tuple[Timestep, ...], Field(min_length=1)] = (1000, 750, 500, 250)
+    shift: Positive = 5.0
+    context_noise: Timestep = 0.0
+    gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _steps_fall(self) -> RolloutSettings:
+        if not all(a > b for a, b in itertools.pairwise((*self.steps, 0))):
+            raise ValueError(f"steps: expected falling timesteps in (0, 1000], got {list(self.steps)}")
+        return self
+
+
+class MatchingSettings(Settings):
+    """How the scores are compared. guidance: a conventional scale minus 1."""
+
+    guidance: NotNegative = 3.0
+    negative_prompt: str = ""
+    timestep_low: Timestep = 20.0
+    timestep_high: Timestep = 980.0
+
+    @model_validator(mode="after")
+    def _low_below_high(self) -> MatchingSettings:
+        if not 0 < self.timestep_low < self.timestep_high:
+            raise ValueError(
+                "timestep_low, timestep_high: expected 0 < low < high, "
+                f"got {self.timestep_low} and {self.timestep_high}"
+            )
+        return self
+
+
+class WeightingSettings(Settings):
+    """Arguments of `StreamR1Weights`."""
+
+    mode: WeightingMode = "full"
+    beta: NotNegative = 2.0
+    balance: NotNegative = 0.5
+    history: Annotated[int, Field(ge=2)] = 50
+    temperature: Positive = 1.0
+    spatial_floor: Unit = 0.15
+    temporal_floor: Unit = 0.2
+    spatial_strength: Unit = 1.0
+    temporal_strength: Unit = 1.0
+    log_bound: Positive | None = 8.0
+    motion_axis: str = "MQ"
+    samples_at_once: Count | None = None
+
+
+class DistillSettings(Settings):
+    """One distillation run.
+
+    A step is one critic update; every `critic_updates`-th step, the generator is updated first. `batch` is the number
+    of samples an update sees, in `accumulation` equal parts.
+    """
+
+    steps: Count = 1000
+    batch: Count = 64
+    accumulation: Count = 1
+    critic_updates: Count = 5
+    critic_warmup: Annotated[int, Field(ge=0)] = 0
+    student: OptimizerSettings = OptimizerSettings(lr=2e-6)
+    critic: OptimizerSettings = OptimizerSettings(lr=4e-7)
+    ema: EmaSettings = EmaSettings()
+    rollout: RolloutSettings = RolloutSettings()
+    matching: MatchingSettings = MatchingSettings()
+    weighting: WeightingSettings = WeightingSettings()
+    seed: int = 0
+    max_skipped: Count = 5
+    checkpoint_every: Count = 50
+    keep_checkpoints: Count = 2
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> DistillSettings:
+        if self.batch % self.accumulation:
+            raise ValueError(
+                f"accumulation: expected a divisor of batch {self.batch}, got {self.accumulation}"
+            )
+        if self.critic_warmup >= self.steps:
+            raise ValueError(
+                f"critic_warmup: expected less than steps {self.steps}, got {self.critic_warmup}: "
+                "the generator would never learn"
+            )
+        return self
+
+    def maths(self) -> dict[str, Any]:
+        """What a resumed run may not change."""
+        free = {"steps", "max_skipped", "checkpoint_every", "keep_checkpoints"}
+        return self.model_dump(mode="json", exclude=free)

@@ -1,0 +1,196 @@
+"""What outlives a training process: checkpoints that are whole or not there, and the moving average of weights.
+
+A checkpoint is one safetensors file: every tensor under "<part>/<name>", everything else as JSON in its metadata.
+Nothing in it can run code. It is written beside its place, flushed to disk and then renamed, so a process killed at any
+moment leaves the previous checkpoint as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+_NAME = re.compile(r"step-(\d{8})\.safetensors")
+_FORMAT = "1"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be read, or belongs to another run."""
+
+
+def save_checkpoint(
+    folder: Path | str, step: int, parts: dict[str, dict[str, Tensor]], values: dict[str, Any], *, keep: int = 2
+) -> Path:
+    """Writes step-<step>.safetensors atomically and then removes all but the `keep` newest.
+
+    Args:
+        parts: tensors, by part and name; names may hold "/".
+        values: whatever JSON can hold.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for left_over in folder.glob(".*.partial"):  # of processes that were killed
+        left_over.unlink()
+    tensors = {f"{part}/{name}": t.detach().contiguous() for part, named in parts.items() for name, t in named.items()}
+    path = folder / f"step-{step:08d}.safetensors"
+    partial = folder / f".{path.name}.partial"
+    save_file(tensors, partial, metadata={"format": _FORMAT, "values": json.dumps(values)})
+    _flush(partial)
+    os.replace(partial, path)
+    _flush(folder)  # the rename itself
+    for old in list_checkpoints(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def load_checkpoint(path: Path | str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Parts and values of a checkpoint. Raises CheckpointError if it is not one or is damaged."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise CheckpointError(f"{path}: not a checkpoint of a trainer (format {metadata.get('format')!r})")
+            for key in file.keys():  # noqa: SIM118 (not a mapping)
+                part, _, name = key.partition("/")
+                parts.setdefault(part, {})[name] = file.get_tensor(key)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from error
+    return parts, json.loads(metadata["values"])
+
+
+def list_checkpoints(folder: Path | str) -> list[Path]:
+    """Complete checkpoints in a folder, oldest first; empty if there is no such folder."""
+    folder = Path(folder)
+    return sorted(p for p in folder.iterdir() if _NAME.fullmatch(p.name)) if folder.is_dir() else []
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimizer's state as named tensors: "<parameter>/<what>". Its settings are the caller's to keep."""
+    state = optimizer.state_dict()["state"]
+    return {f"{index}/{key}": value for index, entry in state.items() for key, value in entry.items()}
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        index, _, key = name.partition("/")
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def load_parameters(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Copies a part of a checkpoint into a model. Raises CheckpointError if they do not match."""
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"{type(model).__name__}: the checkpoint is of another model: {error}") from error
+
+
+class Ema:
+    """Moving average of a model's parameters in float32; the parameters themselves before `start`.
+
+    Args:
+        model: what is averaged.
+        decay: of the average, per update.
+        start: first step that is averaged; the average begins as a copy then.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, start: int = 0) -> None:
+        self.model = model
+        self.decay = decay
+        self.start = start
+        self.average: dict[str, Tensor] | None = None
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        if step < self.start:
+            return
+        parameters = dict(self.model.named_parameters())
+        if self.average is None:
+            self.average = {name: p.detach().float().clone() for name, p in parameters.items()}
+            return
+        for name, p in parameters.items():
+            self.average[name].lerp_(p.detach().float(), 1 - self.decay)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[nn.Module]:
+        """The model with the averaged weights in it; its own come back afterwards."""
+        if self.average is None:
+            yield self.model
+            return
+        own = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self._fill(self.average)
+        try:
+            yield self.model
+        finally:
+            self._fill(own)
+
+    @torch.no_grad()
+    def _fill(self, values: dict[str, Tensor]) -> None:
+        for name, p in self.model.named_parameters():
+            p.copy_(values[name])
+
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(self.average or {})
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        device = next(self.model.parameters()).device
+        self.average = {name: value.to(device) for name, value in tensors.items()} or None
+
+
+class StopRequest:
+    """Turns Ctrl-C into a request that a loop can honour at a safe moment; the second one interrupts at once.
+
+        with StopRequest() as stop:
+            while not stop: ...
+
+    Outside of the main thread signals are left alone, and only `request()` asks.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._previous: Any = None
+
+    def __bool__(self) -> bool:
+        return self._asked
+
+    def request(self) -> None:
+        self._asked = True
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+
+    def __enter__(self) -> StopRequest:
+        self._asked = False
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None

@@ -1,0 +1,426 @@
+"""The distillation trainer, top to bottom: what one step does, and a loop around it that can be stopped and resumed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from stream_r1.distill.dmd import DistributionMatching, ScoreModel
+from stream_r1.distill.noise import SampleNoise
+from stream_r1.distill.prompts import PromptEmbeddings, ShuffledOrder, TextEncoder
+from stream_r1.distill.rollout import self_rollout
+from stream_r1.distill.settings import DistillSettings, OptimizerSettings
+from stream_r1.distill.state import (
+    CheckpointError,
+    Ema,
+    StopRequest,
+    list_checkpoints,
+    load_checkpoint,
+    load_optimizer_tensors,
+    load_parameters,
+    optimizer_tensors,
+    save_checkpoint,
+)
+from stream_r1.distill.weighting import StreamR1Weights, Weights
+from stream_r1.models.transformer import CausalWanTransformer
+from stream_r1.rewards.base import Reward
+from stream_r1.schedule import FlowSchedule
+
+
+class Decoder(Protocol):
+    """The part of a video VAE that the reward needs."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B, F, C, h, w] -> [B, T, 3, H, W] in [0, 1]."""
+        ...
+
+
+class DivergedError(RuntimeError):
+    """Too many updates in a row were not finite."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What the reward saw in a generator update (its last micro-batch)."""
+
+    prompts: list[str]
+    video: Tensor  # [B, T, 3, H, W] in [0, 1]
+    weights: Weights
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """One step's numbers. `step` counts from 1 to `steps`."""
+
+    step: int
+    steps: int
+    scalars: dict[str, float]
+    seconds: dict[str, float]
+    preview: Preview | None = None
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint was written."""
+
+    step: int
+    path: Path
+    why: Literal["interval", "stopped", "finished"]
+
+
+Event = StepDone | Saved
+
+
+@dataclass
+class _Draw:
+    """The random choices of one update: the same however it is split into micro-batches."""
+
+    prompts: list[str]
+    seeds: list[int]
+    exit_step: int
+
+    def split(self, parts: int) -> Iterator[_Draw]:
+        size = len(self.prompts) // parts
+        for start in range(0, len(self.prompts), size):
+            stop = start + size
+            yield _Draw(self.prompts[start:stop], self.seeds[start:stop], self.exit_step)
+
+
+@dataclass
+class _Clock:
+    """Seconds spent in named parts. Parts do not nest."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+class DistillTrainer:
+    """Distils a bidirectional teacher into a causal few-step student, weighted by a reward.
+
+    for event in trainer.run():
+        show(event)
+
+    Args:
+        settings: see `DistillSettings`.
+        student: is trained in place.
+        teacher: is frozen in place.
+        prompts: the data.
+        text_encoder: `encode(prompts) -> [B, L, D]`.
+        folder: where checkpoints go and come from; None keeps none.
+        critic: is trained in place; None starts from a copy of the teacher.
+        vae, reward: needed by every weighting but "uniform", where a reward is only reported.
+        negative: [1, L, D], the embedding that guidance moves away from; None encodes `matching.negative_prompt`.
+
+    Everything random comes from `settings.seed`; two runs with the same arguments on one machine are equal bit for bit,
+    resumed or not.
+    """
+
+    def __init__(
+        self,
+        settings: DistillSettings,
+        *,
+        student: CausalWanTransformer,
+        teacher: ScoreModel,
+        prompts: Sequence[str],
+        text_encoder: TextEncoder,
+        folder: Path | str | None = None,
+        critic: ScoreModel | None = None,
+        vae: Decoder | None = None,
+        reward: Reward | None = None,
+        negative: Tensor | None = None,
+    ) -> None:
+        self.settings = settings
+        self.folder = Path(folder) if folder is not None else None
+        self.device = next(student.parameters()).device
+        self.student = student.train()
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.critic = (critic if critic is not None else deepcopy(teacher)).train().requires_grad_(True)
+        if settings.rollout.gradient_checkpointing:
+            self.student.enable_gradient_checkpointing()
+            self.critic.enable_gradient_checkpointing()
+
+        self.prompts = list(prompts)
+        self.order = ShuffledOrder(len(self.prompts), settings.seed)
+        self.embed = PromptEmbeddings(text_encoder, self.device)
+        self.random = torch.Generator().manual_seed(settings.seed)
+
+        self.vae = vae
+        self.weights = self._make_weights(reward)
+        self.schedule = FlowSchedule(settings.rollout.shift)
+        self.steps = self.schedule.denoising_steps(settings.rollout.steps)
+        self.matching = DistributionMatching(
+            self.teacher,
+            self.critic,
+            negative if negative is not None else self.embed([settings.matching.negative_prompt]),
+            schedule=self.schedule,
+            guidance=settings.matching.guidance,
+        )
+        self.student_optimizer = _adamw(self.student, settings.student)
+        self.critic_optimizer = _adamw(self.critic, settings.critic)
+        self.ema = Ema(self.student, settings.ema.decay, settings.ema.start)
+
+        self.step = 0  # steps done
+        self.stopped = False
+        self._stop = StopRequest()
+        self._skipped_in_a_row = 0
+        self._check_chunks()
+
+    def run(self) -> Iterator[Event]:
+        """Trains up to `settings.steps`, yielding an event a step.
+
+        The first Ctrl-C (or `stop()`) finishes the step under way, keeps a checkpoint and ends the iteration, with
+        `stopped` set; so does a consumer that leaves the loop. Raises DivergedError when too many updates in a row
+        were not finite; the last checkpoint is from before them.
+        """
+        self.stopped = False
+        with self._stop:
+            while self.step < self.settings.steps:
+                if self._stop:
+                    self.stopped = True
+                    yield from self._save("stopped")
+                    return
+                done = self.train_step()
+                try:
+                    yield done
+                except GeneratorExit:  # the consumer left; between two steps everything is whole
+                    list(self._save("stopped"))
+                    raise
+                if self.step % self.settings.checkpoint_every == 0 and self.step < self.settings.steps:
+                    yield from self._save("interval")
+            yield from self._save("finished")
+
+    def stop(self) -> None:
+        """Asks a running `run` to stop after the step under way; from any thread."""
+        self._stop.request()
+
+    def train_step(self) -> StepDone:
+        """One step: the generator if it is its turn, then the critic."""
+        clock = _Clock()
+        scalars: dict[str, float] = {}
+        preview = None
+        since_warmup = self.step - self.settings.critic_warmup
+        if since_warmup >= 0 and since_warmup % self.settings.critic_updates == 0:
+            preview = self._update_student(clock, scalars)
+        self._update_critic(clock, scalars)
+        self.step += 1
+        return StepDone(self.step, self.settings.steps, scalars, clock.seconds, preview)
+
+    def _update_student(self, clock: _Clock, scalars: dict[str, float]) -> Preview | None:
+        draw, parts = self._draw(), self.settings.accumulation
+        preview, losses, scores, logs = None, [], [], []
+        for micro in draw.split(parts):
+            noise = SampleNoise(micro.seeds, self.device)
+            text = self.embed(micro.prompts)
+            with clock.part("rollout"):
+                x = self._rollout(text, noise, micro.exit_step, grad=True)
+            with clock.part("reward"):
+                preview = self._look(x.detach(), micro.prompts)
+            weights = preview.weights if preview else None
+            with clock.part("scores"):
+                t, eps = self._dmd_noise(x, noise)
+                loss = self.matching.loss(x, text, t, eps, weights)
+            with clock.part("backward"):
+                (loss / parts).backward()
+            losses.append(loss.detach())
+            if weights is not None:
+                scores.append(weights.scores)
+                logs.append(weights.log)
+        with clock.part("optimizer"):
+            self._descend("student", self.student_optimizer, losses, self.settings.student.clip, scalars)
+            if not scalars["student/skipped"]:
+                self.ema.update(self.step)
+        if scores and self.weights is not None:
+            self.weights.history.observe(torch.cat(scores))
+            scalars |= {key: sum(log[key] for log in logs) / len(logs) for key in logs[0]}
+        scalars["student/exit_step"] = draw.exit_step
+        return preview
+
+    def _update_critic(self, clock: _Clock, scalars: dict[str, float]) -> None:
+        draw, parts = self._draw(), self.settings.accumulation
+        losses = []
+        for micro in draw.split(parts):
+            noise = SampleNoise(micro.seeds, self.device)
+            text = self.embed(micro.prompts)
+            with clock.part("critic rollout"):
+                x = self._rollout(text, noise, micro.exit_step, grad=False)
+            with clock.part("critic"):
+                t, eps = self._dmd_noise(x, noise)
+                loss = self.matching.critic_loss(x, text, t, eps)
+                (loss / parts).backward()
+            losses.append(loss.detach())
+        with clock.part("optimizer"):
+            self._descend("critic", self.critic_optimizer, losses, self.settings.critic.clip, scalars)
+
+    def _draw(self) -> _Draw:
+        batch = self.settings.batch
+        prompts = [self.prompts[i] for i in self.order.draw(batch)]
+        seeds = torch.randint(2**62, (batch,), generator=self.random).tolist()
+        exit_step = int(torch.randint(len(self.steps), (), generator=self.random))
+        return _Draw(prompts, seeds, exit_step)
+
+    def _rollout(self, text: Tensor, noise: SampleNoise, exit_step: int, *, grad: bool) -> Tensor:
+        shape = self.settings.rollout
+        with torch.set_grad_enabled(grad):
+            return self_rollout(
+                self.student,
+                self.student.encode_text(text),
+                noise.randn(shape.frames, self.student.config.in_channels, shape.height, shape.width),
+                schedule=self.schedule,
+                steps=self.steps,
+                exit_step=exit_step,
+                renoise=noise.randn_like,
+                context_noise=shape.context_noise,
+                grad=grad,
+            )
+
+    def _dmd_noise(self, x: Tensor, noise: SampleNoise) -> tuple[Tensor, Tensor]:
+        matching = self.settings.matching
+        t = noise.dmd_timestep(self.schedule, matching.timestep_low, matching.timestep_high)
+        return t, noise.randn_like(x)
+
+    def _look(self, x: Tensor, prompts: list[str]) -> Preview | None:
+        """Decodes the rollout and weighs it; None without a reward."""
+        if self.weights is None or self.vae is None:
+            return None
+        with torch.no_grad():
+            video = self.vae.decode(x)
+        frames, _, height, width = x.shape[1:]
+        # The history learns of all micro-batches' scores at once, when the update is done.
+        return Preview(prompts, video, self.weights(video, prompts, (frames, height, width), observe=False))
+
+    def _descend(
+        self, name: str, optimizer: torch.optim.Optimizer, losses: list[Tensor], clip: float, scalars: dict[str, float]
+    ) -> None:
+        """Clips and steps once for all micro-batches; skips the update if anything in it is not finite."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, clip)
+        loss = torch.stack(losses).mean()
+        numbers = torch.stack([loss.float(), norm.float()])
+        finite = bool(torch.isfinite(numbers).all())
+        if finite:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        scalars[f"{name}/loss"], scalars[f"{name}/grad_norm"] = numbers.tolist()
+        scalars[f"{name}/skipped"] = float(not finite)
+        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
+        if self._skipped_in_a_row >= self.settings.max_skipped:
+            raise DivergedError(
+                f"{self._skipped_in_a_row} updates in a row were not finite, the last of the {name} at step {self.step + 1} "
+                f"(loss {numbers[0]:g}, gradient norm {numbers[1]:g}): lower its lr, or resume from an earlier checkpoint"
+            )
+
+    def _make_weights(self, reward: Reward | None) -> StreamR1Weights | None:
+        chosen = self.settings.weighting
+        if reward is not None and self.vae is None:
+            raise ValueError("DistillTrainer: vae must be given with a reward: rewards look at pixels")
+        if reward is None:
+            if chosen.mode != "uniform":
+                raise ValueError(f"DistillTrainer: reward must be given for weighting.mode {chosen.mode!r}")
+            return None
+        return StreamR1Weights(reward, **chosen.model_dump())
+
+    def _check_chunks(self) -> None:
+        config, frames = self.student.config, self.settings.rollout.frames
+        first = config.first_chunk_frames or config.frames_per_chunk
+        if frames < first or (frames - first) % config.frames_per_chunk:
+            raise ValueError(
+                f"DistillTrainer: rollout.frames must be whole chunks, {first} + a multiple of {config.frames_per_chunk}, "
+                f"got {frames}"
+            )
+
+    def _save(self, why: Literal["interval", "stopped", "finished"]) -> Iterator[Event]:
+        path = self.save()
+        if path is not None:
+            yield Saved(self.step, path, why)
+
+    def save(self) -> Path | None:
+        """Writes a checkpoint of everything that the rest of the run depends on; None without a folder."""
+        if self.folder is None:
+            return None
+        parts = {
+            "student": dict(self.student.state_dict()),
+            "critic": dict(self.critic.state_dict()),
+            "ema": self.ema.tensors(),
+            "student_optimizer": optimizer_tensors(self.student_optimizer),
+            "critic_optimizer": optimizer_tensors(self.critic_optimizer),
+            "random": {"trainer": self.random.get_state(), "torch": torch.get_rng_state()},
+        }
+        values = {
+            "step": self.step,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "settings": self.settings.maths(),
+            "prompts": self.order.state_dict(),
+            "weights": self.weights.state_dict() if self.weights is not None else None,
+        }
+        return save_checkpoint(self.folder, self.step, parts, values, keep=self.settings.keep_checkpoints)
+
+    def resume(self) -> Path | None:
+        """Continues from the newest checkpoint in the folder, bit for bit; None (and no change) if there is none.
+
+        Raises CheckpointError if it is damaged or of a run with other settings.
+        """
+        there = list_checkpoints(self.folder) if self.folder is not None else []
+        if not there:
+            return None
+        self.load(there[-1])
+        return there[-1]
+
+    def load(self, path: Path | str) -> None:
+        """Continues from a checkpoint; see `resume`."""
+        parts, values = load_checkpoint(path)
+        _refuse_other_settings(path, values["settings"], self.settings.maths())
+        load_parameters(self.student, parts["student"])
+        load_parameters(self.critic, parts["critic"])
+        self.ema.load_tensors(parts.get("ema", {}))
+        load_optimizer_tensors(self.student_optimizer, parts.get("student_optimizer", {}))
+        load_optimizer_tensors(self.critic_optimizer, parts.get("critic_optimizer", {}))
+        self.random.set_state(parts["random"]["trainer"])
+        torch.set_rng_state(parts["random"]["torch"])
+        self.order.load_state_dict(values["prompts"])
+        if self.weights is not None and values["weights"] is not None:
+            self.weights.load_state_dict(values["weights"])
+        self.step = values["step"]
+        self._skipped_in_a_row = values["skipped_in_a_row"]
+
+    def export(self, folder: Path | str, *, ema: bool = True) -> None:
+        """Writes the student as a diffusers folder, with its averaged weights if `ema` and there are some."""
+        if ema:
+            with self.ema.applied():
+                self.student.save_pretrained(folder)
+        else:
+            self.student.save_pretrained(folder)
+
+
+def _adamw(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        model.parameters(),
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+
+def _refuse_other_settings(path: Path | str, theirs: dict, ours: dict, at: str = "") -> None:
+    for key in sorted(theirs.keys() | ours.keys()):
+        a, b = theirs.get(key), ours.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            _refuse_other_settings(path, a, b, f"{at}{key}.")
+        elif a != b:
+            raise CheckpointError(f"{path}: made with {at}{key} = {a!r}, this run has {b!r}: resume with the same, or start anew")
