@@ -1,0 +1,173 @@
+"""The command ``stream-r1``: arguments and help. What a command does is in ``stream_r1.commands``, imported when it runs.
+
+Errors are one clear line on stderr and exit code 2; ``--debug`` shows the traceback. Ctrl-C exits with 130.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="stream-r1",
+    help="Distil a video diffusion model into one that streams, guided by a reward, and stream it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, dotted: optim.lr=1e-4")
+]
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Distil a video diffusion model into one that streams, guided by a reward, and stream it."""
+
+
+@app.command()
+def demo(
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("out/demo"),
+    recipe: Annotated[Path | None, typer.Option(help="Recipe to distil by (default: recipes/tiny/stream-r1.yaml).")] = None,
+    budget: Annotated[float, typer.Option(min=20, help="Seconds for everything.")] = 330.0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on.")] = False,
+    report_only: Annotated[bool, typer.Option("--report-only", help="Write the report again from what is there.")] = False,
+) -> None:
+    """Distil the tiny student, stream it before and after, and write a report. Minutes on two cores."""
+    from stream_r1.commands.demo import run
+
+    run(out, recipe, overrides or [], budget=budget, fresh=fresh, report_only=report_only)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, as recipes/tiny/stream-r1.yaml.")],
+    overrides: Overrides = None,
+    check: Annotated[bool, typer.Option("--check", help="Check and show the settings, run nothing.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")] = False,
+) -> None:
+    """Distil a student by a recipe; go on where an earlier run stopped."""
+    from stream_r1.commands.train import run
+
+    run(recipe, overrides or [], check=check, fresh=fresh)
+
+
+@app.command()
+def sample(
+    prompts: Annotated[list[str], typer.Argument(help="One or more prompts; they make one batch.")],
+    out: Annotated[Path, typer.Option(help="An mp4, or a folder for several prompts.")] = Path("out/sample.mp4"),
+    models: Annotated[Path, typer.Option(help="Folder with student/ and vae/.")] = Path("assets/tiny"),
+    student: Annotated[Path | None, typer.Option(help="Another student: a folder, .safetensors or .pt.")] = None,
+    text: Annotated[str | None, typer.Option(help="Text encoder: minilm, or a folder of UMT5.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Length; Ctrl-C ends it earlier.")] = 5.0,
+    forever: Annotated[bool, typer.Option("--forever", help="Until Ctrl-C.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same video, bit for bit.")] = 0,
+    start: Annotated[Path | None, typer.Option(help="Video to continue.")] = None,
+    sheet: Annotated[bool, typer.Option("--sheet", help="Write a contact sheet (PNG) too.")] = False,
+) -> None:
+    """Stream a student into mp4 files, written as frames arrive."""
+    from stream_r1.commands.sample import run
+
+    run(
+        prompts,
+        out=out,
+        models=models,
+        student=student,
+        text=text,
+        seconds=None if forever else seconds,
+        seed=seed,
+        start=start,
+        sheet=sheet,
+    )
+
+
+@app.command()
+def replay(
+    files: Annotated[list[Path], typer.Argument(help="Files of the golden format (.safetensors).")],
+    tolerance: Annotated[float, typer.Option(min=0.0, help="Worst relative error allowed.")] = 1e-5,
+    backend: Annotated[str, typer.Option(help="Backend of the kernels: auto, cpu or reference.")] = "auto",
+) -> None:
+    """Run recorded calls of another implementation through the student; exit 1 past the tolerance."""
+    from stream_r1.commands.replay import run
+
+    raise typer.Exit(run(files, tolerance=tolerance, backend=backend))
+
+
+data_app = typer.Typer(no_args_is_help=True, help="The film the tiny world is learnt from: fetch, check, look.")
+app.add_typer(data_app, name="data")
+
+
+@data_app.command("fetch")
+def data_fetch(
+    cache: Annotated[Path | None, typer.Option(help="Folder to keep it in.")] = None,
+) -> None:
+    """Fetch the film (58 MB), checked by hash."""
+    from stream_r1.commands.data import fetch
+
+    fetch(cache)
+
+
+@data_app.command("shots")
+def data_shots() -> None:
+    """List the captioned shots."""
+    from stream_r1.commands.data import shots
+
+    shots()
+
+
+@data_app.command("sheet")
+def data_sheet(
+    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("out/shots.png"),
+    cache: Annotated[Path | None, typer.Option(help="Folder the film is kept in.")] = None,
+) -> None:
+    """Write a picture with the middle frame of every shot and its caption (fetches the film)."""
+    from stream_r1.commands.data import sheet
+
+    sheet(out, cache)
+
+
+@app.command()
+def info(
+    paths: Annotated[list[Path] | None, typer.Argument(help="Model folders, .safetensors files or recipes.")] = None,
+) -> None:
+    """Say what this machine can run, or what is in a model folder, a weight file or a recipe."""
+    from stream_r1.commands.info import run
+
+    run(paths or [])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; never returns (``SystemExit``)."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args or bool(os.environ.get("STREAM_R1_DEBUG"))
+    args = [arg for arg in args if arg != "--debug"]  # welcome anywhere on the line
+    try:
+        app(args, prog_name="stream-r1", standalone_mode=True)
+    except KeyboardInterrupt:
+        _fail("stopped", 130)
+    except Exception as error:
+        if debug:
+            raise
+        _fail(_one_line(error), 2)
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        text = f"{error.filename}: {error.strerror.lower()}"
+    expected = isinstance(error, ValueError | TypeError | OSError) or type(error).__module__.startswith("stream_r1")
+    return text if expected else f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"stream-r1: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,1 @@
+"""What each command of ``stream-r1`` does: one module a command, imported when it runs."""

@@ -1,0 +1,57 @@
+"""``stream-r1 data``: the film behind the tiny world."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from stream_r1.data import film
+
+
+def fetch(cache: Path | None) -> None:
+    """Fetch the film into ``cache`` (default: the user's cache folder) and say where it is."""
+    console = Console()
+    with console.status("fetching the film"):
+        path = film.fetch_film(cache)
+    console.print(f"{path} ({path.stat().st_size / 2**20:.0f} MB)", soft_wrap=True)
+    console.print("Big Buck Bunny, (c) Blender Foundation, CC-BY 3.0, www.bigbuckbunny.org", style="dim")
+
+
+def shots() -> None:
+    """Print the captioned shots; needs no film."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("shot", justify="right")
+    table.add_column("start", justify="right")
+    table.add_column("seconds", justify="right")
+    table.add_column("held out")
+    table.add_column("caption")
+    for shot in film.load_shots():
+        start, length = shot.start / film.FPS, shot.frames / film.FPS
+        held_out = "yes" if shot.held_out else ""
+        table.add_row(str(shot.index), f"{start:.1f}", f"{length:.1f}", held_out, shot.caption)
+    Console().print(table)
+
+
+def sheet(out: Path, cache: Path | None) -> None:
+    """Write the middle frame of every shot, captioned, as one picture."""
+    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
+
+    console = Console()
+    with console.status("reading the film"):
+        frames = film.load_film(cache)
+    listed = film.load_shots()
+    columns = 6
+    rows = -(-len(listed) // columns)
+    figure: Figure = plt.figure(figsize=(2.4 * columns, 1.75 * rows), dpi=100, layout="constrained")
+    for place, shot in enumerate(listed):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        axes.imshow(frames[(shot.start + shot.end) // 2])
+        axes.set_title(f"{shot.index}  {shot.caption}", fontsize=6, wrap=True, loc="left")
+        axes.axis("off")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out)
+    plt.close(figure)
+    console.print(str(out))

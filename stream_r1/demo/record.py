@@ -1,0 +1,122 @@
+"""What a demo run knows about itself, in one JSON file beside its videos: enough to write the report, or to go on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+FILE = "record.json"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Clip(_Part):
+    """One video of one prompt."""
+
+    prompt: str
+    video: str
+    """mp4, relative to the run's folder."""
+    sheet: str | None = None
+    """Contact sheet (PNG), relative to the run's folder."""
+
+
+class StepPoint(_Part):
+    """One optimizer step of the student (with the critic's steps since the one before)."""
+
+    step: int
+    elapsed: float
+    """Seconds of distillation so far, over all runs."""
+    generator_loss: float | None = None
+    critic_loss: float | None = None
+    scores: dict[str, float] = {}
+    """Mean score of the batch by reward axis."""
+    weight: float | None = None
+    """Mean inter-reliability weight of the batch."""
+
+
+class Measure(_Part):
+    """One row of the table before / after."""
+
+    name: str
+    meaning: str
+    higher_is_better: bool
+    trained_on: bool
+    """Whether the distillation sees this measure (a reward axis) or never does (independent)."""
+    values: dict[str, float]
+    """By column: before, after, teacher, film."""
+
+
+class Timing(_Part):
+    """Where the time of streaming went: one stream of ``chunks`` chunks at batch 1."""
+
+    first_frame: float
+    """Seconds from the call to the first pixel frames."""
+    text: float
+    denoise: float
+    """Seconds in the denoising passes, all chunks."""
+    cache: float
+    """Seconds in the clean passes that leave keys and values in the cache, all chunks."""
+    decode: float
+    total: float
+    chunks: int
+    frames: int
+
+    @property
+    def fps(self) -> float:
+        """Frames a second, end to end: denoising, cache, decoding, between the call and the last frame."""
+        return self.frames / self.total
+
+
+class Record(_Part):
+    """Everything about a run; written after every stage and every few steps."""
+
+    fingerprint: str
+    """Of settings and models: a run goes on only if it is the same."""
+    started: str
+    recipe: str
+    seed: int
+    budget: float
+    machine: dict[str, str] = {}
+    prompts: list[str] = []
+    size: tuple[int, int] = (64, 112)
+    """Height and width of the videos."""
+    fps: int = 24
+    chunk_frames: int = 12
+    """Pixel frames of a chunk."""
+    teacher_steps: int | None = None
+    axes: list[str] = []
+    clips: dict[str, list[Clip]] = {}
+    """By column: before, after, teacher, film."""
+    steps: list[StepPoint] = []
+    planned_steps: int | None = None
+    step_seconds: float | None = None
+    """One student step with its critic steps, as measured."""
+    critic_steps: int = 0
+    measures: list[Measure] = []
+    measures_note: str = ""
+    timing: Timing | None = None
+    maps: str | None = None
+    """npz with frames, saliency, weights; relative to the run's folder."""
+    stages: dict[str, float] = {}
+    """Seconds spent by stage."""
+    settings: str = ""
+    """The resolved recipe, YAML."""
+    finished: bool = False
+    stopped: bool = False
+
+    def save(self, folder: Path) -> None:
+        """Write atomically: a run stopped half-way leaves the old file or the new one."""
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / (FILE + ".part")
+        part.write_text(self.model_dump_json(indent=1), encoding="utf-8")
+        os.replace(part, folder / FILE)
+
+    @classmethod
+    def load(cls, folder: Path) -> Record | None:
+        """The folder's record, or None if there is none."""
+        path = folder / FILE
+        return cls.model_validate_json(path.read_text(encoding="utf-8")) if path.is_file() else None

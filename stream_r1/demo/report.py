@@ -1,0 +1,310 @@
+"""From a run's record and files to one self-contained page: nothing is fetched, everything is inside."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from stream_r1.demo import figures
+from stream_r1.demo.record import Measure, Record
+
+LABELS = {
+    "before": "Student before",
+    "after": "Student after distillation",
+    "teacher": "Teacher, {steps} steps",
+    "film": "The film",
+}
+_STREAMED = ("before", "after")
+AXIS_NAMES = {"VQ": "visual quality", "MQ": "motion quality", "TA": "text alignment"}
+_MAP_COLUMNS = 6
+
+
+def write_report(record: Record, folder: Path) -> Path:
+    """Write ``index.html`` into ``folder`` from ``record`` and the files it names; parts that are missing are left out."""
+    environment = Environment(
+        loader=PackageLoader("stream_r1.demo", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html.j2").render(_context(record, folder))
+    out, part = folder / "index.html", folder / "index.html.part"
+    part.write_text(page, encoding="utf-8")
+    os.replace(part, out)
+    return out
+
+
+def _context(record: Record, folder: Path) -> dict[str, Any]:
+    columns = [name for name in LABELS if record.clips.get(name)]
+    labels = {name: _label(name, record) for name in LABELS}
+    rows, sheets = _videos(record, folder, columns, labels)
+    return {
+        "headline": "A student learns to stream, in minutes, on a CPU",
+        "summary": _summary(record),
+        "banner": _banner(record),
+        "key": _key_numbers(record),
+        "rows": rows,
+        "columns": columns,
+        "columns_note": _columns_note(columns),
+        "sheets": sheets,
+        "height": record.size[0],
+        "width": record.size[1],
+        "fps": record.fps,
+        "chunk_frames": record.chunk_frames,
+        "charts": _charts(record),
+        "steps_note": _steps_note(record),
+        "maps": _maps(record, folder),
+        "measures": _measures(record),
+        "measure_columns": [{"label": _short_label(name)} for name in _measure_columns(record)],
+        "measures_note": record.measures_note,
+        "timing": _timing(record),
+        "facts": _facts(record),
+        "settings": record.settings,
+        "written": datetime.now().strftime("%Y-%m-%d %H:%M"),
+    }
+
+
+def _label(name: str, record: Record) -> str:
+    return LABELS[name].format(steps=record.teacher_steps or "many")
+
+
+def _short_label(name: str) -> str:
+    return name.capitalize()
+
+
+def _summary(record: Record) -> str:
+    seconds = record.stages.get("distil", 0.0)
+    spent = f"{len(record.steps)} steps ({_duration(seconds)})" if record.steps else "No step yet"
+    return (
+        "A small video diffusion model that needs many steps and sees the whole clip at once is distilled into one that "
+        f"needs four, and makes video chunk by chunk. {spent} of Stream-R1: distribution matching, weighted by what a "
+        "reward finds worth learning, and where."
+    )
+
+
+def _banner(record: Record) -> str | None:
+    if record.finished:
+        return None
+    if record.stopped:
+        planned = f" of {record.planned_steps}" if record.planned_steps else ""
+        return (
+            f"This run was stopped after {len(record.steps)}{planned} student steps. "
+            "Run it again: it goes on from here. What it has so far is below."
+        )
+    return "This run is not finished: what it has so far is below."
+
+
+def _key_numbers(record: Record) -> list[dict[str, str]]:
+    out = []
+    if record.timing:
+        out.append({"value": f"{record.timing.fps:.0f}", "unit": "fps", "label": "streamed, end to end"})
+        out.append({"value": f"{1000 * record.timing.first_frame:.0f}", "unit": "ms", "label": "to the first frame"})
+    if record.steps:
+        out.append({"value": str(len(record.steps)), "unit": "", "label": f"student steps in {_duration(record.stages.get('distil', 0.0))}"})
+    rewards = [m for m in record.measures if m.trained_on and {"before", "after"} <= m.values.keys()]
+    if rewards:
+        before, after = (float(np.mean([m.values[k] for m in rewards])) for k in ("before", "after"))
+        out.append({"value": f"{before:+.2f} → {after:+.2f}", "unit": "", "label": "reward, before → after"})
+    return out
+
+
+def _videos(
+    record: Record, folder: Path, columns: list[str], labels: dict[str, str]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    rows, sheets = [], []
+    for prompt in record.prompts:
+        videos, pictures = [], []
+        for name in columns:
+            for clip in record.clips[name]:
+                if clip.prompt != prompt or not (folder / clip.video).is_file():
+                    continue
+                videos.append({"role": name, "label": labels[name], "data": _base64(playable(folder / clip.video))})
+                if clip.sheet and (folder / clip.sheet).is_file():
+                    pictures.append({"label": labels[name], "data": _base64((folder / clip.sheet).read_bytes())})
+        if videos:
+            streamed = [video for video in videos if video["role"] in _STREAMED]
+            references = [video for video in videos if video["role"] not in _STREAMED]
+            rows.append({"prompt": prompt, "videos": streamed, "references": references})
+        if pictures:
+            sheets.append({"prompt": prompt, "pictures": pictures})
+    return rows, sheets
+
+
+def playable(path: Path) -> bytes:
+    """The mp4 with one index and no fragments (same pictures, nothing is encoded again): every browser seeks in it."""
+    import av
+
+    out = io.BytesIO()
+    with av.open(str(path)) as source, av.open(out, "w", format="mp4") as target:
+        stream = source.streams.video[0]
+        copy = target.add_stream_from_template(stream)
+        for packet in source.demux(stream):
+            if packet.dts is not None:
+                packet.stream = copy
+                target.mux(packet)
+    return out.getvalue()
+
+
+def _columns_note(columns: list[str]) -> str:
+    notes = {
+        "teacher": "The teacher sees all frames of its short clip at once",
+        "film": "the film's shot is what the caption was written for",
+    }
+    told = [notes[name] for name in columns if name in notes]
+    text = "; ".join(told)
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+
+def _charts(record: Record) -> list[dict[str, Any]]:
+    steps = record.steps
+    if len(steps) < 2:
+        return []
+    charts = []
+    scores = {axis: [(p.step, p.scores[axis]) for p in steps if axis in p.scores] for axis in record.axes}
+    lines = {axis: tuple(zip(*points, strict=True)) for axis, points in scores.items() if len(points) > 1}
+    if lines:
+        names = ", ".join(f"{axis}: {AXIS_NAMES[axis]}" for axis in lines if axis in AXIS_NAMES)
+        charts.append(
+            {
+                "svg": Markup(figures.curve(lines, ylabel="reward")),
+                "caption": f"Scores of the student's rollouts while it learns. {names}. Thin: each step; thick: running mean.",
+            }
+        )
+    for attribute, label, caption in (
+        ("generator_loss", "DMD loss", "The student's weighted loss. Its gradient is normalised, so it shows balance rather than progress."),
+        ("critic_loss", "critic loss", "The critic's flow-matching loss: how well it keeps up with what the student makes."),
+        ("weight", "weight", "Mean inter-reliability weight: how much a rollout counts as a whole, by its reward."),
+    ):
+        points = [(p.step, value) for p in steps if (value := getattr(p, attribute)) is not None]
+        if len(points) > 1:
+            svg = figures.curve({label: tuple(zip(*points, strict=True))}, ylabel=label)
+            charts.append({"svg": Markup(svg), "caption": caption})
+    return charts
+
+
+def _steps_note(record: Record) -> str:
+    parts = [f"{len(record.steps)} student steps"]
+    if record.critic_steps:
+        parts.append(f"{record.critic_steps} critic steps")
+    text = " and ".join(parts) + f" in {_duration(record.stages.get('distil', 0.0))}"
+    if record.step_seconds:
+        text += f"; a student step with its critic steps took {record.step_seconds:.2f} s, and the time budget decided how many there were"
+    return text + "."
+
+
+def _maps(record: Record, folder: Path) -> dict[str, Any] | None:
+    if not record.maps or not (folder / record.maps).is_file():
+        return None
+    with np.load(folder / record.maps) as data:
+        frames, saliency, weights, scores = (data[k] for k in ("frames", "saliency", "weights", "scores"))
+        prompt = str(data["prompt"])
+    count = len(frames)
+    shown = np.unique(np.linspace(0, count - 1, min(count, _MAP_COLUMNS)).round().astype(int))
+    strips = [{"name": "Frames", "note": "the student's video", "picture": figures.frame_strip(frames[shown])}]
+    for axis, values, score in zip(record.axes, saliency, scores, strict=True):
+        heat = figures.unit_range(values)
+        note = f"{AXIS_NAMES.get(axis, '')}, score {score:+.2f}".lstrip(", ")
+        strips.append({"name": f"Saliency, {axis}", "note": note, "picture": figures.heat_strip(frames[shown], heat[shown])})
+    spread = f"{weights.min():.2f} to {weights.max():.2f}"
+    heat = figures.heat_strip(frames[shown], figures.unit_range(weights)[shown], cmap="viridis")
+    strips.append({"name": "Weights", "note": f"in the loss: {spread}", "picture": heat})
+    return {
+        "prompt": prompt,
+        "frames": count,
+        "strips": [
+            {"name": s["name"], "note": s["note"], "data": _base64(figures.png(s["picture"]))} for s in strips
+        ],
+        "profile": Markup(figures.profile_bars(weights.mean((1, 2)).tolist())),
+    }
+
+
+def _measure_columns(record: Record) -> list[str]:
+    return [name for name in LABELS if any(name in m.values for m in record.measures)]
+
+
+def _measures(record: Record) -> list[dict[str, Any]]:
+    columns = _measure_columns(record)
+    groups = []
+    for title, trained_on in (("Independent: the distillation never sees these", False), ("The reward that guides it", True)):
+        rows = [_measure_row(m, columns) for m in record.measures if m.trained_on == trained_on]
+        if rows:
+            groups.append({"title": title, "rows": rows})
+    return groups
+
+
+def _measure_row(measure: Measure, columns: list[str]) -> dict[str, Any]:
+    direction = "higher is better" if measure.higher_is_better else "lower is better"
+    row: dict[str, Any] = {
+        "name": measure.name,
+        "meaning": f"{measure.meaning}; {direction}",
+        "cells": [_number(measure.values.get(name)) for name in columns],
+        "change": None,
+        "verdict": "",
+    }
+    if {"before", "after"} <= measure.values.keys():
+        change = measure.values["after"] - measure.values["before"]
+        row["change"] = f"{'▲' if change > 0 else '▼'} {_number(abs(change))}" if change else "0"
+        if change:
+            row["verdict"] = "better" if (change > 0) == measure.higher_is_better else "worse"
+    return row
+
+
+def _number(value: float | None) -> str:
+    if value is None or not np.isfinite(value):
+        return "–"
+    digits = 3 if abs(value) < 1 else 2 if abs(value) < 100 else 1
+    return f"{value:.{digits}f}".replace("-", "−")
+
+
+def _timing(record: Record) -> dict[str, Any] | None:
+    timing = record.timing
+    if timing is None:
+        return None
+    known = timing.text + timing.denoise + timing.cache + timing.decode
+    parts = []
+    for key, name, seconds in (
+        ("text", "text", timing.text),
+        ("denoise", "denoising, four passes", timing.denoise),
+        ("cache", "cache pass", timing.cache),
+        ("decode", "decoding", timing.decode),
+        ("rest", "everything else", max(timing.total - known, 0.0)),
+    ):
+        per_chunk = 1000 * seconds / timing.chunks
+        parts.append(
+            {"key": key, "name": name, "percent": f"{100 * seconds / timing.total:.2f}", "value": f"{per_chunk:.1f} ms a chunk"}
+        )
+    return {
+        "parts": parts,
+        "sentence": f"{timing.frames} frames in {timing.total:.2f} s: {timing.fps:.1f} frames a second end to end, where "
+        f"{record.fps} play in real time. The first frame is there {1000 * timing.first_frame:.0f} ms after asking.",
+        "note": "One video at a time, after a warm-up. End to end counts everything between asking for the video and "
+        "holding its last frame in memory: the text encoder, the denoising passes, the pass that leaves keys and values "
+        "in the cache, and the decoder. It does not count loading the models or writing the mp4.",
+    }
+
+
+def _facts(record: Record) -> list[tuple[str, str]]:
+    facts = [("recipe", record.recipe), ("seed", str(record.seed)), ("started", record.started)]
+    facts += list(record.machine.items())
+    facts += [(f"time: {name}", _duration(seconds)) for name, seconds in record.stages.items()]
+    facts.append(("time: in all", f"{_duration(sum(record.stages.values()))} (budget {_duration(record.budget)})"))
+    return facts
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{int(seconds) // 60} min {int(seconds) % 60} s"
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")

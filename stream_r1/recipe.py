@@ -1,0 +1,162 @@
+"""A recipe: everything one distillation run is told, and whether it fits the models it names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field
+
+from stream_r1.config import Settings, SettingsError, load_recipe
+from stream_r1.distill.settings import Count, DistillSettings
+
+FILM_PROMPTS = "film"
+
+
+class ModelPaths(Settings):
+    """Where the models are: folders, relative to where the command runs or to the project's root."""
+
+    student: str
+    teacher: str
+    vae: str
+    reward: str
+    critic: str | None = None
+    """None: the critic starts as a copy of the teacher."""
+    text: str = "minilm"
+    """minilm, or a folder with UMT5 and its tokenizer."""
+
+
+class StreamSettings(Settings):
+    """How the student streams; None keeps what its folder says."""
+
+    window_frames: Count | None = None
+    sink_frames: int | None = Field(default=None, ge=0)
+    positions: Literal["absolute", "window"] | None = None
+    sink_ema: float | None = Field(default=None, gt=0, lt=1)
+
+    def overrides(self) -> dict[str, Any]:
+        """What was set."""
+        return self.model_dump(exclude_none=True)
+
+
+class Recipe(DistillSettings):
+    """The settings of the distillation, its models, its prompts and where results go."""
+
+    models: ModelPaths
+    stream: StreamSettings = StreamSettings()
+    prompts: str = FILM_PROMPTS
+    """A text file, one prompt a line, or "film": the captions of the tiny world's training shots."""
+    out: str = "out/train"
+
+    def distillation(self) -> DistillSettings:
+        """The part that the trainer is given."""
+        return DistillSettings(**{name: getattr(self, name) for name in DistillSettings.model_fields})
+
+    def as_yaml(self) -> str:
+        """The resolved settings; a recipe again."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=100)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe file with ``key=value`` overrides, checked by itself and, where the models are there, against them.
+
+    Raises:
+        SettingsError: what is wrong, everything at once.
+    """
+    recipe = load_recipe(Recipe, locate(path), overrides)
+    problems = list(_misfits(recipe))
+    if problems:
+        raise SettingsError(f"{path}: " + ("\n  ".join(["does not fit its models", *problems])))
+    return recipe
+
+
+def locate(path: str | Path) -> Path:
+    """``path`` where the command runs, else below the project's root if it is there, else unchanged."""
+    path = Path(path)
+    if path.is_absolute() or path.exists():
+        return path
+    below = Path(__file__).resolve().parent.parent / path
+    return below if below.exists() else path
+
+
+def read_prompts(source: str) -> list[str]:
+    """Prompts of a recipe: one a line of a UTF-8 file, empty lines left out, or the film's captions."""
+    if source == FILM_PROMPTS:
+        from stream_r1.data.film import load_shots
+
+        return list(dict.fromkeys(shot.caption for shot in load_shots() if not shot.held_out))
+    path = locate(source)
+    if not path.is_file():
+        raise SettingsError(f'prompts: {source}: no such file; expected a text file, one prompt a line, or "{FILM_PROMPTS}"')
+    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise SettingsError(f"prompts: {source}: expected at least one prompt, got an empty file")
+    return prompts
+
+
+def require_models(recipe: Recipe) -> None:
+    """Refuse, before any work, models that are not there."""
+    named = {f"models.{key}": value for key, value in recipe.models.model_dump(exclude_none=True).items()}
+    if recipe.models.text == "minilm":
+        del named["models.text"]
+    missing = [f"{key}: {value}: no such folder or file" for key, value in named.items() if not locate(value).exists()]
+    if missing:
+        raise SettingsError("\n  ".join(["models are missing", *missing]))
+
+
+def _misfits(recipe: Recipe) -> list[str]:
+    """Combinations that cannot work, read off the models' configurations; no weight is loaded."""
+    student, teacher, vae, reward = (
+        _config(getattr(recipe.models, name)) for name in ("student", "teacher", "vae", "reward")
+    )
+    problems = []
+    if student:
+        student = student | recipe.stream.overrides()
+        problems += _stream_misfits(recipe, student)
+    if student and teacher:
+        for key in ("in_channels", "text_dim", "patch_size"):
+            if key in student and key in teacher and student[key] != teacher[key]:
+                problems.append(f"models.teacher: expected {key} {student[key]} as the student's, got {teacher[key]}")
+    if student and vae and "z_dim" in vae and student.get("in_channels") != vae["z_dim"]:
+        problems.append(
+            f"models.vae: expected {student.get('in_channels')} latent channels as the student's, got {vae['z_dim']}"
+        )
+    axes = reward.get("axes") if reward else None
+    if recipe.weighting.mode == "re-dmd" and axes and recipe.weighting.motion_axis not in axes:
+        problems.append(
+            f"weighting.motion_axis: expected an axis of the reward ({', '.join(axes)}), got {recipe.weighting.motion_axis!r}"
+        )
+    return problems
+
+
+def _stream_misfits(recipe: Recipe, student: dict[str, Any]) -> list[str]:
+    problems = []
+    chunk, first = student.get("frames_per_chunk", 3), student.get("first_chunk_frames")
+    rest = recipe.rollout.frames - (first or 0)
+    if rest < 0 or rest % chunk:
+        wholes = [(first or 0) + chunk * n for n in range(1, 8)]
+        problems.append(
+            f"rollout.frames: expected whole chunks of {chunk} latent frames ({', '.join(map(str, wholes))}, ...), "
+            f"got {recipe.rollout.frames}"
+        )
+    _, rows, columns = student.get("patch_size", (1, 2, 2))
+    for name, size, patch in (("height", recipe.rollout.height, rows), ("width", recipe.rollout.width, columns)):
+        if size % patch:
+            problems.append(f"rollout.{name}: expected a multiple of the student's patch ({patch}), got {size}")
+    window, sink = student.get("window_frames"), student.get("sink_frames", 0)
+    if window is not None and window < sink + chunk:
+        problems.append(
+            f"stream.window_frames: expected at least {sink + chunk} (sink {sink} + a chunk of {chunk}), got {window}"
+        )
+    if student.get("sink_ema") is not None and sink != chunk:
+        problems.append(f"stream.sink_ema: expected sink_frames equal to a chunk ({chunk}) for a moving sink, got {sink}")
+    return problems
+
+
+def _config(folder: str) -> dict[str, Any]:
+    """The folder's config.json, or nothing if it is not there (weight files carry no configuration)."""
+    path = locate(folder) / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
