@@ -48,7 +48,7 @@ class BuildKernels(BuildExtension):
         kernels = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*_kernel.cpp"))
         ext.extra_objects = [
             built
-            for isa, flags in ISA_FLAGS.items() if kernels
+            for isa, flags in ISA_FLAGS.items()
             for built in self.compiler.compile(
                 kernels,
                 output_dir=os.path.join(self.build_temp, isa),
@@ -59,8 +59,9 @@ class BuildKernels(BuildExtension):
         ]
         super().build_extension(ext)
         record = {"torch": torch.__version__, "isa": list(ISA_FLAGS), "left_out": LEFT_OUT}
-        beside = Path(self.get_ext_fullpath(ext.name)).parent
-        (beside / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
+        in_place = self.inplace or getattr(self, "editable_mode", False)
+        package = (ROOT if in_place else Path(self.build_lib)) / "stream_r1_kernels"
+        (package / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 def extension() -> CppExtension:

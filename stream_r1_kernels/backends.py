@@ -76,6 +76,7 @@ def resolve(backend: str, op: str, tensor: Tensor) -> str:
         return backend
     if backend == "auto":
         usable = EXTENSION_PROBLEM is None and tensor.device.type == "cpu" and tensor.dtype in CPU_DTYPES
+        usable = usable and torch._C._dispatch_has_kernel_for_dispatch_key(f"stream_r1::{op}", "CPU")
         return "cpu" if usable else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
