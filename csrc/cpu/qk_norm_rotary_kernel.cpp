@@ -47,7 +47,7 @@ void norm_rotary(const NormRotaryArgs& a, int64_t begin, int64_t end) {
   Scratch input(width), normed(width), rotated(a.head_dim);
   for (int64_t r = begin; r < end; ++r) {
     const int64_t b = r / a.tokens, t = r % a.tokens;
-    const float* x = row_to_read(a.x, b * a.x_batch + t * a.x_token, width, input);
+    const float* x = read_row(a.x, b * a.x_batch + t * a.x_token, width, input);
     const float scale = inverse_rms(x, width, a.eps);
     float* n = normed;
 #pragma omp simd
@@ -56,7 +56,7 @@ void norm_rotary(const NormRotaryArgs& a, int64_t begin, int64_t end) {
       const int64_t offset = b * a.y_batch + t * a.y_token + h * a.y_head;
       float* y = row_to_write(a.out, offset, rotated);
       rotate(n + h * a.head_dim, pairs, a.cos + t * pairs, a.sin + t * pairs, y);
-      finish_row(a.out, offset, a.head_dim, y);
+      write_row(a.out, offset, a.head_dim, y);
     }
   }
 }
@@ -68,10 +68,10 @@ void norm_rotary_backward(const NormRotaryArgs& a, int64_t begin, int64_t end, f
   Scratch input(width), normed(width), grad(width), incoming(a.head_dim), result(width);
   for (int64_t r = begin; r < end; ++r) {
     const int64_t b = r / a.tokens, t = r % a.tokens;
-    const float* x = row_to_read(a.x, b * a.x_batch + t * a.x_token, width, input);
+    const float* x = read_row(a.x, b * a.x_batch + t * a.x_token, width, input);
     const float scale = inverse_rms(x, width, a.eps);
     for (int64_t h = 0; h < a.heads; ++h) {
-      const float* y = row_to_read(a.grad_out, b * a.y_batch + t * a.y_token + h * a.y_head, a.head_dim, incoming);
+      const float* y = read_row(a.grad_out, b * a.y_batch + t * a.y_token + h * a.y_head, a.head_dim, incoming);
       rotate_back(y, pairs, a.cos + t * pairs, a.sin + t * pairs, grad + h * a.head_dim);
     }
     float *n = normed, *g = grad;
@@ -87,7 +87,7 @@ void norm_rotary_backward(const NormRotaryArgs& a, int64_t begin, int64_t end, f
     float* grad_x = row_to_write(a.out, r * width, result);
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) grad_x[i] = scale * (g[i] - n[i] * mean);
-    finish_row(a.out, r * width, width, grad_x);
+    write_row(a.out, r * width, width, grad_x);
   }
 }
 

@@ -1,0 +1,50 @@
+// From tensors to what the row kernels take.
+
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+
+#include "cpu/views.h"
+
+namespace stream_r1 {
+
+inline Element element_of(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return Element::float32;
+    case at::kBFloat16:
+      return Element::bfloat16;
+    case at::kHalf:
+      return Element::float16;
+    default:
+      TORCH_CHECK_TYPE(false, "stream_r1: expected float32, bfloat16 or float16, got ", tensor.scalar_type());
+  }
+}
+
+inline Source source(const at::Tensor& tensor) { return {tensor.const_data_ptr(), element_of(tensor)}; }
+
+inline Target target(const at::Tensor& tensor) { return {tensor.mutable_data_ptr(), element_of(tensor)}; }
+
+// The tensor itself if its last dimensions lie in memory without gaps, else a contiguous copy.
+inline at::Tensor with_dense_rows(const at::Tensor& tensor, int64_t last_dims = 1) {
+  int64_t expected = 1;
+  for (int64_t d = tensor.dim() - 1; d >= tensor.dim() - last_dims; --d) {
+    if (tensor.size(d) != 1 && tensor.stride(d) != expected) return tensor.contiguous();
+    expected *= tensor.size(d);
+  }
+  return tensor;
+}
+
+// Does autograd have to record an op with these inputs? Recording costs as much as a small op itself.
+inline bool needs_graph(at::TensorList inputs) {
+  return at::GradMode::is_enabled() &&
+         std::any_of(inputs.begin(), inputs.end(), [](const at::Tensor& input) { return input.requires_grad(); });
+}
+
+// Units of work for one task of at::parallel_for: a task smaller than some ten thousand elements costs more to hand over
+// than to do.
+inline int64_t grain(int64_t elements_a_unit) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, elements_a_unit)); }
+
+}  // namespace stream_r1
