@@ -1,0 +1,5 @@
+"""Measures of generated video that no part of training ever sees."""
+
+from stream_r1.evaluation.report import MEASURES, Measure, evaluate_videos
+
+__all__ = ["MEASURES", "Measure", "evaluate_videos"]

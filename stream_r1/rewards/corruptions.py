@@ -89,7 +89,7 @@ def smear(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     kernel = torch.full((3, 1, 1, length), 1 / length)
     sideways = rng.random() < 0.5
     x = clip if sideways else clip.transpose(2, 3)
-    x = F.conv2d(F.pad(x, (length // 2, length // 2), mode="replicate"), kernel, groups=3)
+    x = F.conv2d(F.pad(x, (length // 2, length // 2, 0, 0), mode="replicate"), kernel, groups=3)
     return x if sideways else x.transpose(2, 3)
 
 

@@ -83,7 +83,7 @@ class EfficientNetLite(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """images [N, 3, H, W] in [0, 1] -> one feature map [N, C, h, w] a tap."""
         x = (images - self._mean) / self._std
-        x = F.relu6(self.stem(x.contiguous(memory_format=torch.channels_last)))
+        x = F.relu6(self.stem(x.contiguous(memory_format=torch.channels_last)), inplace=True)
         outputs = []
         for index, block in enumerate(self.blocks):
             x = block(x)
@@ -124,8 +124,8 @@ class _InvertedResidual(nn.Module):
         self.shortcut = stride == 1 and first.in_channels == self.project.out_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x if self.expand is None else F.relu6(self.expand(x))
-        y = self.project(F.relu6(self.depthwise(y)))
+        y = x if self.expand is None else F.relu6(self.expand(x), inplace=True)
+        y = self.project(F.relu6(self.depthwise(y), inplace=True))
         return x + y if self.shortcut else y
 
 
