@@ -1,8 +1,8 @@
 """Kernel Inception Distance (Binkowski et al., arXiv 1801.01401) on features of EfficientNet-lite2.
 
-The film reward looks through lite0; this measure looks through another network, trained apart, so that a student
-that pleases the one does not please the other by construction. (Same family and same training images, though: it is
-an independent pair of eyes of the same species.)
+The film reward looks through lite0; this measure looks through another network, trained apart, so that a
+student that pleases the one does not please the other by construction. (Same family and same training
+images, though: it is an independent pair of eyes of the same species.)
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from torch import Tensor
 from stream_r1.rewards.efficientnet import EfficientNetLite
 
 _LAST_BLOCK = 17  # of lite2: 352 channels
-_INPUT = (128, 224)  # height, width that small frames are enlarged to: ImageNet networks expect larger objects
+_INPUT = (
+    128,
+    224,
+)  # height, width that small frames are enlarged to: ImageNet networks expect larger objects
 
 
 class FrameFeatures:
@@ -40,7 +43,8 @@ def kernel_distance(features: Tensor, reference: Tensor) -> float:
 
     Args:
         features: [N, d], N >= 2.
-        reference: [M, d], M >= 2. Both are standardised with its mean and deviation a dimension first, so that the
+        reference: [M, d], M >= 2. Both are standardised with its mean and deviation a dimension first, so
+        that the
             figure does not hang on the scale of some network's activations.
 
     Returns:
@@ -48,13 +52,18 @@ def kernel_distance(features: Tensor, reference: Tensor) -> float:
     """
     if features.ndim != 2 or reference.ndim != 2 or features.shape[1] != reference.shape[1]:
         raise ValueError(
-            f"kernel_distance: features: expected [N, d] and [M, d], got {list(features.shape)} and {list(reference.shape)}"
+            "kernel_distance: features: expected [N, d] and [M, d], "
+            f"got {list(features.shape)} and {list(reference.shape)}"
         )
     if min(len(features), len(reference)) < 2:
-        raise ValueError(f"kernel_distance: features: expected two rows or more each, got {len(features)}, {len(reference)}")
+        raise ValueError(
+            f"kernel_distance: features: expected two rows or more, got {len(features)}, {len(reference)}"
+        )
     mean, std = reference.double().mean(0), reference.double().std(0) + 1e-6
     x, y = (features.double() - mean) / std, (reference.double() - mean) / std
-    return (_mean_off_diagonal(_kernel(x, x)) + _mean_off_diagonal(_kernel(y, y)) - 2 * _kernel(x, y).mean()).item()
+    return (
+        _mean_off_diagonal(_kernel(x, x)) + _mean_off_diagonal(_kernel(y, y)) - 2 * _kernel(x, y).mean()
+    ).item()
 
 
 def _kernel(x: Tensor, y: Tensor) -> Tensor:
@@ -75,7 +84,8 @@ def prompt_match(
         reference: [M, d], one row a reference video. reference_prompts: M strings.
 
     Returns:
-        A share in [0, 1], 0.5 by chance, averaged over the videos whose prompt the reference has; None if there is none.
+        A share in [0, 1], 0.5 by chance, averaged over the videos whose prompt the reference has; None if
+        there is none.
     """
     if len(features) != len(prompts) or len(reference) != len(reference_prompts):
         raise ValueError(
@@ -83,7 +93,9 @@ def prompt_match(
             f"got {len(prompts)} and {len(reference_prompts)}"
         )
     mean, std = reference.double().mean(0), reference.double().std(0) + 1e-6
-    similarity = F.normalize((features - mean) / std, dim=1) @ F.normalize((reference - mean) / std, dim=1).T  # [N, M]
+    similarity = (
+        F.normalize((features - mean) / std, dim=1) @ F.normalize((reference - mean) / std, dim=1).T
+    )  # [N, M]
     shares = []
     for row, prompt in zip(similarity, prompts, strict=True):
         own = torch.tensor([other == prompt for other in reference_prompts])

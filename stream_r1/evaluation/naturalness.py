@@ -1,9 +1,10 @@
-"""Do the fine statistics of the frames look like those of clean frames? NIQE's question, asked with our own clean frames.
+"""Do the fine statistics of the frames look like those of clean frames? NIQE's question.
 
-After NIQE (Mittal, Soundararajan and Bovik, 2013): local contrast-normalised luma has a typical distribution in clean
-pictures, and blur, blocks, noise and ringing each bend it. NIQE's published constants were fitted on large photographs
-and mean little for a 64 x 112 cartoon, so the clean model is fitted on the reference videos that are passed in: the
-figures compare runs against one reference; they are not NIQE scores as others report them.
+After NIQE (Mittal, Soundararajan and Bovik, 2013): local contrast-normalised luma has a typical distribution
+in clean pictures, and blur, blocks, noise and ringing each bend it. NIQE's published constants were fitted
+on large photographs
+and mean little for a 64 x 112 cartoon, so the clean model is fitted on the reference videos that are passed
+in: the figures compare runs against one reference; they are not NIQE scores as others report them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def luma(frames: Tensor) -> Tensor:
 
 
 def sharpness(frames: Tensor) -> float:
-    """Mean magnitude of luma's Laplacian, in grey levels (0 to 255). Noise raises it too: read it beside naturalness."""
+    """Mean magnitude of luma's Laplacian, in grey levels (0 to 255). Noise raises it too."""
     kernel = torch.tensor([[0, 1, 0], [1, -4, 1], [0, 1, 0]], dtype=torch.float64).view(1, 1, 3, 3)
     return F.conv2d(255 * luma(frames), kernel).abs().mean().item()
 
@@ -52,14 +53,20 @@ class CleanStatistics:
         statistics = patch_statistics(frames)
         difference = statistics.mean(0) - self.mean
         pooled = (self.covariance + statistics.T.cov()) / 2
-        return (difference @ torch.linalg.pinv(pooled, rtol=1e-9, hermitian=True) @ difference).clamp(min=0).sqrt().item()
+        return (
+            (difference @ torch.linalg.pinv(pooled, rtol=1e-9, hermitian=True) @ difference)
+            .clamp(min=0)
+            .sqrt()
+            .item()
+        )
 
 
 def patch_statistics(frames: Tensor) -> Tensor:
     """[N, 3, H, W] -> [patches of all frames, 36] float64: 18 statistics at each of two scales."""
     if frames.ndim != 4 or frames.shape[1] != 3 or min(frames.shape[2:]) < _PATCH:
         raise ValueError(
-            f"patch_statistics: frames: expected [N, 3, H, W] of at least {_PATCH} pixels a side, got {list(frames.shape)}"
+            f"patch_statistics: frames: expected [N, 3, H, W], {_PATCH} pixels a side or more, "
+            f"got {list(frames.shape)}"
         )
     full = 255 * luma(frames)
     scales = []
@@ -69,7 +76,9 @@ def patch_statistics(frames: Tensor) -> Tensor:
         columns = [_patches(x, patch) for x in (normal, *products)]  # each [N * patches, pixels]
         fits = [_asymmetric_gaussian(x) for x in columns]
         own, others = fits[0], fits[1:]
-        scales.append(torch.stack([own[0], (own[1] + own[2]) / 2, *(value for fit in others for value in fit)], 1))
+        scales.append(
+            torch.stack([own[0], (own[1] + own[2]) / 2, *(value for fit in others for value in fit)], 1)
+        )
     count = min(len(scale) for scale in scales)
     return torch.cat([scale[:count] for scale in scales], 1)
 
@@ -105,7 +114,8 @@ def _asymmetric_gaussian(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     ratio = left / right
     wanted = x.abs().mean(1).square() / (x.square().mean(1) + tiny)
     wanted = wanted * (ratio**3 + 1) * (ratio + 1) / (ratio.square() + 1).square()
-    # rho(shape) = gamma(2/shape)^2 / (gamma(1/shape) gamma(3/shape)) rises with the shape: look the wanted value up.
+    # rho(shape) = gamma(2/shape)^2 / (gamma(1/shape) gamma(3/shape)) rises with the shape: look the wanted
+    # value up.
     rho = torch.exp(2 * torch.lgamma(2 / _SHAPES) - torch.lgamma(1 / _SHAPES) - torch.lgamma(3 / _SHAPES))
     shape = _SHAPES[torch.searchsorted(rho, wanted).clamp(max=len(rho) - 1)]
     mean = (right - left) * torch.exp(

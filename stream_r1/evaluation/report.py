@@ -21,13 +21,25 @@ class Measure(NamedTuple):
 
 
 MEASURES: dict[str, Measure] = {
-    "kid": Measure("lower", "distance of the frames' contents from the reference's (KID, EfficientNet-lite2); 0 is equal"),
-    "naturalness": Measure("lower", "distance of fine picture statistics from the reference's (after NIQE); 0 is equal"),
-    "sharpness": Measure("near reference", "mean Laplacian of luma over that of the reference; below 1 is blurred"),
-    "warp_error": Measure("lower", "difference of neighbouring frames after motion compensation, grey levels of 255"),
+    "kid": Measure(
+        "lower", "distance of the frames' contents from the reference's (KID, EfficientNet-lite2); 0 is equal"
+    ),
+    "naturalness": Measure(
+        "lower", "distance of fine picture statistics from the reference's (after NIQE); 0 is equal"
+    ),
+    "sharpness": Measure(
+        "near reference", "mean Laplacian of luma over that of the reference; below 1 is blurred"
+    ),
+    "warp_error": Measure(
+        "lower", "difference of neighbouring frames after motion compensation, grey levels of 255"
+    ),
     "motion": Measure("near reference", "mean optical flow, pixels a frame; near 0 is a still picture"),
-    "judder": Measure("near reference", "unsteadiness of the change from frame to frame; freezing and jumps raise it"),
-    "prompt_match": Measure("higher", "share of reference pairs where the video's own prompt's is the nearer; 0.5 by chance"),
+    "judder": Measure(
+        "near reference", "unsteadiness of the change from frame to frame; freezing and jumps raise it"
+    ),
+    "prompt_match": Measure(
+        "higher", "share of reference pairs where the video's own prompt's is the nearer; 0.5 by chance"
+    ),
 }
 
 
@@ -42,16 +54,18 @@ def evaluate_videos(
     """Measures generated videos against reference videos, with nothing that the reward has learnt.
 
     Args:
-        videos: [N, T, 3, H, W], or N tensors [T, 3, H, W] of any lengths >= 3; floating point in [0, 1]; H, W >= 32.
+        videos: [N, T, 3, H, W], or N tensors [T, 3, H, W] of any lengths >= 3; floating point in [0, 1]; H,
+        W >= 32.
         reference_videos: likewise; real ones (held out), at the same size as the videos.
-        prompts, reference_prompts: the videos' captions; `prompt_match` is in the result when both are given and some
+        prompts, reference_prompts: the videos' captions; `prompt_match` is in the result when both are given
+        and some
             prompt occurs in both.
         frames_per_video: evenly spread frames a video that KID, naturalness and sharpness look at.
 
     Returns:
-        The figures of `MEASURES`, which says what each means and which way is better; those of single videos averaged.
-        With `sharpness` relative to the reference; `motion_reference`, `warp_error_reference` and `judder_reference`
-        say what the reference itself has.
+        The figures of `MEASURES`, which says what each means and which way is better; those of single videos
+        averaged. With `sharpness` relative to the reference; `motion_reference`, `warp_error_reference` and
+        `judder_reference` say what the reference itself has.
     """
     videos, reference_videos = _as_list(videos, "videos"), _as_list(reference_videos, "reference_videos")
     frames = [_some_frames(video, frames_per_video) for video in videos]
@@ -70,7 +84,10 @@ def evaluate_videos(
             result[name + suffix] = sum(getattr(figure, name) for figure in figures) / len(figures)
     if prompts is not None and reference_prompts is not None:
         match = prompt_match(
-            _video_means(features, frames), prompts, _video_means(reference, reference_frames), reference_prompts
+            _video_means(features, frames),
+            prompts,
+            _video_means(reference, reference_frames),
+            reference_prompts,
         )
         if match is not None:
             result["prompt_match"] = match
@@ -84,10 +101,13 @@ def _as_list(videos: Tensor | Sequence[Tensor], parameter: str) -> list[Tensor]:
     for video in group:
         if not isinstance(video, Tensor) or not video.is_floating_point():
             got = video.dtype if isinstance(video, Tensor) else type(video).__name__
-            raise TypeError(f"evaluate_videos: {parameter}: expected floating-point tensors in [0, 1], got {got}")
+            raise TypeError(
+                f"evaluate_videos: {parameter}: expected floating-point tensors in [0, 1], got {got}"
+            )
         if video.ndim != 4 or video.shape[1] != 3 or video.shape[0] < 3 or min(video.shape[2:]) < 32:
             raise ValueError(
-                f"evaluate_videos: {parameter}: expected [T, 3, H, W] with T >= 3 and H, W >= 32, got {list(video.shape)}"
+                f"evaluate_videos: {parameter}: expected [T, 3, H, W] with T >= 3 and H, W >= 32, "
+                f"got {list(video.shape)}"
             )
     return [video.detach().cpu() for video in group]
 

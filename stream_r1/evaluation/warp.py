@@ -1,4 +1,7 @@
-"""Motion by optical flow: how much there is, and whether what moves stays itself (Lai et al., arXiv 1808.00449)."""
+"""Motion by optical flow: how much there is, and whether what moves stays itself.
+
+Warp error after Lai et al. (arXiv 1808.00449).
+"""
 
 from __future__ import annotations
 
@@ -12,22 +15,25 @@ _ENLARGE = 2  # small frames are enlarged for the flow's own patches to fit
 
 
 class MotionFigures(NamedTuple):
-    """One video's figures. Lower warp error is better only at comparable motion: a frozen video has none of either."""
+    """One video's figures. Compare warp errors only at like motion: a frozen video has none of either."""
 
     warp_error: float  # mean absolute difference after motion compensation, grey levels (0 to 255)
     motion: float  # mean length of the flow, pixels a frame
-    judder: float  # mean change of the mean frame difference from step to step, relative to it; steady motion has little
+    judder: float  # mean change of the frame difference from step to step, relative to it; 0 is steady
 
 
 def motion_figures(video: Tensor) -> MotionFigures:
     """Figures of one video [T, 3, H, W] in [0, 1], T >= 3, by DIS optical flow between neighbouring frames.
 
-    Pixels whose forward and backward flows disagree (uncovered, or leaving the picture) are left out of the error.
+    Pixels whose forward and backward flows disagree (uncovered, or leaving the picture) are left out of the
+    error.
     """
     if video.ndim != 4 or video.shape[1] != 3 or video.shape[0] < 3:
         raise ValueError(f"motion_figures: video: expected [T, 3, H, W] with T >= 3, got {list(video.shape)}")
     pixels = (video.detach().cpu().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    frames = [cv2.resize(frame, None, fx=_ENLARGE, fy=_ENLARGE, interpolation=cv2.INTER_CUBIC) for frame in pixels]
+    frames = [
+        cv2.resize(frame, None, fx=_ENLARGE, fy=_ENLARGE, interpolation=cv2.INTER_CUBIC) for frame in pixels
+    ]
     greys = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
     flow_finder = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     errors, lengths = [], []
@@ -50,4 +56,6 @@ def _sample(image: np.ndarray, flow: np.ndarray) -> np.ndarray:
     """image [h, w, C] float32 at positions moved by flow [h, w, 2]."""
     height, width = flow.shape[:2]
     x, y = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
-    return cv2.remap(image, x + flow[..., 0], y + flow[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return cv2.remap(
+        image, x + flow[..., 0], y + flow[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+    )

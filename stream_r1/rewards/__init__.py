@@ -1,4 +1,4 @@
-"""Video reward models behind one small protocol: `score(video, prompts) -> [B, axes]`, differentiable in the video."""
+"""Video reward models behind one small protocol: `score(video, prompts) -> [B, axes]`, differentiable."""
 
 from stream_r1.rewards.base import Reward, load_reward, score_with_gradients
 

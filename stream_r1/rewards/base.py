@@ -29,8 +29,8 @@ class Reward(Protocol):
             prompts: B strings.
 
         Returns:
-            [B, len(axes)] float32, higher is better, normalised to about zero mean and unit deviation an axis;
-            differentiable in `video`.
+            [B, len(axes)] float32, higher is better, normalised to about zero mean and unit deviation an
+            axis; differentiable in `video`.
         """
         ...
 
@@ -75,7 +75,7 @@ def check_video(video: Tensor, prompts: Sequence[str], *, name: str) -> None:
 
 
 def score_with_gradients(reward: Reward, video: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
-    """Scores and each axis' gradient with respect to the pixels, for the whole batch (Stream-R1's intra-perplexity).
+    """Scores and each axis' gradient with respect to the pixels, for a batch (Stream-R1, arXiv 2605.03849).
 
     Args:
         reward: any `Reward`.
@@ -83,8 +83,8 @@ def score_with_gradients(reward: Reward, video: Tensor, prompts: list[str]) -> t
         prompts: B strings.
 
     Returns:
-        scores [B, M] and gradients [M, B, T, 3, H, W], both detached; zero gradients for an axis that does not depend
-        on the pixels.
+        scores [B, M] and gradients [M, B, T, 3, H, W], both detached; zero gradients for an axis that does
+        not depend on the pixels.
     """
     with torch.enable_grad():
         leaf = video.detach().requires_grad_()
@@ -92,7 +92,9 @@ def score_with_gradients(reward: Reward, video: Tensor, prompts: list[str]) -> t
         last = scores.shape[1] - 1
         # Videos are independent, so the gradient of the sum over the batch holds every video's own gradient.
         gradients = [
-            torch.autograd.grad(scores[:, axis].sum(), leaf, retain_graph=axis < last, materialize_grads=True)[0]
+            torch.autograd.grad(
+                scores[:, axis].sum(), leaf, retain_graph=axis < last, materialize_grads=True
+            )[0]
             for axis in range(scores.shape[1])
         ]
     return scores.detach(), torch.stack(gradients)
@@ -122,4 +124,6 @@ def load_reward(spec: str | Path, *, device: str | torch.device = "cpu") -> Rewa
             f"load_reward: spec: {folder} holds a VideoAlign reward, which this version cannot run yet; "
             'available: "film" (python -m stream_r1.rewards.film_training makes one)'
         )
-    raise ValueError(f'load_reward: spec: expected type "film" or "videoalign" in {folder / "config.json"}, got {kind!r}')
+    raise ValueError(
+        f'load_reward: spec: expected type "film" or "videoalign" in {folder / "config.json"}, got {kind!r}'
+    )

@@ -1,7 +1,8 @@
-"""Ways to spoil a clip, after what few-step video generators get wrong; the film reward learns to rank them below the clip.
+"""Ways to spoil a clip, after what few-step generators get wrong; the film reward learns to mark them down.
 
-A corruption is a function `(clip, strength, rng) -> clip`: clip [T, 3, H, W] float32 in [0, 1], strength in (0, 1], all
-randomness from `rng`. With equally seeded `rng`s two strengths spoil the clip in the same way, one more than the other.
+A corruption is a function `(clip, strength, rng) -> clip`: clip [T, 3, H, W] float32 in [0, 1], strength in
+(0, 1], all randomness from `rng`. With equally seeded `rng`s two strengths spoil the clip in the same way,
+one more than the other.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ def blur(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
 def pixelate(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     """Flat blocks, mixed into the clip."""
     size = int(rng.choice([2, 4, 8]))
-    blocks = F.interpolate(F.avg_pool2d(clip, size, ceil_mode=True), scale_factor=size)[..., : clip.shape[2], : clip.shape[3]]
+    blocks = F.interpolate(F.avg_pool2d(clip, size, ceil_mode=True), scale_factor=size)[
+        ..., : clip.shape[2], : clip.shape[3]
+    ]
     return torch.lerp(clip, blocks, {2: 1.0, 4: 0.8, 8: 0.6}[size] * strength)
 
 

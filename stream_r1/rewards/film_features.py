@@ -65,7 +65,9 @@ def _pixel_statistics(images: Tensor) -> Tensor:
     for scale in (1, 2):
         x = F.avg_pool2d(luma, scale) if scale > 1 else luma
         dx, dy = x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
-        corner = dx[..., 1:, 1:] - dx[..., 1:, :-1] - dx[..., :-1, 1:] + dx[..., :-1, :-1]  # noise more than edges
+        corner = (
+            dx[..., 1:, 1:] - dx[..., 1:, :-1] - dx[..., :-1, 1:] + dx[..., :-1, :-1]
+        )  # noise more than edges
         statistics += [_log_energy(dx), _log_energy(dy), _log_energy(corner)]
         if scale == 1:
             seams_x, seams_y = dx[..., _GRID - 1 :: _GRID], dy[..., _GRID - 1 :: _GRID, :]
@@ -81,8 +83,8 @@ def _log_energy(x: Tensor) -> Tensor:
 def _change_statistics(x: Tensor) -> Tensor:
     """How a map changes: [B, T, C, h, w] -> [B, 5C].
 
-    Smooth motion has second differences small beside first ones, changes over two frames larger than over one, and a
-    steady amount of change; freezing, jitter, flicker and shuffling each break one of these.
+    Smooth motion has second differences small beside first ones, changes over two frames larger than over
+    one, and a steady amount of change; freezing, jitter, flicker and shuffling each break one of these.
     """
     if x.shape[1] < 3:  # too short for a second difference: the last frame stands still
         x = torch.cat([x, *[x[:, -1:]] * (3 - x.shape[1])], 1)
@@ -92,7 +94,9 @@ def _change_statistics(x: Tensor) -> Tensor:
     around = (step[:, 1:] + step[:, :-1]) / 2
     roughness = _log_change(second) - around
     progress = _log_change(first[:, 1:] + first[:, :-1]) - around
-    return torch.cat([step.mean(1), _deviation(step), roughness.mean(1), _deviation(roughness), progress.mean(1)], 1)
+    return torch.cat(
+        [step.mean(1), _deviation(step), roughness.mean(1), _deviation(roughness), progress.mean(1)], 1
+    )
 
 
 def _log_change(x: Tensor) -> Tensor:

@@ -1,8 +1,11 @@
-"""Trains the film reward's heads: `python -m stream_r1.rewards.film_training --film-cache DIR --out assets/tiny/reward`.
+"""Trains the film reward's heads.
 
-Pairs teach the order: a clip above its spoilt version, a little spoilt above much spoilt, its own caption above another
-shot's. Each axis is taught to ignore what belongs to another one. Features are computed once; the heads then train in
-seconds. The report compares on shots that were held out, with corruptions seen and never seen in training.
+    python -m stream_r1.rewards.film_training --film-cache DIR --out assets/tiny/reward
+
+Pairs teach the order: a clip above its spoilt version, a little spoilt above much spoilt, its own caption
+above another shot's. Each axis is taught to ignore what belongs to another one. Features are computed once;
+the heads then train in seconds. The report compares on shots that were held out, with corruptions seen and
+never seen in training.
 """
 
 from __future__ import annotations
@@ -51,9 +54,11 @@ class FilmTrainingSettings:
 
 
 class SpoiltClips(NamedTuple):
-    """Features of N clips, each clean and spoilt in K ways; index 0 of dimension 1 is clean, then K x (weak, strong)."""
+    """Features of N clips; version 0 of each is clean, then come K x (weak, strong) spoilt ones."""
 
-    features: FilmFeatures  # appearance [N, 1+2K, T, 392] float16, motion [N, 1+2K, 335], content [N, 1+2K, 432]
+    features: (
+        FilmFeatures  # appearance [N, 1+2K, T, 392] float16, motion [N, 1+2K, 335], content [N, 1+2K, 432]
+    )
     kinds: np.ndarray  # [N, K] names
     changed: Tensor  # [N, K] bool: the strong version differs visibly
     shots: list[Shot]  # N
@@ -91,15 +96,24 @@ def train_film_reward(
     every = {**seen, **corruptions.VISUAL_UNSEEN, **corruptions.MOTION_UNSEEN, **(extra_kinds or {})}
 
     def spoil(clips: list[tuple[Shot, int]], draw: Callable[[], list[str]], label: str) -> SpoiltClips:
-        return _spoilt_clips(frames, clips, draw, every, extract, settings, clip_rng, lambda at: progress(f"{label} {at}"))
+        return _spoilt_clips(
+            frames, clips, draw, every, extract, settings, clip_rng, lambda at: progress(f"{label} {at}")
+        )
 
     def draw_training() -> list[str]:
         groups = (corruptions.VISUAL, corruptions.MOTION)
-        return [str(kind) for group in groups for kind in clip_rng.permutation(list(group))[: settings.kinds_per_clip]]
+        return [
+            str(kind)
+            for group in groups
+            for kind in clip_rng.permutation(list(group))[: settings.kinds_per_clip]
+        ]
 
     train = spoil(_choose(shots, False, settings), draw_training, "training clips")
     held_out = _choose(shots, True, settings)
-    held_out = [held_out[i] for i in np.linspace(0, len(held_out) - 1, min(len(held_out), settings.held_out_clips)).astype(int)]
+    held_out = [
+        held_out[i]
+        for i in np.linspace(0, len(held_out) - 1, min(len(held_out), settings.held_out_clips)).astype(int)
+    ]
     test = spoil(held_out, lambda: list(every), "held-out clips")
     feature_seconds = time.perf_counter() - begin
 
@@ -154,7 +168,9 @@ def _spoilt_clips(
         versions = [clip]
         for kind in chosen:
             weak, seed = rng.uniform(*settings.weak), int(rng.integers(2**31))
-            versions += [every[kind](clip, strength, np.random.default_rng(seed)) for strength in (weak, 2 * weak)]
+            versions += [
+                every[kind](clip, strength, np.random.default_rng(seed)) for strength in (weak, 2 * weak)
+            ]
         video = (torch.stack(versions) * 255).round() / 255  # what a file would hold
         # One version at a time: what a pass touches then fits the caches.
         features = FilmFeatures(*map(torch.cat, zip(*(extract(v[None]) for v in video), strict=True)))
@@ -186,7 +202,9 @@ def _fit(
     visual = torch.from_numpy(np.isin(train.kinds, list(corruptions.VISUAL)))  # [N, K]
     neutral = torch.from_numpy(~np.isin(train.kinds, list(corruptions.NOT_NEUTRAL)))
     log_scale = torch.nn.Parameter(torch.tensor(2.5))  # of the caption softmax
-    optimizer = torch.optim.AdamW([*heads.parameters(), log_scale], settings.learning_rate, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(
+        [*heads.parameters(), log_scale], settings.learning_rate, weight_decay=settings.weight_decay
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     # Every shot counts alike, however many clips it has.
     shot_ids = [shot.index for shot in train.shots]
@@ -195,20 +213,27 @@ def _fit(
     clip_count = len(train.shots)
     for step in range(settings.steps):
         b = torch.from_numpy(rng.choice(clip_count, settings.batch, p=chance))
-        # One visual and one motion corruption a clip: column k of `kinds` is versions 1 + 2k (weak) and 2 + 2k (strong).
+        # One visual and one motion corruption a clip: column k of `kinds` is versions 1 + 2k (weak) and 2 +
+        # 2k (strong).
         k_visual, k_motion = _draw(visual[b], rng), _draw(~visual[b], rng)
         # clean, visual weak, visual strong, motion weak, motion strong; all of the clip b
-        v = torch.stack([torch.zeros_like(b), 1 + 2 * k_visual, 2 + 2 * k_visual, 1 + 2 * k_motion, 2 + 2 * k_motion])
+        v = torch.stack(
+            [torch.zeros_like(b), 1 + 2 * k_visual, 2 + 2 * k_visual, 1 + 2 * k_motion, 2 + 2 * k_motion]
+        )
         vq = heads.visual_score(train.features.appearance[b, v].float().flatten(0, 1)).view(5, -1)
         mq = heads.motion_score(train.features.motion[b, v])
         vq_neutral = neutral[b, k_motion] * ((vq[3:] - vq[0]).square().mean(0))
         mq_neutral = (mq[1:3] - mq[0]).square().mean(0)
         shown = train.changed[b, k_motion]
-        loss = _ranking(vq[0], vq[1], vq[2], train.changed[b, k_visual]) + _ranking(mq[0], mq[3], mq[4], shown)
+        loss = _ranking(vq[0], vq[1], vq[2], train.changed[b, k_visual]) + _ranking(
+            mq[0], mq[3], mq[4], shown
+        )
         loss = loss + settings.neutrality * (vq_neutral.mean() + mq_neutral.mean())
         loss = loss + 1e-3 * (vq.square().mean() + mq.square().mean())
         version = torch.from_numpy(rng.integers(0, 5, len(b))).unsqueeze(0)
-        loss = loss + _caption_loss(heads, train.features.content[b], v.gather(0, version)[0], captions[b], log_scale)
+        loss = loss + _caption_loss(
+            heads, train.features.content[b], v.gather(0, version)[0], captions[b], log_scale
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -224,16 +249,21 @@ def _draw(allowed: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def _ranking(clean: Tensor, weak: Tensor, strong: Tensor, shown: Tensor) -> Tensor:
-    """Bradley-Terry losses within a clip, and between clips so that scores of different clips can be compared."""
+    """Bradley-Terry losses within a clip, and between clips so that their scores can be compared."""
     within = F.softplus(weak - clean) + F.softplus(strong - weak) + F.softplus(strong - clean)
-    between = F.softplus(strong[None, :] - clean[:, None]).mean(0) + 0.5 * F.softplus(weak[None, :] - clean[:, None]).mean(0)
+    between = F.softplus(strong[None, :] - clean[:, None]).mean(0) + 0.5 * F.softplus(
+        weak[None, :] - clean[:, None]
+    ).mean(0)
     return ((within + between) * shown).sum() / shown.sum().clamp(min=1)
 
 
-def _caption_loss(heads: FilmHeads, content: Tensor, version: Tensor, captions: Tensor, log_scale: Tensor) -> Tensor:
-    """Contrastive loss over the batch (Radford et al., arXiv 2103.00020), for a clean or spoilt version of each clip.
+def _caption_loss(
+    heads: FilmHeads, content: Tensor, version: Tensor, captions: Tensor, log_scale: Tensor
+) -> Tensor:
+    """Contrastive loss over the batch (Radford et al., arXiv 2103.00020), on one version of each clip.
 
-    content [N, 1+2K, 432], version [N], captions [N, 384]. Captions that mean nearly the same are nobody's negatives.
+    content [N, 1+2K, 432], version [N], captions [N, 384]. Captions that mean nearly the same are nobody's
+    negatives.
     """
     rows = torch.arange(len(version))
     clean, text = heads.meet(content[:, 0], captions)
@@ -258,7 +288,10 @@ def _report(
     mq = heads.motion_score(test.features.motion)
     kinds = list(test.kinds[0])
     is_motion = np.isin(kinds, [*corruptions.MOTION, *corruptions.MOTION_UNSEEN])
-    alignment = {"held_out": _alignment(heads, test, shots, sentences), "training": _alignment(heads, train, shots, sentences)}
+    alignment = {
+        "held_out": _alignment(heads, test, shots, sentences),
+        "training": _alignment(heads, train, shots, sentences),
+    }
 
     normal_mean, normal_std = [], []
     for clean, spoilt in (
@@ -268,7 +301,9 @@ def _report(
     ):
         mean = (clean.mean() + spoilt.mean()) / 2
         normal_mean.append(mean.item())
-        normal_std.append((((clean - mean).square().mean() + (spoilt - mean).square().mean()) / 2).sqrt().item())
+        normal_std.append(
+            (((clean - mean).square().mean() + (spoilt - mean).square().mean()) / 2).sqrt().item()
+        )
     vq, mq = ((raw - normal_mean[axis]) / normal_std[axis] for axis, raw in ((0, vq), (1, mq)))
 
     by_kind = {}
@@ -292,7 +327,12 @@ def _report(
     for axis in AXES[:2]:
         for name, was_seen in (("seen", True), ("unseen", False)):
             rows = [row for row in by_kind.values() if row["axis"] == axis and row["seen"] == was_seen]
-            for figure in ("clean_above_weak", "clean_above_strong", "weak_above_strong", "any_clean_above_strong"):
+            for figure in (
+                "clean_above_weak",
+                "clean_above_strong",
+                "weak_above_strong",
+                "any_clean_above_strong",
+            ):
                 summary[f"{axis}_{name}_{figure}"] = round(float(np.mean([row[figure] for row in rows])), 3)
     for name, aligned in alignment.items():
         summary[f"TA_{name}_right_above_wrong"] = _share(aligned.right_of_wrong > aligned.wrong)
@@ -301,7 +341,8 @@ def _report(
     metrics = {
         "pair_accuracy": summary,
         "held_out_scores": {
-            name: {axis: [_mean(x), round(x.std().item(), 3)] for axis, x in row.items()} for name, row in scores.items()
+            name: {axis: [_mean(x), round(x.std().item(), 3)] for axis, x in row.items()}
+            for name, row in scores.items()
         },
         "corruptions": by_kind,
     }
@@ -314,7 +355,9 @@ class _Alignment(NamedTuple):
     right_of_wrong: Tensor  # [P] the clip's own caption's cosine, for each wrong one
 
 
-def _alignment(heads: FilmHeads, clips: SpoiltClips, shots: Sequence[Shot], sentences: SentenceEmbedder) -> _Alignment:
+def _alignment(
+    heads: FilmHeads, clips: SpoiltClips, shots: Sequence[Shot], sentences: SentenceEmbedder
+) -> _Alignment:
     every = sentences(sorted({shot.caption for shot in shots}))
     own = sentences([shot.caption for shot in clips.shots])
     content, texts = heads.meet(clips.features.content[:, 0], every)
