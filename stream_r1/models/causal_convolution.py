@@ -1,8 +1,8 @@
 """Causal 3D convolution with a carried past: what lets a Wan autoencoder run piece by piece.
 
-A `WanCausalConv3d` of diffusers pads time on the left only. Here the same weights are applied to `[past | x]`, where
-`past` are the last input frames of the previous piece (zeros before the first), so that running a video in pieces of
-any length equals running it at once.
+A `WanCausalConv3d` of diffusers pads time on the left only. Here the same weights are applied to `[past |
+x]`, where `past` are the last input frames of the previous piece (zeros before the first), so that running a
+video in pieces of any length equals running it at once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class _MkldnnConv3d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        # the gradient of a stride-1 correlation: a correlation with the mirrored weights, inputs and outputs swapped
+        # the gradient of a stride-1 correlation: a correlation with the mirrored weights, inputs and outputs
+        # swapped
         weight = ctx.weight.flip(2, 3, 4).transpose(0, 1)
         padding = [k - 1 - p for k, p in zip(ctx.weight.shape[2:], ctx.padding, strict=True)]
         grad = grads[0].contiguous(memory_format=torch.channels_last_3d)
@@ -72,7 +73,8 @@ class Past:
         self._next = 0
 
     def join(self, x: Tensor, frames: int) -> Tensor:
-        """`[past | x]` along time for x [B, C, T, H, W]; keeps the last `frames` frames of it for the next piece."""
+        """`[past | x]` along time for x [B, C, T, H, W]; keeps the last `frames` frames of it for the next
+        piece."""
         index = self.skip(x, frames)
         joined = torch.cat([self.tensors[index], x], dim=2)
         # a copy: a view would keep the whole of `joined` alive until the next piece

@@ -1,4 +1,5 @@
-"""The video autoencoder as the rest of the project uses it: pixels in [0, 1], normalised latents, streaming decode."""
+"""The video autoencoder as the rest of the project uses it: pixels in [0, 1], normalised latents, streaming
+decode."""
 
 from __future__ import annotations
 
@@ -12,17 +13,17 @@ from torch.utils.checkpoint import checkpoint as run_checkpointed
 from stream_r1.models.causal_convolution import Past
 from stream_r1.models.vae_codec import decode_piece, encode_piece
 
-# Pixels (of all frames and samples) that one call of a network may hold: several latent frames a call are faster while
-# they are small; at 480p this leaves one latent frame a call, as diffusers does.
+# Pixels (of all frames and samples) that one call of a network may hold: several latent frames a call are
+# faster while they are small; at 480p this leaves one latent frame a call, as diffusers does.
 _PIXELS_PER_PIECE = 1 << 20
 
 
 class VideoVAE(nn.Module):
     """A frozen `AutoencoderKLWan` (plain or residual) between pixels and normalised latents.
 
-    Pixels are [B, T, 3, H, W] in [0, 1] with T = 1 + temporal_factor * n, latents [B, F, C, h, w] with F = 1 + n, shifted
-    and scaled by the configuration's `latents_mean` and `latents_std`. Gradients reach pixels and latents, never the
-    weights. Source: Wan (2503.20314), section 4.1.
+    Pixels are [B, T, 3, H, W] in [0, 1] with T = 1 + temporal_factor * n, latents [B, F, C, h, w] with F = 1
+    + n, shifted and scaled by the configuration's `latents_mean` and `latents_std`. Gradients reach pixels
+    and latents, never the weights. Source: Wan (2503.20314), section 4.1.
     """
 
     def __init__(self, autoencoder: AutoencoderKLWan) -> None:
@@ -84,7 +85,8 @@ class VideoVAE(nn.Module):
         return 1 + self.temporal_factor * (latent_frames - 1)
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """(F, h, w) of a video of `frames` pixel frames of height x width; ValueError where they do not fit."""
+        """(F, h, w) of a video of `frames` pixel frames of height x width; ValueError where they do not
+        fit."""
         if frames < 1 or (frames - 1) % self.temporal_factor:
             raise ValueError(f"VideoVAE: frames must be 1 + {self.temporal_factor} n, got {frames}")
         if height < 1 or width < 1 or height % self.spatial_factor or width % self.spatial_factor:
@@ -94,7 +96,8 @@ class VideoVAE(nn.Module):
         return latent_frames, height // self.spatial_factor, width // self.spatial_factor
 
     def encode(self, video: Tensor) -> Tensor:
-        """The posterior's mean of video [B, T, 3, H, W] in [0, 1], normalised: [B, F, C, h, w] in the VAE's dtype."""
+        """The posterior's mean of video [B, T, 3, H, W] in [0, 1], normalised: [B, F, C, h, w] in the VAE's
+        dtype."""
         if video.dim() != 5 or video.shape[2] != 3:
             raise ValueError(f"VideoVAE.encode: video must be [B, T, 3, H, W], got {list(video.shape)}")
         if not video.is_floating_point():
@@ -155,7 +158,8 @@ class VideoVAE(nn.Module):
         return self.autoencoder.post_quant_conv(z.movedim(2, 1))
 
     def _patchify(self, video: Tensor) -> Tensor:
-        """[B, T, 3, H, W] -> [B, 3 p p, T, H / p, W / p], channels ordered (colour, column, row) as in Wan 2.2."""
+        """[B, T, 3, H, W] -> [B, 3 p p, T, H / p, W / p], channels ordered (colour, column, row) as in Wan
+        2.2."""
         batch, frames, colours, height, width = video.shape
         p = self.patch
         x = video.reshape(batch, frames, colours, height // p, p, width // p, p)

@@ -1,9 +1,10 @@
 """The networks of a Wan autoencoder, run over a video in pieces of any number of frames.
 
-`decode_piece` and `encode_piece` walk the modules of diffusers' `WanDecoder3d` and `WanEncoder3d` (plain, Wan 2.1, or
-residual, Wan 2.2) with their own weights. diffusers runs one latent frame a call; here a piece is one call, and the
-arithmetic of every frame is the same, so results agree to rounding. Time is causal and a video's first frame stands
-alone: it makes one latent frame, each following group of `temporal factor` pixel frames another one.
+`decode_piece` and `encode_piece` walk the modules of diffusers' `WanDecoder3d` and `WanEncoder3d` (plain, Wan
+2.1, or residual, Wan 2.2) with their own weights. diffusers runs one latent frame a call; here a piece is one
+call, and the arithmetic of every frame is the same, so results agree to rounding. Time is causal and a
+video's first frame stands alone: it makes one latent frame, each following group of `temporal factor` pixel
+frames another one.
 """
 
 from __future__ import annotations
@@ -108,7 +109,8 @@ def _residual_block(x: Tensor, block: WanResidualBlock, past: Past) -> Tensor:
 
 
 def _norm_silu(x: Tensor, norm: WanRMS_norm) -> Tensor:
-    """silu(gamma * sqrt(C) * x / |x|) over the channels of x [B, C, T, H, W], the norm in float32 or better."""
+    """silu(gamma * sqrt(C) * x / |x|) over the channels of x [B, C, T, H, W], the norm in float32 or
+    better."""
     y = x.movedim(1, -1)  # contiguous in memory where x is channels-last
     wide = y.float() if y.dtype in (torch.float16, torch.bfloat16) else y
     inverse = wide.square().sum(-1, keepdim=True).clamp_min(1e-24).rsqrt()
@@ -132,7 +134,8 @@ def _upsample(x: Tensor, block: WanResample, past: Past, first: bool) -> Tensor:
 
 
 def _downsample(x: Tensor, block: WanResample, past: Past, first: bool) -> Tensor:
-    """Half as high and wide and, with `downsample3d`, half as many frames, a video's first one kept as it is."""
+    """Half as high and wide and, with `downsample3d`, half as many frames, a video's first one kept as it
+    is."""
     x = _frame_by_frame(x, block.resample)
     if block.mode != "downsample3d":
         return x

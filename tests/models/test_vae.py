@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from torch import Tensor
+
 from stream_r1.models.causal_convolution import conv3d
 from stream_r1.models.vae import VideoVAE
-from torch import Tensor
 
 PLAIN = {"dim_mult": [1, 2, 2, 2], "temperal_downsample": [False, True, True]}
 RESIDUAL = {
@@ -169,7 +170,7 @@ def test_bad_input_is_refused(tmp_path) -> None:
         vae.encode(torch.zeros(1, 8, 3, 16, 16))
     with pytest.raises(ValueError, match="multiples of 8, got 16 x 12"):
         vae.encode(torch.zeros(1, 5, 3, 16, 12))
-    with pytest.raises(TypeError, match="floating point.*uint8"):
+    with pytest.raises(TypeError, match=r"floating point.*uint8"):
         vae.encode(torch.zeros(1, 5, 3, 16, 16, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"\[B, T, 3, H, W\]"):
         vae.encode(torch.zeros(1, 3, 5, 16, 16))
@@ -185,7 +186,7 @@ def test_bad_input_is_refused(tmp_path) -> None:
         decoder.decode(torch.zeros(2, 1, 6, 2, 3))
     with pytest.raises(ValueError, match="batch 2"):
         decoder.decode(torch.zeros(1, 1, 6, 2, 2))
-    with pytest.raises(FileNotFoundError, match="config.json"):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
         VideoVAE.from_pretrained(tmp_path / "nothing")
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     with pytest.raises(ValueError, match="got AutoencoderKL"):
