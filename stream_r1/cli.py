@@ -17,6 +17,7 @@ app = typer.Typer(
     name="stream-r1",
     help="Distil a video diffusion model into one that streams, guided by a reward, and stream it.",
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -94,12 +95,11 @@ def sample(
 def replay(
     files: Annotated[list[Path], typer.Argument(help="Files of the golden format (.safetensors).")],
     tolerance: Annotated[float, typer.Option(min=0.0, help="Worst relative error allowed.")] = 1e-5,
-    backend: Annotated[str, typer.Option(help="Backend of the kernels: auto, cpu or reference.")] = "auto",
 ) -> None:
     """Run recorded calls of another implementation through the student; exit 1 past the tolerance."""
     from stream_r1.commands.replay import run
 
-    raise typer.Exit(run(files, tolerance=tolerance, backend=backend))
+    raise typer.Exit(run(files, tolerance=tolerance))
 
 
 data_app = typer.Typer(no_args_is_help=True, help="The film the tiny world is learnt from: fetch, check, look.")

@@ -124,7 +124,9 @@ def build(model: type[S], data: dict[str, Any], source: str = "settings") -> S:
     try:
         return model.model_validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
-        problems = _merge_unions([_problem(model, dict(e)) for e in error.errors(include_url=False)])
+        found = [_problem(model, dict(e)) for e in error.errors(include_url=False) if e["type"] != "too_short"]
+        found = found or [_problem(model, dict(e)) for e in error.errors(include_url=False)]  # too short, nothing else
+        problems = _merge_unions(found)
         lines = [f"{key}: {text}" if key else text for key, text in problems]
         if len(lines) == 1:
             raise SettingsError(f"{source}: {lines[0]}") from None

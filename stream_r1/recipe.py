@@ -97,16 +97,6 @@ def read_prompts(source: str) -> list[str]:
     return prompts
 
 
-def require_models(recipe: Recipe) -> None:
-    """Refuse, before any work, models that are not there."""
-    named = {f"models.{key}": value for key, value in recipe.models.model_dump(exclude_none=True).items()}
-    if recipe.models.text == "minilm":
-        del named["models.text"]
-    missing = [f"{key}: {value}: no such folder or file" for key, value in named.items() if not locate(value).exists()]
-    if missing:
-        raise SettingsError("\n  ".join(["models are missing", *missing]))
-
-
 def _misfits(recipe: Recipe) -> list[str]:
     """Combinations that cannot work, read off the models' configurations; no weight is loaded."""
     student, teacher, vae, reward = (

@@ -1,0 +1,136 @@
+"""How a distillation shows itself while it runs: live in a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from stream_r1.distill.trainer import Event, Saved, StepDone
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_REMEMBER = 400
+_LINE_EVERY = 10.0  # seconds between lines in a log
+
+
+def sparkline(values: list[float], width: int = 32) -> str:
+    """Values as a row of blocks, averaged down to ``width``."""
+    if not values:
+        return ""
+    count = min(width, len(values))
+    bounds = [len(values) * i // count for i in range(count + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
+    low, high = min(means), max(means)
+    span = (high - low) or 1.0
+    return "".join(_BLOCKS[round((len(_BLOCKS) - 1) * (m - low) / span)] for m in means)
+
+
+def duration(seconds: float) -> str:
+    """``m:ss`` or ``h:mm:ss``."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class DistillationDisplay:
+    """Shows a trainer's events: step, losses, reward an axis, time left.
+
+    with DistillationDisplay(console, "Distilling", total) as display:
+        for event in trainer.run():
+            display.show(event)
+    """
+
+    def __init__(self, console: Console, title: str, total: int, done: int = 0) -> None:
+        self.console = console
+        self.title = title
+        self.started = time.monotonic()
+        self.first_step = done
+        self.seconds_left: float | None = None
+        self._history: dict[str, deque[float]] = {}
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.completed:.0f} / {task.total:.0f} steps"),
+            TextColumn("[dim]{task.fields[left]}"),
+            console=console,
+        )
+        self._task = self._bar.add_task(title, total=total, completed=done, left="")
+        self._live = Live(self._render(), console=console, refresh_per_second=4, transient=True)
+        self._last_line = 0.0
+
+    def __enter__(self) -> DistillationDisplay:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.console.is_terminal:
+            self._live.stop()
+        task = self._bar.tasks[0]
+        spent = duration(time.monotonic() - self.started)
+        self.console.print(f"{self.title}: {task.completed:.0f} / {task.total:.0f} steps in {spent}{self._words()}", highlight=False)
+
+    def plan(self, total: int) -> None:
+        """Change how many steps there are going to be."""
+        self._bar.update(self._task, total=total)
+
+    def show(self, event: Event) -> None:
+        """Take in one event of ``DistillTrainer.run``."""
+        if isinstance(event, Saved):
+            return
+        self._remember(event)
+        total = self._bar.tasks[0].total or event.steps
+        rate = (time.monotonic() - self.started) / max(1, event.step - self.first_step)
+        left = rate * (total - event.step) if self.seconds_left is None else self.seconds_left
+        self._bar.update(self._task, completed=event.step, left=f"{duration(left)} left")
+        if self.console.is_terminal:
+            self._live.update(self._render())
+        elif time.monotonic() - self._last_line > _LINE_EVERY:
+            self._last_line = time.monotonic()
+            words = f"step {event.step} / {total:.0f}, {duration(left)} left{self._words()}"
+            self.console.print(words, highlight=False, soft_wrap=True)
+
+    def _remember(self, event: StepDone) -> None:
+        for key, value in event.scalars.items():
+            self._history.setdefault(key, deque(maxlen=_REMEMBER)).append(value)
+
+    def _recent(self, key: str, count: int = 8) -> float | None:
+        values = list(self._history.get(key, ()))[-count:]
+        return sum(values) / len(values) if values else None
+
+    def _axes(self) -> list[str]:
+        return [key for key in self._history if key.startswith("reward/") and key != "reward/mean"]
+
+    def _words(self) -> str:
+        parts = []
+        for key in self._axes():
+            if (value := self._recent(key)) is not None:
+                parts.append(f"{key.removeprefix('reward/')} {value:+.2f}")
+        for key, name in (("student/loss", "student loss"), ("critic/loss", "critic loss")):
+            if (value := self._recent(key)) is not None:
+                parts.append(f"{name} {value:.3f}")
+        return f"  ({', '.join(parts)})" if parts else ""
+
+    def _render(self) -> Group:
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        table.add_column(style="dim", min_width=18)
+        table.add_column(justify="right", min_width=8)
+        table.add_column(style="cyan")
+        for key in self._axes():
+            self._row(table, f"reward {key.removeprefix('reward/')}", key, "+.2f")
+        self._row(table, "weight of a sample", "inter/mean", ".2f")
+        self._row(table, "student loss", "student/loss", ".3f")
+        self._row(table, "critic loss", "critic/loss", ".3f")
+        hint = Text("Ctrl-C stops and keeps what there is; run again to go on", style="dim")
+        return Group(self._bar, table, hint)
+
+    def _row(self, table: Table, name: str, key: str, form: str) -> None:
+        value = self._recent(key)
+        if value is not None:
+            table.add_row(name, format(value, form), sparkline(list(self._history[key])))

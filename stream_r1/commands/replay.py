@@ -1,0 +1,41 @@
+"""``stream-r1 replay``: recorded calls of another implementation, run through the student."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from stream_r1.replay import ReplayResult, replay
+
+
+def run(files: list[Path], *, tolerance: float) -> int:
+    """Replay each file and show its worst relative error; 0 if all are within ``tolerance``, else 1."""
+    console = Console()
+    results = []
+    for file in files:
+        with console.status(f"replaying {file.name}"):
+            results.append(replay(file))
+    _show(console, results, tolerance)
+    return 0 if all(_fits(result, tolerance) for result in results) else 1
+
+
+def _fits(result: ReplayResult, tolerance: float) -> bool:
+    return result.worst <= tolerance
+
+
+def _show(console: Console, results: list[ReplayResult], tolerance: float) -> None:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("recording", overflow="fold", min_width=24)
+    table.add_column("compared", justify="right")
+    table.add_column("worst error", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("where", overflow="fold")
+    for result in results:
+        verdict = "[green]ok[/green]" if _fits(result, tolerance) else f"[red]past {tolerance:g}[/red]"
+        table.add_row(
+            Path(result.source).stem, str(len(result.errors)), f"{result.worst:.2e}", verdict, result.worst_name
+        )
+    console.print(table)
+    console.print("errors are relative: max |ours - recorded| / max |recorded|", style="dim")
