@@ -1,8 +1,8 @@
 """Run recorded calls of another implementation through the student, and say how far the two are apart.
 
-A file of the golden format is one safetensors file: `model.*` weights under original or diffusers' names, `call.*` recorded
-inputs and outputs, and the configuration as JSON strings in its metadata. Streaming files are replayed chunk by chunk with the
-real cache, training files forward and backward.
+A file of the golden format is one safetensors file: `model.*` weights under original or diffusers' names,
+`call.*` recorded inputs and outputs, and the configuration as JSON strings in its metadata. Streaming files
+are replayed chunk by chunk with the real cache, training files forward and backward.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class RecordingError(ValueError):
 
 @dataclass(frozen=True)
 class Recording:
-    """What one file holds: `meta` decoded from JSON, `weights` under the file's names, `calls` without their `call.`."""
+    """One file: `meta` decoded from JSON, `weights` under the file's names, `calls` without their `call.`."""
 
     source: str
     meta: dict[str, Any]
@@ -166,7 +166,9 @@ def _replay_training(
     for name, leaf in (("grad_x", x), ("grad_clean_x", clean_x)):
         if name in calls:
             errors[name] = _gradient_error(None if leaf is None else leaf.grad, calls[name])
-    recorded = normalise({n.removeprefix("grad."): g for n, g in calls.items() if n.startswith("grad.")}, "call.grad")
+    recorded = normalise(
+        {n.removeprefix("grad."): g for n, g in calls.items() if n.startswith("grad.")}, "call.grad"
+    )
     parameters = dict(student.named_parameters())
     for name, gradient in recorded.items():
         errors[f"grad {name}"] = _gradient_error(parameters[name].grad, gradient)

@@ -5,16 +5,19 @@
     chunk 3:     0 1 2  9 A B   6 7 8              its keys and values land where 3 4 5 were: nothing moves
     chunk 4:     0 1 2  9 A B   C D E
 
-Keys are rotated once, at their absolute frame. Attention does not care about the order of keys and rotary phases only about
-differences, so what a chunk sees is one contiguous range of the buffer, itself included: each pass is one dense attention
-without a mask, and keeping a chunk copies nothing. Only the sink may have to move in time (positions="window"): its keys are
-turned by the temporal phase, once a chunk, to the frames just before the window.
+Keys are rotated once, at their absolute frame. Attention does not care about the order of keys and rotary
+phases only about differences, so what a chunk sees is one contiguous range of the buffer, itself included:
+each pass is one dense attention without a mask, and keeping a chunk copies nothing. Only the sink may have to
+move in time (positions="window"): its keys are turned by the temporal phase, once a chunk, to the frames just
+before the window.
 
-Sources: sink and window of StreamingLLM (2309.17453), the chunk cache of Self Forcing (2506.08009), the moving average of the
-sink of Reward Forcing (2512.04678).
+Sources: sink and window of StreamingLLM (2309.17453), the chunk cache of Self Forcing (2506.08009), the
+moving average of the sink of Reward Forcing (2512.04678).
 """
 
 from __future__ import annotations
+
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -26,10 +29,11 @@ POSITIONS = ("absolute", "window")
 
 
 class ChunkCache:
-    """Keys and values of the frames a stream can still see, for every layer of a model, under one bookkeeping.
+    """Keys and values of the frames a stream can still see, for every layer, under one bookkeeping.
 
-    A chunk's life: `begin_chunk()` makes room, each denoising pass writes its keys and values into `cache[layer].slot()` and
-    attends to `cache[layer].past(holds_fresh=True)`, and after the pass whose keys and values shall stay `commit()`.
+    A chunk's life: `begin_chunk()` makes room, each denoising pass writes its keys and values into
+    `cache[layer].slot()` and attends to `cache[layer].past(holds_fresh=True)`, and after the pass whose keys
+    and values shall stay `commit()`.
     Positions are host integers: nothing waits for the device, and memory never grows.
 
     Args:
@@ -39,11 +43,15 @@ class ChunkCache:
         frames_per_chunk: latent frames denoised together.
         window_frames: frames visible at once, sink and fresh chunk included; None: the whole past.
         sink_frames: first frames that stay visible for ever.
-        positions: "absolute": keys stay at their frame; "window": the sink always lies just before the window.
-        ema: keep the sink as a moving average, `sink = ema * sink + (1 - ema) * evicted chunk`; None: leave it as it is.
-        max_frames: room for a stream without a window, in frames (ignored with a window, which streams for ever).
+        positions: "absolute": keys stay at their frame; "window": the sink always lies just before the
+            window.
+        ema: keep the sink as a moving average, `sink = ema * sink + (1 - ema) * evicted chunk`; None: leave
+            it as it is.
+        max_frames: room for a stream without a window, in frames (ignored with a window, which streams for
+            ever).
         first_chunk_frames: frames of the first chunk where it differs (1: independent first frame).
-        dtype: of keys and values. A moving average is kept in float32: in bfloat16 an update of 0.1 % rounds away.
+        dtype: of keys and values. A moving average is kept in float32: in bfloat16 an update of 0.1 % rounds
+            away.
 
     Raises:
         ValueError: sizes that do not fit together; the message names them.
@@ -69,7 +77,7 @@ class ChunkCache:
         device: torch.device | str | None = None,
     ) -> None:
         first = frames_per_chunk if first_chunk_frames is None else first_chunk_frames
-        _check_geometry(frames_per_chunk, first, window_frames, sink_frames, positions, ema, max_frames)
+        capacity = _capacity(frames_per_chunk, first, window_frames, sink_frames, positions, ema, max_frames)
         for name, size in (("layers", layers), ("heads", heads), ("rows", rows), ("columns", columns)):
             if size < 1:
                 raise ValueError(f"ChunkCache: {name} must be at least 1, got {size}")
@@ -84,9 +92,9 @@ class ChunkCache:
         self.sink_frames = sink_frames
         self.ema = ema
         self.moves_sink = positions == "window"
-        self.capacity: int = window_frames if window_frames is not None else max_frames  # type: ignore[assignment]
-        # A short first chunk without a sink goes to the end of its slot, so that what is visible stays one range.
-        self._lead = (frames_per_chunk - first) if window_frames is not None and sink_frames == 0 else 0
+        self.capacity = capacity
+        # A short first chunk without a sink goes to the end of its slot: what is visible stays one range.
+        self._lead = frames_per_chunk - first if window_frames is not None and sink_frames == 0 else 0
 
         tokens = self.capacity * self.tokens_per_frame
         shape = (layers, 2, batch, tokens, heads, rotary.head_dim)
@@ -97,8 +105,12 @@ class ChunkCache:
         self.reset()
 
     def _allocate_sink(self) -> tuple[Tensor | None, Tensor | None]:
-        """The sink as it was at its own frames: what its moved or averaged copy in the buffer is made from, each chunk anew."""
-        if self.window_frames is None or self.sink_frames == 0 or not (self.moves_sink or self.ema is not None):
+        """The sink as it is at its own frames: its moved or averaged copy in the buffer is made from this."""
+        if (
+            self.window_frames is None
+            or self.sink_frames == 0
+            or not (self.moves_sink or self.ema is not None)
+        ):
             return None, None
         sink = self.storage[:, 0, :, : self.sink_frames * self.tokens_per_frame]
         if self.ema is None:
@@ -145,7 +157,9 @@ class ChunkCache:
         self._visible_start = self._visible_stop = 0
 
     def begin_chunk(self) -> None:
-        """Make room for the next chunk: choose its slot, evict what was there, move or average the sink. Twice is once.
+        """Make room for the next chunk: choose its slot, evict what was there, move or average the sink.
+
+        Does nothing where a chunk is under way already.
 
         Raises:
             ValueError: a stream without a window is at its `max_frames`.
@@ -156,8 +170,8 @@ class ChunkCache:
         if self.window_frames is None:
             if start + frames > self.capacity:
                 raise ValueError(
-                    f"ChunkCache: max_frames is {self.capacity}, but frames {start} to {start + frames - 1} come next; "
-                    "a stream without an end needs window_frames"
+                    f"ChunkCache: max_frames is {self.capacity}, but frames {start} to {start + frames - 1} "
+                    "come next; a stream without an end needs window_frames"
                 )
             slot, evicts = start, False
         elif start < sink:
@@ -195,7 +209,7 @@ class ChunkCache:
 
     @torch.no_grad()
     def _renew_sink(self, start: int) -> None:
-        """Average the chunk about to be evicted into the sink, then write the sink's copy that this chunk sees."""
+        """Average the chunk to be evicted into the sink, then write the sink's copy that this chunk sees."""
         assert self._sink_k is not None
         sink_tokens = self.sink_frames * self.tokens_per_frame
         ring = self.capacity - self.sink_frames
@@ -217,7 +231,8 @@ class ChunkCache:
                 kept_k.mul_(self.ema).add_(evicted_k, alpha=1 - self.ema)
                 kept_v.mul_(self.ema).add_(v[:, slot], alpha=1 - self.ema)
                 visible_v.copy_(kept_v)
-            # Always from the kept sink, not from the last copy: a thousand small turns in bfloat16 would wear it out.
+            # Always from the kept sink, not from the last copy: a thousand small turns in bfloat16 would wear
+            # it out.
             visible_k.copy_(apply_rotary(kept_k, *sink_to_window) if self.moves_sink else kept_k)
 
 
@@ -239,17 +254,25 @@ class LayerCache:
             cache.storage[layer, 1, :, cache._slot_start : stop],
         )
 
+    @overload
+    def past(self, holds_fresh: Literal[True], copy: bool = ...) -> Past: ...
+
+    @overload
+    def past(self, holds_fresh: bool, copy: bool = ...) -> Past | None: ...
+
     def past(self, holds_fresh: bool, copy: bool = False) -> Past | None:
         """What the fresh chunk sees.
 
         Args:
-            holds_fresh: True (sampling): the visible range of the buffer, with the fresh slot in it, no copy. False
-                (training): what earlier chunks left; a view where that is one range, gathered where the slot lies amid it.
-            copy: a snapshot, for a backward pass that comes after later chunks. Without a window nothing visible is ever
-                overwritten, and the view is as good as a snapshot: it is what one gets.
+            holds_fresh: True (sampling): the visible range of the buffer, with the fresh slot in it, no copy.
+                False (training): what earlier chunks left; a view where that is one range, gathered where the
+                slot lies amid it.
+            copy: a snapshot, for a backward pass that comes after later chunks. Without a window nothing
+                visible is ever overwritten, and the view is as good as a snapshot: it is what one gets.
 
         Returns:
-            `Past` with keys and values [B, Tp, H, D], or None where there is no past (first chunk, holds_fresh=False).
+            `Past` with keys and values [B, Tp, H, D], or None where there is no past (first chunk,
+            holds_fresh=False).
         """
         cache = self._cache
         k, v = cache.storage[self._layer, 0], cache.storage[self._layer, 1]
@@ -271,11 +294,12 @@ class LayerCache:
         k, v = k[:, start:stop], v[:, start:stop]
         if copy and cache.overwrites:
             return Past(k.clone(), v.clone(), False)
-        # .data: autograd counts writes to a whole buffer and would refuse a backward over frames that nobody touched.
+        # .data: autograd counts writes to a whole buffer and would refuse a backward over frames that nobody
+        # touched.
         return Past(k.data, v.data, False)
 
 
-def _check_geometry(
+def _capacity(
     chunk: int,
     first: int,
     window: int | None,
@@ -283,37 +307,43 @@ def _check_geometry(
     positions: str,
     ema: float | None,
     max_frames: int | None,
-) -> None:
-    def refuse(text: str) -> None:
-        raise ValueError(f"ChunkCache: {text}")
-
+) -> int:
+    """Frames that the buffer has room for; refuses sizes that do not fit together."""
     if chunk < 1:
-        refuse(f"frames_per_chunk must be at least 1, got {chunk}")
+        raise ValueError(f"ChunkCache: frames_per_chunk must be at least 1, got {chunk}")
     if not 1 <= first <= chunk:
-        refuse(f"first_chunk_frames must be between 1 and frames_per_chunk = {chunk}, got {first}")
+        raise ValueError(
+            f"ChunkCache: first_chunk_frames must be in 1 .. {chunk} (frames_per_chunk), got {first}"
+        )
     if sink < 0:
-        refuse(f"sink_frames must not be negative, got {sink}")
+        raise ValueError(f"ChunkCache: sink_frames must not be negative, got {sink}")
     if positions not in POSITIONS:
-        refuse(f"positions must be one of {', '.join(POSITIONS)}, got {positions!r}")
+        raise ValueError(f"ChunkCache: positions must be one of {', '.join(POSITIONS)}, got {positions!r}")
     if ema is not None and not 0 <= ema <= 1:
-        refuse(f"ema must be between 0 and 1, got {ema}")
+        raise ValueError(f"ChunkCache: ema must be between 0 and 1, got {ema}")
     if window is None:
         if max_frames is None or max_frames < 1:
-            refuse(f"without window_frames, max_frames must be at least 1, got {max_frames}")
+            raise ValueError(
+                f"ChunkCache: max_frames must be at least 1 without window_frames, got {max_frames}"
+            )
         if ema is not None:
-            refuse("ema needs window_frames: without a window nothing is ever evicted into the sink")
-        return
+            raise ValueError(
+                f"ChunkCache: ema must be None without window_frames (nothing is evicted), got {ema}"
+            )
+        return max_frames
     if ema is not None and sink != chunk:
-        refuse(
-            f"with ema the evicted chunk becomes part of the sink, so sink_frames must equal frames_per_chunk = {chunk}, "
-            f"got {sink}"
+        raise ValueError(
+            "ChunkCache: with ema the evicted chunk becomes part of the sink, "
+            f"so sink_frames must equal frames_per_chunk = {chunk}, got {sink}"
         )
     if sink and (sink < first or (sink - first) % chunk):
-        refuse(
-            f"sink_frames must end with a chunk: {first} + a multiple of {chunk} "
+        raise ValueError(
+            f"ChunkCache: sink_frames must end with a chunk: {first} + a multiple of {chunk} "
             f"(first_chunk_frames, frames_per_chunk), got {sink}"
         )
     if window - sink < chunk or (window - sink) % chunk:
-        refuse(
-            f"window_frames - sink_frames must be a positive multiple of frames_per_chunk = {chunk}, got {window} - {sink}"
+        raise ValueError(
+            f"ChunkCache: window_frames - sink_frames must be a positive multiple of {chunk} "
+            f"(frames_per_chunk), got {window} - {sink}"
         )
+    return window

@@ -86,7 +86,8 @@ class TwoLayers(nn.Module):
 
 
 def time_sinusoid(t: Tensor, dim: int) -> Tensor:
-    """Sinusoidal features of timesteps: `t` of any shape, in [0, 1000] -> float32 `[*t.shape, dim]`, cosines first.
+    """Sinusoidal features of timesteps: `t` of any shape, in [0, 1000] -> float32 `[*t.shape, dim]`, cosines
+    first.
 
     Computed in float64 as in Wan: a float32 phase near 1000 is off by 3e-5 rad.
     """
@@ -107,7 +108,7 @@ class ConditionEmbedder(nn.Module):
         self.text_embedder = TwoLayers(text_dim, dim)
 
     def time(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """`t` [B, F] -> the embedding [B, F, D] (for the head) and its projection [B, F, 6, D] (for the blocks), in `dtype`."""
+        """`t` [B, F] -> the embedding [B, F, D] (head) and its projection [B, F, 6, D] (blocks)."""
         net = self.time_embedder
         features = time_sinusoid(t, self.freq_dim).to(net.linear_1.weight.dtype)
         embedding = net.linear_2(functional.silu(net.linear_1(features))).to(dtype)
@@ -120,7 +121,7 @@ class ConditionEmbedder(nn.Module):
 
 
 class Block(nn.Module):
-    """One Wan block: self-attention over chunks, cross-attention to the text, feed-forward; AdaLN with a timestep a frame."""
+    """A Wan block: self-attention, cross-attention to the text, feed-forward; AdaLN with a t per frame."""
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, cross_attn_norm: bool, eps: float) -> None:
         super().__init__()
@@ -152,13 +153,15 @@ class Block(nn.Module):
     ) -> Tensor:
         """`x` [B, T, D], `time` [B, F, 6, D] (F may be 1), rotary phases [T, D / H / 2] -> [B, T, D].
 
-        Self-attention follows `mask` over the sequence, or runs on `slot` (sampling: keys and values are written there),
-        or sees `past` and itself (training a chunk); with none of them every token sees every token.
+        Self-attention follows `mask` over the sequence, or runs on `slot` (sampling: keys and values are
+        written there), or sees `past` and itself (training); with none of them every token sees every token.
         """
         table = self.scale_shift_table.unsqueeze(0) + time.to(self.scale_shift_table.dtype)
         shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(2)  # [B, F, D] each
 
-        attended = self.self_attention(modulated_norm(x, shift1, scale1, eps=self.eps), cos, sin, mask, past, slot)
+        attended = self.self_attention(
+            modulated_norm(x, shift1, scale1, eps=self.eps), cos, sin, mask, past, slot
+        )
         x = gated_add(x, attended, gate1)
         x = x + self.cross_attention(self.cross_norm(x), text_k, text_v)
         return gated_add(x, self.ffn(modulated_norm(x, shift2, scale2, eps=self.eps)), gate2)

@@ -1,8 +1,9 @@
 """Student weights in the formats they come in, and the two families of names.
 
-Formats: diffusers folders (sharded or not), `.safetensors`, and `.pt` files that hold a bare state dict or several networks
-(`generator`, `generator_ema`, `critic`). Names: those of diffusers, or the original ones of Wan, which Self Forcing, Reward
-Forcing and Stream-R1 keep, with whatever prefixes their wrappers left. Nothing is unpickled but tensors.
+Formats: diffusers folders (sharded or not), `.safetensors`, and `.pt` files that hold a bare state dict or
+several networks (`generator`, `generator_ema`, `critic`). Names: those of diffusers, or the original ones of
+Wan, which Self Forcing, Reward Forcing and Stream-R1 keep, with whatever prefixes their wrappers left.
+Nothing is unpickled but tensors.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from stream_r1.models.transformer import CausalWanTransformer
+from stream_r1.models.transformer import FLOAT32_PARTS, CausalWanTransformer
 
 NETWORKS = ("generator_ema", "generator", "critic")
 
@@ -86,7 +87,7 @@ def _rename(name: str, top: Mapping[str, str], block: Mapping[str, str]) -> str:
 
 
 def strip_prefixes(name: str) -> str:
-    """A parameter's name without what FSDP, activation checkpointing, torch.compile and wrapper classes put into it."""
+    """A parameter's name without what FSDP, checkpointing, torch.compile and wrapper classes put into it."""
     name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
     while name.startswith(_LEADING):
         name = name.split(".", 1)[1]
@@ -100,7 +101,8 @@ def normalise(state: Mapping[str, Tensor], source: str = "state dict") -> dict[s
         CheckpointError: two entries become one name.
     """
     stripped = {name: strip_prefixes(name) for name in state}
-    # The affine norm tells nothing (norm2 and norm3 are swapped between the two), so a file is judged as a whole.
+    # The affine norm tells nothing (norm2 and norm3 are swapped between the two), so a file is judged as a
+    # whole.
     original = any(".self_attn." in name or name.startswith("time_embedding.") for name in stripped.values())
     named: dict[str, Tensor] = {}
     for name, bare in stripped.items():
@@ -115,9 +117,10 @@ def read_weights(path: str | Path, network: str | None = None) -> dict[str, Tens
     """The tensors of a checkpoint under diffusers' names, on the CPU, in the dtype they were stored in.
 
     Args:
-        path: a `.safetensors` or `.pt` file, or a folder with diffusers' weights (the model's, or a pipeline's with `transformer`).
-        network: which of `generator_ema`, `generator`, `critic` in a file that holds several; None: the first there is, in
-            this order, never the critic.
+        path: a `.safetensors` or `.pt` file, or a folder with diffusers' weights (the model's, or a
+            pipeline's with `transformer`).
+        network: which of `generator_ema`, `generator`, `critic` in a file that holds several; None: the first
+            there is, in this order, never the critic.
 
     Raises:
         FileNotFoundError: no such file, or no weights in the folder.
@@ -141,7 +144,9 @@ def model_folder(path: Path) -> Path:
     for folder in (path, path / "transformer"):
         if (folder / "config.json").is_file():
             return folder
-    raise FileNotFoundError(f"{path}: expected a diffusers folder, found no config.json here or under transformer")
+    raise FileNotFoundError(
+        f"{path}: expected a diffusers folder, found no config.json here or under transformer"
+    )
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -150,12 +155,16 @@ def _weight_files(folder: Path) -> list[Path]:
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         missing = [shard for shard in shards if not (folder / shard).is_file()]
         if missing:
-            raise FileNotFoundError(f"{folder}: the index names shards that are not there: {', '.join(missing)}")
+            raise FileNotFoundError(
+                f"{folder}: the index names shards that are not there: {', '.join(missing)}"
+            )
         return [folder / shard for shard in shards]
     for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
         if (folder / name).is_file():
             return [folder / name]
-    raise FileNotFoundError(f"{folder}: expected diffusion_pytorch_model.safetensors (or its index), found neither")
+    raise FileNotFoundError(
+        f"{folder}: expected diffusion_pytorch_model.safetensors (or its index), found neither"
+    )
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -165,7 +174,8 @@ def _read_file(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: expected tensors only, but loading would run code from the file ({str(error).splitlines()[0]})"
+            f"{path}: expected tensors only, but loading would run code from the file "
+            f"({str(error).splitlines()[0]})"
         ) from None
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: expected a state dict, got {type(content).__name__}")
@@ -184,9 +194,13 @@ def _choose_network(state: Mapping[str, Any], network: str | None, source: str) 
             raise CheckpointError(f"{source}: expected {wanted}, found {', '.join(present)}")
         tensors = networks[chosen]
     elif network is not None:
-        raise CheckpointError(f"{source}: expected several networks with {network} among them, found a bare state dict")
+        raise CheckpointError(
+            f"{source}: expected several networks with {network} among them, found a bare state dict"
+        )
     else:
-        inner = next((state[key] for key in ("state_dict", "model") if isinstance(state.get(key), Mapping)), state)
+        inner = next(
+            (state[key] for key in ("state_dict", "model") if isinstance(state.get(key), Mapping)), state
+        )
         tensors = dict(inner)
     strange = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
     if strange or not tensors:
@@ -203,8 +217,11 @@ def _network(state: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {key[len(name) + 1 :]: value for key, value in state.items() if str(key).startswith(name + ".")}
 
 
-def infer_config(state: Mapping[str, Tensor], *, head_dim: int = 128, source: str = "state dict") -> dict[str, Any]:
-    """The sizes that weights under diffusers' names tell; all but the number of heads, which `head_dim` gives.
+def infer_config(
+    state: Mapping[str, Tensor], *, head_dim: int = 128, source: str = "state dict"
+) -> dict[str, Any]:
+    """The sizes that weights under diffusers' names tell; all but the number of heads, which `head_dim`
+    gives.
 
     Raises:
         CheckpointError: a weight that tells a size is missing, or `head_dim` does not divide the width.
@@ -280,7 +297,8 @@ def load_student(
         path: a diffusers folder, or a `.pt` or `.safetensors` file (its sizes are read off the weights).
         network: see `read_weights`.
         head_dim: width of a head, which a file without a configuration does not tell.
-        dtype: of the weights; the time embedder, the modulation tables and the affine norms stay float32, as in diffusers.
+        dtype: of the weights; the time embedder, the modulation tables and the affine norms stay float32, as
+            in diffusers.
         settings: of `CausalWanTransformer`, over those of the folder: `window_frames=9, sink_frames=3`, ...
 
     Raises:
@@ -297,7 +315,9 @@ def load_student(
     known = set(inspect.signature(CausalWanTransformer.__init__).parameters) - {"self"}
     strange = [name for name in settings if name not in known]
     if strange:
-        raise ValueError(f"load_student: no such setting: {', '.join(strange)}; there are {', '.join(sorted(known))}")
+        raise ValueError(
+            f"load_student: no such setting: {', '.join(strange)}; there are {', '.join(sorted(known))}"
+        )
     config = {name: value for name, value in config.items() if name in known} | settings
     return student_from_state(config, state, dtype=dtype, device=device, source=str(path))
 
@@ -318,9 +338,9 @@ def student_from_state(
     with torch.device("meta"):  # the weights are there already: no time for random ones
         model = CausalWanTransformer(**config)
     _check_fit(model, state, source)
-    wide, wide_dtype = CausalWanTransformer._keep_in_fp32_modules, torch.promote_types(dtype, torch.float32)
+    wide = torch.promote_types(dtype, torch.float32)
     placed = {
-        name: value.to(device, wide_dtype if any(part in wide for part in name.split(".")) else dtype)
+        name: value.to(device, wide if any(part in FLOAT32_PARTS for part in name.split(".")) else dtype)
         for name, value in state.items()
     }
     model.load_state_dict(placed, assign=True)

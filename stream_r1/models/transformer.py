@@ -1,11 +1,13 @@
-"""The causal student: a Wan video transformer that denoises a few latent frames at a time and remembers the rest.
+"""The causal student: a Wan video transformer that denoises a few latent frames at a time and remembers the
+rest.
 
-Parameter names and config keys are those of diffusers' `WanTransformer3DModel`: its folders load here and ours load there.
-With one chunk over all frames the two compute the same.
+Parameter names and config keys are those of diffusers' `WanTransformer3DModel`: its folders load here and
+ours load there. With one chunk over all frames the two compute the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,8 +20,13 @@ from stream_r1.models.blocks import Block, ConditionEmbedder, FreshSlot
 from stream_r1_kernels import ChunkCache, ChunkMask, RotaryGrid, modulated_norm
 
 
+# Parts that stay float32 when a model is loaded in half precision, as in diffusers.
+FLOAT32_PARTS = ["time_embedder", "scale_shift_table", "norm2"]
+REPEATED = ["Block"]
+
+
 class TextContext(NamedTuple):
-    """A prompt as the student reads it: the cross-attention keys and values of every layer, [B, L, H, D / H] each."""
+    """A prompt as the student reads it: cross-attention keys and values of every layer, [B, L, H, D / H]."""
 
     k: tuple[Tensor, ...]
     v: tuple[Tensor, ...]
@@ -34,17 +41,19 @@ class TextContext(NamedTuple):
     def expand(self, batch: int) -> TextContext:
         """One prompt for `batch` samples, without copying."""
         return TextContext(
-            tuple(k.expand(batch, -1, -1, -1) for k in self.k), tuple(v.expand(batch, -1, -1, -1) for v in self.v)
+            tuple(k.expand(batch, -1, -1, -1) for k in self.k),
+            tuple(v.expand(batch, -1, -1, -1) for v in self.v),
         )
 
 
-class CausalWanTransformer(ModelMixin, ConfigMixin):
+class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Causal video diffusion transformer (Wan 2.1 blocks, a timestep per latent frame, a streaming cache).
 
     The first 16 settings are diffusers' own. Ours:
 
     Args:
-        text_len: text positions; shorter texts are padded with zero embeddings, and the padding is attended to, as in Wan.
+        text_len: text positions; shorter texts are padded with zero embeddings, and the padding is attended
+            to, as in Wan.
         frames_per_chunk: latent frames denoised together.
         window_frames: frames a chunk sees, sink and itself included; None: everything before it.
         sink_frames: first frames that stay visible for ever.
@@ -53,15 +62,18 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
         first_chunk_frames: frames of the first chunk where it differs (1: independent first frame).
 
     Raises:
-        ValueError: settings of diffusers' that this student has no use for (image conditioning, no qk norm), or sizes that do
-            not fit together.
+        ValueError: settings of diffusers' that this student has no use for (image conditioning, no qk norm),
+            or sizes that do not fit together.
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["Block"]
-    _repeated_blocks = ["Block"]
-    _keep_in_fp32_modules = ["time_embedder", "scale_shift_table", "norm2"]
-    _keys_to_ignore_on_load_unexpected = ["norm_added_q"]
+    blocks: Sequence[Block]
+    condition_embedder: ConditionEmbedder
+    patch_embedding: nn.Conv3d
+
+    _no_split_modules = REPEATED  # type: ignore[assignment]
+    _repeated_blocks = REPEATED
+    _keep_in_fp32_modules = FLOAT32_PARTS  # type: ignore[assignment]
 
     @register_to_config
     def __init__(
@@ -93,11 +105,17 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
         super().__init__()
         for name, value in (("image_dim", image_dim), ("added_kv_proj_dim", added_kv_proj_dim)):
             if value is not None:
-                raise ValueError(f"CausalWanTransformer: {name} must be None (text to video only), got {value}")
+                raise ValueError(
+                    f"CausalWanTransformer: {name} must be None (text to video only), got {value}"
+                )
         if qk_norm != "rms_norm_across_heads":
-            raise ValueError(f"CausalWanTransformer: qk_norm must be 'rms_norm_across_heads', got {qk_norm!r}")
+            raise ValueError(
+                f"CausalWanTransformer: qk_norm must be 'rms_norm_across_heads', got {qk_norm!r}"
+            )
         if len(patch_size) != 3 or patch_size[0] != 1:
-            raise ValueError(f"CausalWanTransformer: patch_size must be (1, height, width), got {tuple(patch_size)}")
+            raise ValueError(
+                f"CausalWanTransformer: patch_size must be (1, height, width), got {tuple(patch_size)}"
+            )
         dim = num_attention_heads * attention_head_dim
         _, patch_rows, patch_columns = patch_size
         out_channels = out_channels or in_channels
@@ -106,7 +124,7 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
         kernel = (1, patch_rows, patch_columns)
         self.patch_embedding = nn.Conv3d(in_channels, dim, kernel_size=kernel, stride=kernel)
         self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim)
-        self.blocks = nn.ModuleList(
+        self.blocks = nn.ModuleList(  # type: ignore[assignment]
             [Block(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps) for _ in range(num_layers)]
         )
         self.proj_out = nn.Linear(dim, out_channels * patch_rows * patch_columns)
@@ -125,10 +143,11 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
         Raises:
             ValueError: another shape.
         """
-        length, width = self.config.text_len, self.config.text_dim
+        length, width = self.config["text_len"], self.config["text_dim"]
         if embeds.ndim != 3 or embeds.shape[2] != width or embeds.shape[1] > length:
             raise ValueError(
-                f"CausalWanTransformer.encode_text: embeds must be [B, L <= {length}, {width}], got {list(embeds.shape)}"
+                f"CausalWanTransformer.encode_text: embeds must be [B, L <= {length}, {width}], "
+                f"got {list(embeds.shape)}"
             )
         embeds = functional.pad(embeds.to(self.dtype), (0, 0, 0, length - embeds.shape[1]))
         text = self.condition_embedder.text(embeds)
@@ -150,10 +169,11 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
             x: noisy latents [B, F, C, h, w].
             t: timesteps in [0, 1000], [B, F] or [B].
             text: a `TextContext`, or text embeddings as for `encode_text`; its batch is B or 1.
-            mask: who sees whom; "causal": what a stream with this model's settings would see at absolute positions;
-                None: every frame sees every frame (teacher, critic).
-            clean_x: clean latents [B, F, C, h, w] for teacher forcing: the sequence becomes [clean | noisy], the clean half at
-                t = 0, and a noisy chunk sees the clean chunks before it and itself. Needs a mask.
+            mask: who sees whom; "causal": what a stream with this model's settings would see at absolute
+                positions; None: every frame sees every frame (teacher, critic).
+            clean_x: clean latents [B, F, C, h, w] for teacher forcing: the sequence becomes [clean | noisy],
+                the clean half at t = 0, and a noisy chunk sees the clean chunks before it and itself. Needs a
+                mask.
 
         Returns:
             v [B, F, C, h, w], in the dtype of `x`.
@@ -165,17 +185,22 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
         t = self._per_frame_t("forward", t, batch, frames)
         if isinstance(mask, str):
             if mask != "causal":
-                raise ValueError(f"CausalWanTransformer.forward: mask must be a ChunkMask, 'causal' or None, got {mask!r}")
+                raise ValueError(
+                    f"CausalWanTransformer.forward: mask must be a ChunkMask, 'causal' or None, got {mask!r}"
+                )
             mask = self.causal_mask(rows * columns, teacher_forcing=clean_x is not None)
         if (clean_x is not None) != (mask is not None and mask.teacher_forcing):
-            raise ValueError("CausalWanTransformer.forward: clean_x and a mask with teacher_forcing=True need each other")
+            raise ValueError(
+                "CausalWanTransformer.forward: clean_x and a mask with teacher_forcing=True need each other"
+            )
 
         h = self._patchify(x)
         cos, sin = self.rotary.phases(0, frames, rows, columns, x.device)
         if clean_x is not None:
             if clean_x.shape != x.shape:
                 raise ValueError(
-                    f"CausalWanTransformer.forward: clean_x must have x's shape {list(x.shape)}, got {list(clean_x.shape)}"
+                    f"CausalWanTransformer.forward: clean_x must have x's shape {list(x.shape)}, "
+                    f"got {list(clean_x.shape)}"
                 )
             h = torch.cat((self._patchify(clean_x), h), dim=1)
             t = t.expand(batch, frames)
@@ -198,9 +223,11 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
             x: noisy latents [B, cache.frames, C, h, w].
             t: timesteps in [0, 1000], [B, f] or [B] (cheaper where a chunk has one).
             text: as for `forward`; pass a `TextContext`, so that it is computed once.
-            cache: from `new_cache`. `cache.begin_chunk()` runs if it has not; `cache.commit()` is the caller's.
-            write: True (sampling, clean pass): no grad, the fresh keys and values go into their slot. False (a step with grad):
-                they stay arguments, the cache is only read, and gradients reach nothing before this chunk.
+            cache: from `new_cache`. `cache.begin_chunk()` runs if it has not; `cache.commit()` is the
+                caller's.
+            write: True (sampling, clean pass): no grad, the fresh keys and values go into their slot. False
+                (a step with grad): they stay arguments, the cache is only read, and gradients reach nothing
+                before this chunk.
 
         Returns:
             v [B, f, C, h, w], in the dtype of `x`.
@@ -213,18 +240,22 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
                 return self._chunk(x, t, text, cache, True)
         return self._chunk(x, t, text, cache, False)
 
-    def _chunk(self, x: Tensor, t: Tensor, text: TextContext | Tensor, cache: ChunkCache, write: bool) -> Tensor:
+    def _chunk(
+        self, x: Tensor, t: Tensor, text: TextContext | Tensor, cache: ChunkCache, write: bool
+    ) -> Tensor:
         batch, frames, rows, columns = self._check_latents("forward_chunk", x)
         if (batch, frames, rows, columns) != (cache.batch, cache.frames, cache.rows, cache.columns):
             raise ValueError(
                 "CausalWanTransformer.forward_chunk: the cache expects "
-                f"(batch, frames, rows, columns) = {(cache.batch, cache.frames, cache.rows, cache.columns)} of the next chunk, "
-                f"got {(batch, frames, rows, columns)} from x {list(x.shape)}"
+                f"(batch, frames, rows, columns) = {(cache.batch, cache.frames, cache.rows, cache.columns)} "
+                f"of the next chunk, got {(batch, frames, rows, columns)} from x {list(x.shape)}"
             )
         text = self._as_context("forward_chunk", text, batch)
         cos, sin = cache.positions()
         h = self._patchify(x)
-        embedding, time = self.condition_embedder.time(self._per_frame_t("forward_chunk", t, batch, frames), h.dtype)
+        embedding, time = self.condition_embedder.time(
+            self._per_frame_t("forward_chunk", t, batch, frames), h.dtype
+        )
         snapshot = torch.is_grad_enabled()
         for block, layer, text_k, text_v in zip(self.blocks, cache.layers, text.k, text.v, strict=True):
             if write:
@@ -255,17 +286,17 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
         return ChunkCache(
             len(self.blocks),
             batch,
-            config.num_attention_heads,
+            config["num_attention_heads"],
             self.rotary,
             rows,
             columns,
-            config.frames_per_chunk,
-            window_frames=config.window_frames,
-            sink_frames=config.sink_frames,
-            positions=config.positions,
-            ema=config.sink_ema,
+            config["frames_per_chunk"],
+            window_frames=config["window_frames"],
+            sink_frames=config["sink_frames"],
+            positions=config["positions"],
+            ema=config["sink_ema"],
             max_frames=max_frames,
-            first_chunk_frames=config.first_chunk_frames,
+            first_chunk_frames=config["first_chunk_frames"],
             dtype=dtype or self.dtype,
             device=self.device,
         )
@@ -275,19 +306,19 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
 
         A `ChunkMask` counts its window without the sink, this model's `window_frames` with it.
         """
-        window, sink = self.config.window_frames, self.config.sink_frames
+        window, sink = self.config["window_frames"], self.config["sink_frames"]
         return ChunkMask(
             tokens_per_frame=tokens_per_frame,
-            frames_per_chunk=self.config.frames_per_chunk,
+            frames_per_chunk=self.config["frames_per_chunk"],
             window_frames=None if window is None else window - sink,
             sink_frames=0 if window is None else sink,
-            first_chunk_frames=self.config.first_chunk_frames,
+            first_chunk_frames=self.config["first_chunk_frames"],
             teacher_forcing=teacher_forcing,
         )
 
     def _run(self, block: nn.Module, *inputs: Any) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(block, *inputs)
+            return self._gradient_checkpointing_func(block, *inputs)  # type: ignore[misc]
         return block(*inputs)
 
     def _patchify(self, x: Tensor) -> Tensor:
@@ -302,15 +333,17 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
         """Tokens [B, T, D] and the time embedding [B, F, D] -> [B, F, C, h, w]."""
         table = self.scale_shift_table.unsqueeze(0)
         shift, scale = (table + embedding.unsqueeze(2).to(table.dtype)).unbind(2)
-        patches = self.proj_out(modulated_norm(h, shift, scale, eps=self.config.eps))
+        patches = self.proj_out(modulated_norm(h, shift, scale, eps=self.config["eps"]))
         _, patch_rows, patch_columns = self.patch_embedding.kernel_size
         patches = patches.unflatten(2, (patch_rows, patch_columns, -1)).unflatten(1, (-1, rows, columns))
         return patches.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
     def _check_latents(self, where: str, x: Tensor) -> tuple[int, int, int, int]:
-        channels = self.config.in_channels
+        channels = self.config["in_channels"]
         if x.ndim != 5 or x.shape[2] != channels:
-            raise ValueError(f"CausalWanTransformer.{where}: x must be [B, F, {channels}, h, w], got {list(x.shape)}")
+            raise ValueError(
+                f"CausalWanTransformer.{where}: x must be [B, F, {channels}, h, w], got {list(x.shape)}"
+            )
         rows, columns = self._grid(where, x.shape[3], x.shape[4])
         return x.shape[0], x.shape[1], rows, columns
 
@@ -329,7 +362,8 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
             return t.unsqueeze(1)
         if t.shape != (batch, frames):
             raise ValueError(
-                f"CausalWanTransformer.{where}: t must be [{batch}] or [{batch}, {frames}], got {list(t.shape)}"
+                f"CausalWanTransformer.{where}: t must be [{batch}] or [{batch}, {frames}], "
+                f"got {list(t.shape)}"
             )
         return t
 
@@ -337,7 +371,7 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):
         context = text if isinstance(text, TextContext) else self.encode_text(text)
         if len(context.k) != len(self.blocks) or context.batch not in (1, batch):
             raise ValueError(
-                f"CausalWanTransformer.{where}: text must have {len(self.blocks)} layers and batch 1 or {batch}, "
-                f"got {len(context.k)} layers and batch {context.batch}"
+                f"CausalWanTransformer.{where}: text must have {len(self.blocks)} layers and batch 1 or "
+                f"{batch}, got {len(context.k)} layers and batch {context.batch}"
             )
         return context if context.batch == batch else context.expand(batch)
