@@ -38,36 +38,21 @@ class StepPoint(_Part):
     """Mean inter-reliability weight of the batch."""
 
 
-class Measure(_Part):
-    """One row of the table before / after."""
-
-    name: str
-    meaning: str
-    higher_is_better: bool
-    trained_on: bool
-    """Whether the distillation sees this measure (a reward axis) or never does (independent)."""
-    values: dict[str, float]
-    """By column: before, after, teacher, film."""
-
-
 class Timing(_Part):
-    """Where the time of streaming went: one stream of ``chunks`` chunks at batch 1."""
+    """Where the time of one stream at batch 1 went, in seconds: ``stream_r1.sampling.sampler.StreamTimings``."""
 
-    first_frame: float
-    """Seconds from the call to the first pixel frames."""
     text: float
     denoise: float
-    """Seconds in the denoising passes, all chunks."""
     cache: float
-    """Seconds in the clean passes that leave keys and values in the cache, all chunks."""
     decode: float
+    first_frame: float
     total: float
     chunks: int
     frames: int
 
     @property
     def fps(self) -> float:
-        """Frames a second, end to end: denoising, cache, decoding, between the call and the last frame."""
+        """Frames a second, end to end: everything between the call and the last frame."""
         return self.frames / self.total
 
 
@@ -87,6 +72,7 @@ class Record(_Part):
     fps: int = 24
     chunk_frames: int = 12
     """Pixel frames of a chunk."""
+    denoising_steps: int = 4
     teacher_steps: int | None = None
     axes: list[str] = []
     clips: dict[str, list[Clip]] = {}
@@ -96,8 +82,10 @@ class Record(_Part):
     step_seconds: float | None = None
     """One student step with its critic steps, as measured."""
     critic_steps: int = 0
-    measures: list[Measure] = []
-    measures_note: str = ""
+    evaluations: dict[str, dict[str, float]] = {}
+    """Figures by column (before, after, film): those of ``stream_r1.evaluation`` and ``reward/<axis>``."""
+    evaluated: str = ""
+    """What the figures are means over, in words."""
     timing: Timing | None = None
     maps: str | None = None
     """npz with frames, saliency, weights; relative to the run's folder."""

@@ -13,8 +13,8 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from stream_r1.demo import figures
-from stream_r1.demo.record import Measure, Record
+from stream_r1.demo import figures, measures
+from stream_r1.demo.record import Record
 
 LABELS = {
     "before": "Student before",
@@ -23,7 +23,6 @@ LABELS = {
     "film": "The film",
 }
 _STREAMED = ("before", "after")
-AXIS_NAMES = {"VQ": "visual quality", "MQ": "motion quality", "TA": "text alignment"}
 _MAP_COLUMNS = 6
 
 
@@ -64,8 +63,8 @@ def _context(record: Record, folder: Path) -> dict[str, Any]:
         "steps_note": _steps_note(record),
         "maps": _maps(record, folder),
         "measures": _measures(record),
-        "measure_columns": [{"label": _short_label(name)} for name in _measure_columns(record)],
-        "measures_note": record.measures_note,
+        "measure_columns": [measures.COLUMNS[name] for name in measures.columns(record)],
+        "measures_note": record.evaluated,
         "timing": _timing(record),
         "facts": _facts(record),
         "settings": record.settings,
@@ -75,10 +74,6 @@ def _context(record: Record, folder: Path) -> dict[str, Any]:
 
 def _label(name: str, record: Record) -> str:
     return LABELS[name].format(steps=record.teacher_steps or "many")
-
-
-def _short_label(name: str) -> str:
-    return name.capitalize()
 
 
 def _summary(record: Record) -> str:
@@ -110,10 +105,11 @@ def _key_numbers(record: Record) -> list[dict[str, str]]:
         out.append({"value": f"{1000 * record.timing.first_frame:.0f}", "unit": "ms", "label": "to the first frame"})
     if record.steps:
         out.append({"value": str(len(record.steps)), "unit": "", "label": f"student steps in {_duration(record.stages.get('distil', 0.0))}"})
-    rewards = [m for m in record.measures if m.trained_on and {"before", "after"} <= m.values.keys()]
-    if rewards:
-        before, after = (float(np.mean([m.values[k] for m in rewards])) for k in ("before", "after"))
-        out.append({"value": f"{before:+.2f} → {after:+.2f}", "unit": "", "label": "reward, before → after"})
+    rewards = [row.values for row in measures.reward_rows(record)]
+    if rewards and all({"before", "after"} <= values.keys() for values in rewards):
+        before, after = (float(np.mean([values[k] for values in rewards])) for k in ("before", "after"))
+        shown = f"{before:+.2f} → {after:+.2f}".replace("-", "−")
+        out.append({"value": shown, "unit": "", "label": "reward, before → after"})
     return out
 
 
@@ -172,7 +168,7 @@ def _charts(record: Record) -> list[dict[str, Any]]:
     scores = {axis: [(p.step, p.scores[axis]) for p in steps if axis in p.scores] for axis in record.axes}
     lines = {axis: tuple(zip(*points, strict=True)) for axis, points in scores.items() if len(points) > 1}
     if lines:
-        names = ", ".join(f"{axis}: {AXIS_NAMES[axis]}" for axis in lines if axis in AXIS_NAMES)
+        names = ", ".join(f"{axis}: {measures.AXES[axis]}" for axis in lines if axis in measures.AXES)
         charts.append(
             {
                 "svg": Markup(figures.curve(lines, ylabel="reward")),
@@ -212,7 +208,7 @@ def _maps(record: Record, folder: Path) -> dict[str, Any] | None:
     strips = [{"name": "Frames", "note": "the student's video", "picture": figures.frame_strip(frames[shown])}]
     for axis, values, score in zip(record.axes, saliency, scores, strict=True):
         heat = figures.unit_range(values)
-        note = f"{AXIS_NAMES.get(axis, '')}, score {score:+.2f}".lstrip(", ")
+        note = f"{measures.AXES.get(axis, '')}, score {score:+.2f}".lstrip(", ")
         strips.append({"name": f"Saliency, {axis}", "note": note, "picture": figures.heat_strip(frames[shown], heat[shown])})
     spread = f"{weights.min():.2f} to {weights.max():.2f}"
     heat = figures.heat_strip(frames[shown], figures.unit_range(weights)[shown], cmap="viridis")
@@ -227,35 +223,27 @@ def _maps(record: Record, folder: Path) -> dict[str, Any] | None:
     }
 
 
-def _measure_columns(record: Record) -> list[str]:
-    return [name for name in LABELS if any(name in m.values for m in record.measures)]
-
-
 def _measures(record: Record) -> list[dict[str, Any]]:
-    columns = _measure_columns(record)
-    groups = []
-    for title, trained_on in (("Independent: the distillation never sees these", False), ("The reward that guides it", True)):
-        rows = [_measure_row(m, columns) for m in record.measures if m.trained_on == trained_on]
-        if rows:
-            groups.append({"title": title, "rows": rows})
-    return groups
+    columns = measures.columns(record)
+    groups = [
+        {"title": "Independent: the distillation never sees these", "rows": measures.independent_rows(record)},
+        {"title": "The reward that guides it", "rows": measures.reward_rows(record)},
+    ]
+    return [
+        {"title": group["title"], "rows": [_measure_row(row, columns) for row in group["rows"]]} for group in groups if group["rows"]
+    ]
 
 
-def _measure_row(measure: Measure, columns: list[str]) -> dict[str, Any]:
-    direction = "higher is better" if measure.higher_is_better else "lower is better"
-    row: dict[str, Any] = {
-        "name": measure.name,
-        "meaning": f"{measure.meaning}; {direction}",
-        "cells": [_number(measure.values.get(name)) for name in columns],
-        "change": None,
-        "verdict": "",
+def _measure_row(row: measures.Row, columns: list[str]) -> dict[str, Any]:
+    direction = "near the film's is better" if row.better == "near reference" else f"{row.better} is better"
+    change = row.change
+    return {
+        "name": row.name,
+        "meaning": f"{row.meaning}; {direction}",
+        "cells": [_number(row.values.get(name)) for name in columns],
+        "change": f"{'▲' if change > 0 else '▼'} {_number(abs(change))}" if change else "",
+        "verdict": row.verdict,
     }
-    if {"before", "after"} <= measure.values.keys():
-        change = measure.values["after"] - measure.values["before"]
-        row["change"] = f"{'▲' if change > 0 else '▼'} {_number(abs(change))}" if change else "0"
-        if change:
-            row["verdict"] = "better" if (change > 0) == measure.higher_is_better else "worse"
-    return row
 
 
 def _number(value: float | None) -> str:
@@ -272,8 +260,8 @@ def _timing(record: Record) -> dict[str, Any] | None:
     known = timing.text + timing.denoise + timing.cache + timing.decode
     parts = []
     for key, name, seconds in (
-        ("text", "text", timing.text),
-        ("denoise", "denoising, four passes", timing.denoise),
+        ("text", "prompt", timing.text),
+        ("denoise", f"denoising, {record.denoising_steps} passes", timing.denoise),
         ("cache", "cache pass", timing.cache),
         ("decode", "decoding", timing.decode),
         ("rest", "everything else", max(timing.total - known, 0.0)),
@@ -287,7 +275,7 @@ def _timing(record: Record) -> dict[str, Any] | None:
         "sentence": f"{timing.frames} frames in {timing.total:.2f} s: {timing.fps:.1f} frames a second end to end, where "
         f"{record.fps} play in real time. The first frame is there {1000 * timing.first_frame:.0f} ms after asking.",
         "note": "One video at a time, after a warm-up. End to end counts everything between asking for the video and "
-        "holding its last frame in memory: the text encoder, the denoising passes, the pass that leaves keys and values "
+        "holding its last frame in memory: encoding the prompt, the denoising passes, the pass that leaves keys and values "
         "in the cache, and the decoder. It does not count loading the models or writing the mp4.",
     }
 

@@ -1,0 +1,58 @@
+"""What the demo is told, and how a time budget becomes a number of steps."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from stream_r1.config import Settings
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class DemoSettings(Settings):
+    """The demo around the distillation."""
+
+    budget: Annotated[float, Field(ge=20)] = 330.0
+    """Seconds for everything, from loading the models to the report."""
+    prompts: tuple[str, ...] = (
+        "a fat rabbit smells a white flower",
+        "a pink butterfly flies around a rabbit seen from above",
+        "a flying squirrel on a branch looks down at the meadow",
+        "a rabbit in a meadow looks at a red apple",
+    )
+    chunks: Count = 6
+    """Chunks that are streamed for each prompt."""
+    seed: int = 0
+    evaluated_videos: Annotated[int, Field(ge=2)] = 24
+    evaluated_batch: Count = 8
+    timed_chunks: Count = 8
+    teacher_steps: Annotated[int, Field(ge=0)] = 24
+    """Euler steps of the teacher's own samples; 0 leaves them out."""
+    finish: float = 12.0
+    """Seconds kept for what comes after the second evaluation: timing, maps, report."""
+    least_distillation: float = 10.0
+    """Seconds of distillation, whatever the budget says."""
+
+
+def seconds_to_distil(settings: DemoSettings, spent: float, to_repeat: float) -> float:
+    """What the budget leaves for distilling.
+
+    Args:
+        settings: with the budget.
+        spent: seconds used so far, distilling included.
+        to_repeat: seconds that streaming and evaluating before took, which they will take again after.
+    """
+    left = settings.budget - spent - 1.1 * to_repeat - settings.finish
+    return max(left, settings.least_distillation)
+
+
+def steps_in(seconds: float, durations: list[float], period: int) -> int:
+    """How many more steps fit: ``durations`` of steps done so far, every ``period``-th of which is longer.
+
+    The first period is warm-up and is left out where there is more.
+    """
+    counted = durations[period:] if len(durations) > period else durations
+    whole = len(counted) - len(counted) % period or len(counted)
+    return max(0, int(seconds / (sum(counted[:whole]) / whole)))
