@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stream_r1.rewards.efficientnet import EfficientNetLite
 
-_LAST_BLOCK = 17  # of lite2: 352 channels
+_LAST_BLOCK = 20  # of lite2: 352 channels
 _INPUT = (
     128,
     224,

@@ -1,5 +1,5 @@
 """Video reward models behind one small protocol: `score(video, prompts) -> [B, axes]`, differentiable."""
 
-from stream_r1.rewards.base import Reward, load_reward, score_with_gradients
+from stream_r1.rewards.base import Reward, load_reward
 
-__all__ = ["Reward", "load_reward", "score_with_gradients"]
+__all__ = ["Reward", "load_reward"]

@@ -1,4 +1,4 @@
-"""What a reward is, how one is loaded, and the two tensors that Stream-R1's weights are made of."""
+"""What a reward is, how one is loaded, and what both need."""
 
 from __future__ import annotations
 
@@ -72,32 +72,6 @@ def check_video(video: Tensor, prompts: Sequence[str], *, name: str) -> None:
         raise TypeError(f"{name}: prompts: expected a list of strings, got {type(prompts).__name__}")
     if len(prompts) != video.shape[0]:
         raise ValueError(f"{name}: prompts: expected {video.shape[0]}, one a video, got {len(prompts)}")
-
-
-def score_with_gradients(reward: Reward, video: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
-    """Scores and each axis' gradient with respect to the pixels, for a batch (Stream-R1, arXiv 2605.03849).
-
-    Args:
-        reward: any `Reward`.
-        video: [B, T, 3, H, W] in [0, 1]; treated as data: no gradient reaches what it was computed from.
-        prompts: B strings.
-
-    Returns:
-        scores [B, M] and gradients [M, B, T, 3, H, W], both detached; zero gradients for an axis that does
-        not depend on the pixels.
-    """
-    with torch.enable_grad():
-        leaf = video.detach().requires_grad_()
-        scores = reward.score(leaf, prompts)
-        last = scores.shape[1] - 1
-        # Videos are independent, so the gradient of the sum over the batch holds every video's own gradient.
-        gradients = [
-            torch.autograd.grad(
-                scores[:, axis].sum(), leaf, retain_graph=axis < last, materialize_grads=True
-            )[0]
-            for axis in range(scores.shape[1])
-        ]
-    return scores.detach(), torch.stack(gradients)
 
 
 def load_reward(spec: str | Path, *, device: str | torch.device = "cpu") -> Reward:
