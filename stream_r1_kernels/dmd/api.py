@@ -1,5 +1,7 @@
+import torch
 from torch import Tensor
 
+from ..backends import resolve
 from .reference import dmd_gradient_reference_, dmd_loss_reference
 from .validation import check_buffer, check_dmd
 
@@ -16,26 +18,26 @@ def dmd_loss(
     mask: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """The weighted distribution-matching loss (DMD2, arXiv 2405.14867; weights of Stream-R1, arXiv 2605.03849).
+    """The weighted distribution-matching loss (DMD2, arXiv 2405.14867; weights: Stream-R1, arXiv 2605.03849).
 
         real = real_cond + guidance (real_cond - real_uncond)            real_cond alone without real_uncond
         g    = (fake - real) / mean |x - real|                           the mean over the whole sample
         loss = mean_b [ w_inter_b / 2 * mean_kept( w_intra_b * (x - sg(x - g))^2 ) ]
 
-    so dL/dx = w_inter w_intra g / (B * kept) on the kept elements. An element of g that is not finite counts as 0:
-    neither a NaN of one network nor x == real spoils the step. The gradient is made in the forward; the backward only
-    scales it.
+    so dL/dx = w_inter w_intra g / (B * kept) on the kept elements. An element of g that is not finite counts
+    as 0: neither a NaN of one network nor x == real spoils the step. The gradient is made in the forward; the
+    backward only scales it.
 
     Args:
         x: [B, F, C, h, w], the student's x0; float32, bfloat16, float16 or float64. Only x has a gradient.
-        fake, real_cond, real_uncond: x0-predictions of the critic and of the teacher, x's shape and dtype.
-        guidance: w above; a conventional guidance scale minus 1.
-        w_intra: weights of the cells, 5 dimensions that broadcast to x ([B, F, 1, h, w] from `intra_weights`), float32.
-        w_inter: [B] weights of the samples, float32.
-        mask: bool, 5 dimensions that broadcast to x ([B, F, 1, 1, 1] keeps frames). Elements where it is False get no
-            gradient and the inner mean counts the kept elements of each sample only (as if the others were cut away;
-            a sample that keeps none adds 0). The normaliser of g stays the mean over the whole sample, and w_intra is
-            not normalised again. All True is the same as no mask.
+            fake, real_cond, real_uncond: x0-predictions of the critic and of the teacher, x's shape and
+            dtype. guidance: w above; a conventional guidance scale minus 1. w_intra: weights of the cells, 5
+            dimensions that broadcast to x ([B, F, 1, h, w] from `intra_weights`), float32 or float64.
+        w_inter: [B] weights of the samples, float32 or float64. mask: bool, 5 dimensions that broadcast to x
+            ([B, F, 1, 1, 1] keeps frames). Elements where it is False get no gradient, and the inner mean
+            counts the kept elements of each sample only (as if the others were cut away; a sample that keeps
+            none adds 0). The normaliser of g stays the mean over the whole sample, and w_intra is not
+            normalised again. All True is the same as no mask.
         backend: "auto", "cpu" or "reference"; an explicit choice never falls back.
 
     Returns:
@@ -46,7 +48,9 @@ def dmd_loss(
         TypeError: a dtype that is not allowed.
     """
     check_dmd("dmd_loss", x, fake, real_cond, real_uncond, w_intra, w_inter, mask)
-    return dmd_loss_reference(x, fake, real_cond, real_uncond, guidance, w_intra, w_inter, mask)
+    if resolve(backend, "dmd_loss", x) == "reference":
+        return dmd_loss_reference(x, fake, real_cond, real_uncond, guidance, w_intra, w_inter, mask)
+    return torch.ops.stream_r1.dmd_loss(x, fake, real_cond, real_uncond, guidance, w_intra, w_inter, mask)[0]
 
 
 def dmd_gradient_(
@@ -63,7 +67,7 @@ def dmd_gradient_(
     scale: float = 1.0,
     backend: str = "auto",
 ) -> Tensor:
-    """Adds scale * d dmd_loss / dx to `buffer` in place and returns it: no loss, no graph, nothing else allocated.
+    """Adds scale * d dmd_loss / dx to `buffer` in place and returns it: no loss, no graph, no second buffer.
 
     Arguments are those of `dmd_loss`; the result is a constant for autograd, so x may require grad.
 
@@ -76,5 +80,8 @@ def dmd_gradient_(
     """
     check_dmd("dmd_gradient_", x, fake, real_cond, real_uncond, w_intra, w_inter, mask)
     check_buffer("dmd_gradient_", buffer, x)
-    dmd_gradient_reference_(buffer, x, fake, real_cond, real_uncond, guidance, w_intra, w_inter, mask, scale)
+    run = dmd_gradient_reference_
+    if resolve(backend, "dmd_gradient_", x) != "reference":
+        run = torch.ops.stream_r1.dmd_gradient_
+    run(buffer, x, fake, real_cond, real_uncond, guidance, w_intra, w_inter, mask, scale)
     return buffer

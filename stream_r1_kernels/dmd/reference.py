@@ -7,7 +7,7 @@ from torch import Tensor
 def dmd_direction_reference(
     x: Tensor, fake: Tensor, real_cond: Tensor, real_uncond: Tensor | None, guidance: float
 ) -> Tensor:
-    """g = (fake - real) / mean|x - real| per sample, [B, F, C, h, w], 0 where it is not finite; never below float32."""
+    """g = (fake - real) / mean|x - real| per sample, 0 where not finite; float32, float64 for float64."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     x, fake, real = x.to(dtype), fake.to(dtype), real_cond.to(dtype)
     if real_uncond is not None:

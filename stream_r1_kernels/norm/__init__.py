@@ -1,5 +1,9 @@
 """Per-frame AdaLN around the matmuls of a Wan block."""
 
+from ..backends import EXTENSION_PROBLEM
 from .api import gated_add, modulated_norm
+
+if EXTENSION_PROBLEM is None:
+    from . import fake  # noqa: F401
 
 __all__ = ["gated_add", "modulated_norm"]

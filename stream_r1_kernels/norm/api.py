@@ -1,18 +1,22 @@
+import torch
 from torch import Tensor
 
+from ..backends import resolve
 from .reference import gated_add_reference, modulated_norm_reference
 from .validation import check_gated_add, check_modulated_norm
 
 
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6, backend: str = "auto") -> Tensor:
+def modulated_norm(
+    x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6, backend: str = "auto"
+) -> Tensor:
     """AdaLN with a modulation per frame, as in the Wan block: LN(x) * (1 + scale) + shift.
 
     LN is over the last dimension, without weights, in float32 whatever the dtypes (float64 for float64 x).
 
     Args:
         x: [B, T, D], the tokens of F frames one frame after the other; float32, bfloat16, float16 or float64.
-        shift, scale: [B, F, D] with F dividing T (1 <= F <= T); x's dtype or float32. Any strides: they usually are
-            slices of one [B, F, 6, D] tensor.
+            shift, scale: [B, F, D] with F dividing T (1 <= F <= T); x's dtype or float32. Any strides: they
+            usually are slices of one [B, F, 6, D] tensor.
         eps: added to the variance, >= 0.
         backend: "auto", "cpu" or "reference"; an explicit choice never falls back.
 
@@ -23,7 +27,9 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6
         ValueError: a shape or eps that does not fit.  TypeError: a dtype that is not allowed.
     """
     check_modulated_norm(x, shift, scale, eps)
-    return modulated_norm_reference(x, shift, scale, eps)
+    if resolve(backend, "modulated_norm", x) == "reference":
+        return modulated_norm_reference(x, shift, scale, eps)
+    return torch.ops.stream_r1.modulated_norm(x, shift, scale, eps)[0]
 
 
 def gated_add(x: Tensor, y: Tensor, gate: Tensor, *, backend: str = "auto") -> Tensor:
@@ -42,4 +48,6 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor, *, backend: str = "auto") -> T
         ValueError: a shape that does not fit.  TypeError: a dtype that is not allowed.
     """
     check_gated_add(x, y, gate)
-    return gated_add_reference(x, y, gate)
+    if resolve(backend, "gated_add", x) == "reference":
+        return gated_add_reference(x, y, gate)
+    return torch.ops.stream_r1.gated_add(x, y, gate)

@@ -17,7 +17,7 @@ def _check_per_frame(op: str, name: str, value: Tensor, x: Tensor) -> None:
         raise ValueError(f"{op}: {name}: expected shape [{batch}, F, {width}], got {list(value.shape)}")
     frames = value.shape[1]
     if frames == 0 or tokens % frames != 0:
-        raise ValueError(f"{op}: {name}: expected a number of frames that divides {tokens} tokens, got {frames}")
+        raise ValueError(f"{op}: {name}: expected frames that divide {tokens} tokens, got {frames}")
     if value.device != x.device:
         raise ValueError(f"{op}: {name}: expected device {x.device} as x, got {value.device}")
 

@@ -1,7 +1,9 @@
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from ..backends import resolve
 from .reference import intra_weights_reference, region_saliency_reference
 from .validation import check_intra_weights, check_region_saliency
 
@@ -9,13 +11,13 @@ from .validation import check_intra_weights, check_region_saliency
 def region_saliency(pixel_grads: Tensor, latent_shape: Sequence[int], *, backend: str = "auto") -> Tensor:
     """How strongly a reward depends on each latent cell (Stream-R1, arXiv 2605.03849: intra-perplexity).
 
-    Each pixel's gradient is reduced by the L2 norm over its channels; a latent cell is the mean over its own pixels.
-    In time the cells follow the causal VAE: latent frame 0 is pixel frame 0 alone, latent frame n is the k pixel
-    frames k (n - 1) + 1 .. k n, with k = (T - 1) / (F - 1) (4 for Wan).
+    Each pixel's gradient is reduced by the L2 norm over its channels; a latent cell is the mean over its own
+    pixels. In time the cells follow the causal VAE: latent frame 0 is pixel frame 0 alone, latent frame n is
+    the k pixel frames k (n - 1) + 1 .. k n, with k = (T - 1) / (F - 1) (4 for Wan).
 
     Args:
-        pixel_grads: [M, B, T, 3, H, W] or [B, T, 3, H, W]; d reward / d pixels, for M reward axes or one. float32,
-            bfloat16, float16 or float64, any strides. Data: must not require grad.
+        pixel_grads: [M, B, T, 3, H, W] or [B, T, 3, H, W]; d reward / d pixels, for M reward axes or one.
+            float32, bfloat16, float16 or float64, any strides. Data: must not require grad.
         latent_shape: (F, h, w) with T = 1 + k (F - 1), h dividing H and w dividing W.
         backend: "auto", "cpu" or "reference"; an explicit choice never falls back.
 
@@ -28,7 +30,11 @@ def region_saliency(pixel_grads: Tensor, latent_shape: Sequence[int], *, backend
     """
     check_region_saliency(pixel_grads, latent_shape)
     frames, rows, columns = latent_shape
-    return region_saliency_reference(pixel_grads, frames, rows, columns)
+    if resolve(backend, "region_saliency", pixel_grads) == "reference":
+        return region_saliency_reference(pixel_grads, frames, rows, columns)
+    if pixel_grads.dim() == 6:
+        return torch.ops.stream_r1.region_saliency(pixel_grads, frames, rows, columns)
+    return torch.ops.stream_r1.region_saliency(pixel_grads.unsqueeze(0), frames, rows, columns).squeeze(0)
 
 
 def intra_weights(
@@ -46,14 +52,15 @@ def intra_weights(
 ) -> Tensor:
     """Weights of the latent cells in the DMD loss, mean 1 for each sample (Stream-R1, arXiv 2605.03849).
 
-    The axes' saliencies are fused with softmax_m(-scores / temperature): a weaker axis gets more. The frame means of
-    the result (temporal profile) and the cells of each frame (spatial map) are each min-max scaled to p in [0, 1],
-    blended to (1 - strength) + strength * p, clamped to at least the floor, and divided by their mean. The weights are
-    profile times map, divided by their mean over the sample. A constant profile or map (range at most 1e-6 of its
-    maximum, or a single value) gives ones; with both parts off all weights are 1.
+    The axes' saliencies are fused with softmax_m(-scores / temperature): a weaker axis gets more. The frame
+    means of the result (temporal profile) and the cells of each frame (spatial map) are each min-max scaled
+    to p in [0, 1], blended to (1 - strength) + strength * p, clamped to at least the floor, and divided by
+    their mean. The weights are profile times map, divided by their mean over the sample. A constant profile
+    or map (range at most 1e-6 of its maximum, or a single value) gives ones; with both parts off all weights
+    are 1.
 
     Args:
-        saliency: [M, B, F, h, w], >= 0, any scale, any strides; from `region_saliency`. Must not require grad.
+        saliency: [M, B, F, h, w], >= 0, any scale and strides; from `region_saliency`. Must not require grad.
         scores: [B, M] rewards r_m of the samples, in their normalised units. Must not require grad.
         temperature: of the softmax over axes, > 0.
         spatial_floor, temporal_floor: least blended value before the division by the mean, in [0, 1].
@@ -62,8 +69,8 @@ def intra_weights(
         backend: "auto", "cpu" or "reference"; an explicit choice never falls back.
 
     Returns:
-        [B, F, 1, h, w], float32 (float64 for a float64 saliency). A sample with a NaN or infinity in its saliency or
-        scores is NaN throughout.
+        [B, F, 1, h, w], float32 (float64 for a float64 saliency). A sample whose fused saliency is not
+        finite is NaN throughout.
 
     Raises:
         ValueError: a shape or number out of range, or a tensor that requires grad.
@@ -85,4 +92,6 @@ def intra_weights(
         use_spatial,
         use_temporal,
     )
-    return intra_weights_reference(saliency, scores, *settings)
+    if resolve(backend, "intra_weights", saliency) == "reference":
+        return intra_weights_reference(saliency, scores, *settings)
+    return torch.ops.stream_r1.intra_weights(saliency, scores, *settings)

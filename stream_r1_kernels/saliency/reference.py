@@ -3,18 +3,19 @@
 import torch
 from torch import Tensor
 
-# A profile or a map whose range is below this fraction of its largest value is constant: min-max would blow rounding
-# noise up to the full range.
+# A profile or a map whose range is below this fraction of its largest value is constant: min-max would blow
+# rounding noise up to the full range.
 FLAT_RANGE = 1e-6
 
 
 def region_saliency_reference(pixel_grads: Tensor, frames: int, rows: int, columns: int) -> Tensor:
-    """pixel_grads [..., T, C, H, W] -> [..., frames, rows, columns]; float64 stays, everything else becomes float32."""
+    """pixel_grads [..., T, C, H, W] -> [..., frames, rows, columns]; float32, float64 for float64."""
     *lead, pixel_frames, _, height, width = pixel_grads.shape
     if pixel_grads.dtype != torch.float64:
         pixel_grads = pixel_grads.float()
     norm = torch.linalg.vector_norm(pixel_grads, dim=-3)  # [..., T, H, W]
-    cells = norm.reshape(*lead, pixel_frames, rows, height // rows, columns, width // columns).mean(dim=(-3, -1))
+    tiles = norm.reshape(*lead, pixel_frames, rows, height // rows, columns, width // columns)
+    cells = tiles.mean(dim=(-3, -1))  # [..., T, rows, columns]
     first = cells[..., :1, :, :]  # the causal VAE codes pixel frame 0 alone
     if frames == 1:
         return first
@@ -24,7 +25,7 @@ def region_saliency_reference(pixel_grads: Tensor, frames: int, rows: int, colum
 
 
 def _profile(values: Tensor, dim: tuple[int, ...], strength: float, floor: float) -> Tensor:
-    """Min-max over `dim`, blended with 1, clamped from below, with mean 1; ones where `values` is constant."""
+    """Min-max over `dim`, blended with 1, clamped from below, of mean 1; ones where `values` is constant."""
     low, high = values.amin(dim, keepdim=True), values.amax(dim, keepdim=True)
     flat = high - low <= FLAT_RANGE * high.abs()
     span = torch.where(flat, torch.ones_like(high), high - low)
@@ -43,13 +44,14 @@ def intra_weights_reference(
     use_spatial: bool,
     use_temporal: bool,
 ) -> Tensor:
-    """saliency [M, B, F, h, w], scores [B, M] -> [B, F, 1, h, w]; float64 stays, everything else becomes float32."""
+    """saliency [M, B, F, h, w], scores [B, M] -> [B, F, 1, h, w]; float32, float64 for float64."""
     dtype = torch.float64 if saliency.dtype == torch.float64 else torch.float32
     share = torch.softmax(-scores.to(dtype) / temperature, dim=1)  # [B, M], a weaker axis gets more
     fused = torch.einsum("bm,mbfhw->bfhw", share, saliency.to(dtype))
     weights = torch.ones_like(fused)
     if use_temporal:
-        weights = weights * _profile(fused.mean((2, 3), keepdim=True), (1,), temporal_strength, temporal_floor)
+        frames = fused.mean((2, 3), keepdim=True)  # [B, F, 1, 1]
+        weights = weights * _profile(frames, (1,), temporal_strength, temporal_floor)
     if use_spatial:
         weights = weights * _profile(fused, (2, 3), spatial_strength, spatial_floor)
     weights = weights / weights.mean((1, 2, 3), keepdim=True)

@@ -21,11 +21,12 @@ def check_region_saliency(pixel_grads: Tensor, latent_shape: Sequence[int]) -> N
     op = "region_saliency"
     if pixel_grads.dim() not in (5, 6):
         raise ValueError(
-            f"{op}: pixel_grads: expected shape [M, B, T, 3, H, W] or [B, T, 3, H, W], got {list(pixel_grads.shape)}"
+            f"{op}: pixel_grads: expected shape [M, B, T, 3, H, W] or [B, T, 3, H, W], "
+            f"got {list(pixel_grads.shape)}"
         )
     _check_float(op, "pixel_grads", pixel_grads)
     if len(latent_shape) != 3 or min(latent_shape) < 1:
-        raise ValueError(f"{op}: latent_shape: expected three sizes (F, h, w) >= 1, got {tuple(latent_shape)}")
+        raise ValueError(f"{op}: latent_shape: expected (F, h, w), each >= 1, got {tuple(latent_shape)}")
     frames, rows, columns = latent_shape
     pixel_frames, _, height, width = pixel_grads.shape[-4:]
     if frames == 1:
