@@ -30,14 +30,15 @@ def dmd_loss(
 
     Args:
         x: [B, F, C, h, w], the student's x0; float32, bfloat16, float16 or float64. Only x has a gradient.
-            fake, real_cond, real_uncond: x0-predictions of the critic and of the teacher, x's shape and
-            dtype. guidance: w above; a conventional guidance scale minus 1. w_intra: weights of the cells, 5
-            dimensions that broadcast to x ([B, F, 1, h, w] from `intra_weights`), float32 or float64.
-        w_inter: [B] weights of the samples, float32 or float64. mask: bool, 5 dimensions that broadcast to x
-            ([B, F, 1, 1, 1] keeps frames). Elements where it is False get no gradient, and the inner mean
-            counts the kept elements of each sample only (as if the others were cut away; a sample that keeps
-            none adds 0). The normaliser of g stays the mean over the whole sample, and w_intra is not
-            normalised again. All True is the same as no mask.
+        fake, real_cond, real_uncond: x0-predictions of the critic and of the teacher, x's shape and dtype.
+        guidance: w above; a conventional guidance scale minus 1.
+        w_intra: weights of the cells, float32 or float64, 5 dimensions that broadcast to x, such as
+            `intra_weights`' [B, F, 1, h, w].
+        w_inter: [B] weights of the samples, float32 or float64.
+        mask: bool, 5 dimensions that broadcast to x ([B, F, 1, 1, 1] keeps frames). Elements where it is False
+            get no gradient, and the inner mean counts the kept elements of each sample only (as if the others
+            were cut away; a sample that keeps none adds 0). The normaliser of g stays the mean over the whole
+            sample, and w_intra is not normalised again. All True is the same as no mask.
         backend: "auto", "cpu" or "reference"; an explicit choice never falls back.
 
     Returns:

@@ -15,8 +15,8 @@ def modulated_norm(
 
     Args:
         x: [B, T, D], the tokens of F frames one frame after the other; float32, bfloat16, float16 or float64.
-            shift, scale: [B, F, D] with F dividing T (1 <= F <= T); x's dtype or float32. Any strides: they
-            usually are slices of one [B, F, 6, D] tensor.
+        shift, scale: [B, F, D] with F dividing T (1 <= F <= T); x's dtype or float32. Any strides: they are
+            usually slices of one [B, F, 6, D] tensor.
         eps: added to the variance, >= 0.
         backend: "auto", "cpu" or "reference"; an explicit choice never falls back.
 
