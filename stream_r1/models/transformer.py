@@ -19,7 +19,6 @@ from torch.nn import functional
 from stream_r1.models.blocks import Block, ConditionEmbedder, FreshSlot
 from stream_r1_kernels import ChunkCache, ChunkMask, RotaryGrid, modulated_norm
 
-
 # Parts that stay float32 when a model is loaded in half precision, as in diffusers.
 FLOAT32_PARTS = ["time_embedder", "scale_shift_table", "norm2"]
 REPEATED = ["Block"]
