@@ -1,0 +1,45 @@
+"""``python -m stream_r1.tiny_world vae|teacher|student``: train one of the tiny world's models by its recipe."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stream_r1.config import load_recipe
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+Recipe = Annotated[Path, typer.Argument(help="Recipe file.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value on top of the recipe.")]
+Cache = Annotated[Path | None, typer.Option(help="Where the film is kept.")]
+
+
+@app.command()
+def vae(recipe: Recipe, overrides: Overrides = None, cache: Cache = None) -> None:
+    """The autoencoder, from random crops of the film."""
+    from stream_r1.tiny_world.vae import VaeSettings, train_vae
+
+    train_vae(load_recipe(VaeSettings, recipe, overrides or []), cache)
+
+
+@app.command()
+def teacher(recipe: Recipe, overrides: Overrides = None, cache: Cache = None) -> None:
+    """The bidirectional teacher, from captioned clips."""
+    from stream_r1.tiny_world.teacher import TeacherSettings, train_teacher
+
+    train_teacher(load_recipe(TeacherSettings, recipe, overrides or []), cache)
+
+
+@app.command()
+def student(recipe: Recipe, overrides: Overrides = None, cache: Cache = None) -> None:
+    """The causal student's start, from the teacher."""
+    from stream_r1.tiny_world.student import StudentSettings, train_student
+
+    train_student(load_recipe(StudentSettings, recipe, overrides or []), cache)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    app()

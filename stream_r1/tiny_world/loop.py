@@ -1,0 +1,161 @@
+"""One resumable training loop for the tiny world's models.
+
+Muon for matrices and kernels, AdamW for the rest, a moving average of the weights, and a learning rate that is
+constant after a warm-up and falls over the last part: a finished run can be given more steps and goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from stream_r1.config import Settings, SettingsError
+from stream_r1.tiny_world.muon import Muon
+
+log = logging.getLogger(__name__)
+
+
+class LoopSettings(Settings):
+    """How long and how fast to train.
+
+    steps: optimizer steps in all. lr: of Muon and AdamW alike. warmup: steps. decay: last share of the steps, over
+    which the rate falls linearly to a fiftieth. ema: decay of the weights' average, reached gradually. clip: norm of all
+    gradients. save_seconds, log_steps: how often the state is saved, and progress logged.
+    """
+
+    steps: int = Field(gt=0)
+    lr: float = Field(gt=0)
+    warmup: int = Field(default=30, ge=0)
+    decay: float = Field(default=0.6, ge=0, le=1)
+    ema: float = Field(default=0.998, ge=0, lt=1)
+    clip: float = Field(default=1.0, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    seed: int = 0
+    save_seconds: float = Field(default=120, gt=0)
+    log_steps: int = Field(default=50, gt=0)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        left = (self.steps - step) / self.steps
+        falling = 1.0 if self.decay == 0 else min(1.0, left / self.decay)
+        rising = 1.0 if self.warmup == 0 else min(1.0, (step + 1) / self.warmup)
+        return self.lr * rising * max(0.02, falling)
+
+
+class Loop:
+    """A model, its optimizers, its average and its random numbers, saved as one file.
+
+    Args:
+        model: what is trained; parameters that do not require gradients stay as they are.
+        settings: how.
+        state: file that holds the state; there from an earlier run, the loop goes on from it.
+        is_matrix: which named parameters Muon trains; None: hidden ones of two or more dimensions.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: LoopSettings,
+        state: Path,
+        is_matrix: Callable[[str, Tensor], bool] | None = None,
+    ) -> None:
+        self.model, self.settings, self.path = model, settings, state
+        self.step = 0
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        chosen = is_matrix or (lambda name, p: p.ndim >= 2 and min(p.shape[0], p[0].numel()) >= 16)
+        self._parameters = [p for _, p in named]
+        self._optimizers: list[torch.optim.Optimizer] = [
+            Muon([p for n, p in named if chosen(n, p)], settings.lr, weight_decay=settings.weight_decay),
+            torch.optim.AdamW(
+                [p for n, p in named if not chosen(n, p)], settings.lr, betas=(0.9, 0.95), weight_decay=0.0
+            ),
+        ]
+        self.average = {name: p.detach().clone() for name, p in named}
+        self._names = [name for name, _ in named]
+        if state.exists():
+            self._load()
+
+    def run(self, loss: Callable[[], tuple[Tensor, dict[str, float]]]) -> Iterator[int]:
+        """Train until `steps`; yields the step number after each. ``loss`` draws its batch from ``generator``."""
+        settings, shown, started = self.settings, {}, time.monotonic()
+        saved, first = started, self.step
+        while self.step < settings.steps:
+            value, figures = loss()
+            if not torch.isfinite(value):
+                raise FloatingPointError(f"step {self.step}: the loss is {value.item()}")
+            value.backward()
+            self._update()
+            for name, figure in {"loss": value.item(), **figures}.items():
+                shown[name] = figure if name not in shown else 0.95 * shown[name] + 0.05 * figure
+            if self.step % settings.log_steps == 0:
+                pace = (time.monotonic() - started) / (self.step - first)
+                figures_text = " ".join(f"{name} {figure:.4f}" for name, figure in shown.items())
+                log.info("step %d/%d  %s  %.2f s a step", self.step, settings.steps, figures_text, pace)
+            if time.monotonic() - saved > settings.save_seconds or self.step == settings.steps:
+                self.save()
+                saved = time.monotonic()
+            yield self.step
+
+    def _update(self) -> None:
+        rate = self.settings.rate(self.step)
+        torch.nn.utils.clip_grad_norm_(self._parameters, self.settings.clip)
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+        self.step += 1
+        keep = min(self.settings.ema, self.step / (self.step + 9))
+        for name, p in zip(self._names, self._parameters, strict=True):
+            self.average[name].lerp_(p.detach(), 1 - keep)
+
+    def averaged(self) -> nn.Module:
+        """The model with the averaged weights in it; call at the end, or :meth:`swap` back."""
+        self.swap()
+        return self.model
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the model's weights and their average."""
+        for name, p in zip(self._names, self._parameters, strict=True):
+            kept = p.detach().clone()
+            p.copy_(self.average[name])
+            self.average[name] = kept
+
+    def save(self) -> None:
+        """Write the state beside the old one, then put it in its place."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        torch.save(
+            {
+                "step": self.step,
+                "generator": self.generator.get_state(),
+                "model": dict(zip(self._names, self._parameters, strict=True)),
+                "average": self.average,
+                "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
+            },
+            part,
+        )
+        os.replace(part, self.path)
+
+    def _load(self) -> None:
+        state = torch.load(self.path, weights_only=True)
+        if list(state["average"]) != self._names:
+            raise SettingsError(f"{self.path}: holds another model's training state; remove it or name another folder")
+        self.step = state["step"]
+        self.generator.set_state(state["generator"])
+        with torch.no_grad():
+            for name, p in zip(self._names, self._parameters, strict=True):
+                p.copy_(state["model"][name])
+                self.average[name].copy_(state["average"][name])
+        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        log.info("%s: going on from step %d", self.path, self.step)

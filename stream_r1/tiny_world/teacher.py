@@ -1,0 +1,93 @@
+"""The tiny world's teacher: a small bidirectional `WanTransformer3DModel`, trained by flow matching on the film."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from diffusers import WanTransformer3DModel
+from pydantic import Field
+from torch import Tensor
+
+from stream_r1.config import Settings
+from stream_r1.recipe import read_prompts
+from stream_r1.schedule import FlowSchedule
+from stream_r1.tiny_world.clips import LatentClips, encode_clips
+from stream_r1.tiny_world.loop import Loop, LoopSettings
+
+log = logging.getLogger(__name__)
+
+
+class TeacherSettings(Settings):
+    """The teacher and its training. frames: pixel frames of a clip. shift: of the timesteps it is trained at."""
+
+    out: str
+    work: str
+    vae: str
+    prompts: str
+    frames: int = Field(default=33, ge=1)
+    most_clips: int = Field(default=12, ge=1)
+    heads: int = 4
+    head_dim: int = 64
+    layers: int = 6
+    batch: int = Field(default=8, ge=1)
+    shift: float = Field(default=3.0, gt=0)
+    drop_caption: float = Field(default=0.1, ge=0, le=1)
+    training: LoopSettings
+
+
+def new_teacher(settings: TeacherSettings, latent_channels: int, text_dim: int) -> WanTransformer3DModel:
+    """An untrained teacher."""
+    width = settings.heads * settings.head_dim
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=settings.heads,
+        attention_head_dim=settings.head_dim,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        text_dim=text_dim,
+        freq_dim=256,
+        ffn_dim=4 * width,
+        num_layers=settings.layers,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+    )
+
+
+def load_clips(settings: TeacherSettings, cache: Path | None = None) -> LatentClips:
+    """The clips that the settings name."""
+    prompts = read_prompts(settings.prompts)
+    return encode_clips(
+        Path(settings.vae), prompts, settings.frames, settings.most_clips, Path(settings.work), cache
+    )
+
+
+def train_teacher(settings: TeacherSettings, cache: Path | None = None) -> None:
+    """Train, or go on training, and write the averaged model to ``settings.out`` as float16."""
+    clips = load_clips(settings, cache)
+    torch.manual_seed(settings.training.seed)
+    model = new_teacher(settings, clips.latents.shape[2], clips.text.shape[2]).train()
+    loop = Loop(model, settings.training, Path(settings.work) / "teacher.pt", is_hidden_matrix)
+    schedule = FlowSchedule(settings.shift)
+
+    def loss() -> tuple[Tensor, dict[str, float]]:
+        x0, text = clips.draw(settings.batch, loop.generator)
+        u = torch.rand(settings.batch, generator=loop.generator)
+        drop = torch.rand(settings.batch, generator=loop.generator) < settings.drop_caption
+        eps = torch.randn(x0.shape, generator=loop.generator)
+        t = schedule.warp(1000 * u)
+        text = torch.where(drop[:, None, None], clips.empty, text)
+        x_t = schedule.add_noise(x0, eps, t / 1000)
+        v = model(x_t.transpose(1, 2), t, text, return_dict=False)[0].transpose(1, 2)
+        return (v - schedule.velocity(x0, eps)).square().mean(), {}
+
+    for _ in loop.run(loss):
+        pass
+    loop.averaged().half().save_pretrained(settings.out)
+    log.info("%s: %d steps on %d clips", settings.out, loop.step, len(clips.latents))
+
+
+def is_hidden_matrix(name: str, p: Tensor) -> bool:
+    """What Muon trains of a Wan transformer: the linear layers inside its blocks."""
+    return p.ndim == 2 and name.startswith("blocks.")
