@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from stream_r1.evaluation.kid import FrameFeatures, kernel_distance, prompt_match
-from stream_r1.evaluation.naturalness import CleanStatistics, sharpness
-from stream_r1.evaluation.warp import motion_figures
+from stream_r1.evaluation.naturalness import sharpness
+from stream_r1.evaluation.reference import Reference, mean_motion, some_frames, video_means
 
 
 class Measure(NamedTuple):
@@ -45,7 +45,7 @@ MEASURES: dict[str, Measure] = {
 
 def evaluate_videos(
     videos: Tensor | Sequence[Tensor],
-    reference_videos: Tensor | Sequence[Tensor],
+    reference: Reference | Tensor | Sequence[Tensor],
     prompts: Sequence[str] | None = None,
     reference_prompts: Sequence[str] | None = None,
     *,
@@ -55,11 +55,10 @@ def evaluate_videos(
 
     Args:
         videos: [N, T, 3, H, W], or N tensors [T, 3, H, W] of any lengths >= 3; floating point in [0, 1]; H,
-        W >= 32.
-        reference_videos: likewise; real ones (held out), at the same size as the videos.
-        prompts, reference_prompts: the videos' captions; `prompt_match` is in the result when both are given
-        and some
-            prompt occurs in both.
+            W >= 32.
+        reference: likewise; real ones, at the same size as the videos. Or what `Reference.fit` kept of them.
+        prompts, reference_prompts: the videos' captions (a `Reference` has its own); `prompt_match` is in the
+            result when both are there and some prompt occurs in both.
         frames_per_video: evenly spread frames a video that KID, naturalness and sharpness look at.
 
     Returns:
@@ -67,28 +66,22 @@ def evaluate_videos(
         averaged. With `sharpness` relative to the reference; `motion_reference`, `warp_error_reference` and
         `judder_reference` say what the reference itself has.
     """
-    videos, reference_videos = _as_list(videos, "videos"), _as_list(reference_videos, "reference_videos")
-    frames = [_some_frames(video, frames_per_video) for video in videos]
-    reference_frames = [_some_frames(video, frames_per_video) for video in reference_videos]
-    extract = FrameFeatures()
-    features, reference = extract(torch.cat(frames)), extract(torch.cat(reference_frames))
-    clean = CleanStatistics.fit(torch.cat(reference_frames))
+    videos = _as_list(videos, "videos")
+    if not isinstance(reference, Reference):
+        clips = _as_list(reference, "reference")
+        reference = Reference.fit(clips, reference_prompts, frames_per_video=frames_per_video)
+    frames = [some_frames(video, frames_per_video) for video in videos]
+    features = FrameFeatures()(torch.cat(frames))
     result = {
-        "kid": kernel_distance(features, reference),
-        "naturalness": clean.distance(torch.cat(frames)),
-        "sharpness": sharpness(torch.cat(frames)) / max(sharpness(torch.cat(reference_frames)), 1e-6),
+        "kid": kernel_distance(features, reference.features),
+        "naturalness": reference.clean.distance(torch.cat(frames)),
+        "sharpness": sharpness(torch.cat(frames)) / max(reference.sharpness, 1e-6),
     }
-    for suffix, group in (("", videos), ("_reference", reference_videos)):
-        figures = [motion_figures(video) for video in group]
-        for name in ("warp_error", "motion", "judder"):
-            result[name + suffix] = sum(getattr(figure, name) for figure in figures) / len(figures)
-    if prompts is not None and reference_prompts is not None:
-        match = prompt_match(
-            _video_means(features, frames),
-            prompts,
-            _video_means(reference, reference_frames),
-            reference_prompts,
-        )
+    for suffix, figures in (("", mean_motion(videos)), ("_reference", reference.motion)):
+        result |= {name + suffix: value for name, value in figures._asdict().items()}
+    if prompts is not None and reference.prompts is not None:
+        means = video_means(features, frames)
+        match = prompt_match(means, prompts, reference.video_features, reference.prompts)
         if match is not None:
             result["prompt_match"] = match
     return result
@@ -110,13 +103,3 @@ def _as_list(videos: Tensor | Sequence[Tensor], parameter: str) -> list[Tensor]:
                 f"got {list(video.shape)}"
             )
     return [video.detach().cpu() for video in group]
-
-
-def _some_frames(video: Tensor, count: int) -> Tensor:
-    """Evenly spread frames, the first and the last among them."""
-    return video[torch.linspace(0, len(video) - 1, min(count, len(video))).round().long()]
-
-
-def _video_means(features: Tensor, frames: list[Tensor]) -> Tensor:
-    """[all frames, d] -> [videos, d]."""
-    return torch.stack([part.mean(0) for part in features.split([len(group) for group in frames])])

@@ -1,0 +1,92 @@
+"""What the measures need to know of the reference videos, small enough to keep beside the models instead of the videos."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stream_r1.evaluation.kid import FrameFeatures
+from stream_r1.evaluation.naturalness import CleanStatistics, sharpness
+from stream_r1.evaluation.warp import MotionFigures, motion_figures
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Statistics of real videos; `evaluate_videos` takes it in place of the videos."""
+
+    features: Tensor  # [frames, 352], see FrameFeatures
+    video_features: Tensor  # [videos, 352], means of a video's frames
+    clean: CleanStatistics
+    sharpness: float
+    motion: MotionFigures  # means over the videos
+    prompts: tuple[str, ...] | None  # one a video
+
+    @classmethod
+    def fit(cls, videos: Sequence[Tensor], prompts: Sequence[str] | None = None, *, frames_per_video: int = 4) -> Reference:
+        """videos: N tensors [T, 3, H, W], floating point in [0, 1], T >= 3; H, W >= 32."""
+        if prompts is not None and len(prompts) != len(videos):
+            raise ValueError(f"Reference.fit: prompts: expected {len(videos)}, one a video, got {len(prompts)}")
+        frames = [some_frames(video, frames_per_video) for video in videos]
+        features = FrameFeatures()(torch.cat(frames))
+        return cls(
+            features,
+            video_means(features, frames),
+            CleanStatistics.fit(torch.cat(frames)),
+            sharpness(torch.cat(frames)),
+            mean_motion(videos),
+            None if prompts is None else tuple(prompts),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """One safetensors file; features in float16."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            "features": self.features.half(),
+            "video_features": self.video_features.half(),
+            "clean.mean": self.clean.mean,
+            "clean.covariance": self.clean.covariance,
+            "figures": torch.tensor([self.sharpness, *self.motion], dtype=torch.float64),
+        }
+        save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata={"prompts": json.dumps(self.prompts)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Reference:
+        """Reads what `save` wrote; FileNotFoundError if it is not there."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"Reference.load: no such file: {path}")
+        with safe_open(str(path), "pt") as file:
+            prompts = json.loads((file.metadata() or {}).get("prompts", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        sharp, *motion = tensors["figures"].tolist()
+        return cls(
+            tensors["features"].float(),
+            tensors["video_features"].float(),
+            CleanStatistics(tensors["clean.mean"], tensors["clean.covariance"]),
+            sharp,
+            MotionFigures(*motion),
+            None if prompts is None else tuple(prompts),
+        )
+
+
+def mean_motion(videos: Sequence[Tensor]) -> MotionFigures:
+    """Motion figures averaged over videos [T, 3, H, W]."""
+    figures = [motion_figures(video) for video in videos]
+    return MotionFigures(*(sum(values) / len(figures) for values in zip(*figures, strict=True)))
+
+
+def some_frames(video: Tensor, count: int) -> Tensor:
+    """Evenly spread frames, the first and the last among them."""
+    return video[torch.linspace(0, len(video) - 1, min(count, len(video))).round().long()]
+
+
+def video_means(features: Tensor, frames: Sequence[Tensor]) -> Tensor:
+    """[all frames, d] -> [videos, d]."""
+    return torch.stack([part.mean(0) for part in features.split([len(group) for group in frames])])
