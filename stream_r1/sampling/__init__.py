@@ -1,0 +1,1 @@
+"""Streaming: the sampler, the pipeline around it, and reading, writing and showing videos."""

@@ -1,0 +1,322 @@
+"""Sampling: a stream of chunks, each made by a few denoising passes that read what earlier chunks left.
+
+    noise -> pass, re-noise, pass, re-noise, pass, re-noise, pass -> x0 -> decoder -> frames
+                                                                      \\-> clean pass (t = 0): keys and values
+                                                                      for later chunks
+
+The clean pass of a chunk runs when the next chunk is asked for: frames come earlier, and the last chunk of a
+finite stream needs none. Sources: Self Forcing (2506.08009), Reward Forcing (2512.04678).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stream_r1.models.text import TextEncoder
+from stream_r1.models.transformer import CausalWanTransformer
+from stream_r1.models.vae import VideoVAE
+from stream_r1.sampling.noise import StreamNoise
+from stream_r1.schedule import FlowSchedule
+
+
+@dataclass(frozen=True)
+class ChunkTimings:
+    """Seconds that went into one chunk."""
+
+    denoise: float
+    cache: float  # the clean passes since the chunk before: of that chunk, or of the frames a stream goes on
+    from decode: float elapsed: float  # spent in the stream up to this chunk's frames; for the first chunk:
+    the first-frame latency
+
+    @property
+    def total(self) -> float:
+        return self.denoise + self.cache + self.decode
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of the video."""
+
+    index: int  # of the chunk in the video, given frames counted
+    latents: Tensor  # [B, f, C, h, w], normalised, float32
+    frames: Tensor | None  # [B, t, 3, H, W] in [0, 1]; None without a VAE
+    timings: ChunkTimings
+
+
+@dataclass
+class StreamTimings:
+    """Seconds spent in a stream so far; what its consumer does between chunks does not count."""
+
+    text: float = 0.0
+    denoise: float = 0.0
+    cache: float = 0.0
+    decode: float = 0.0
+    first_frame: float = 0.0  # from the call to the first chunk's frames, text and given frames included
+    total: float = 0.0
+    chunks: int = 0
+    frames: int = 0  # pixel frames of one video (latent frames without a VAE)
+
+    @property
+    def fps(self) -> float:
+        """Frames a second of each video of the batch, end to end."""
+        return self.frames / self.total if self.total else 0.0
+
+
+class Sampler:
+    """Makes streams with a student.
+
+    Args:
+        student: the causal transformer, in eval mode.
+        vae: decodes chunks and encodes given frames; None: latents only.
+        schedule: noise levels.
+        steps: denoising timesteps before the schedule's shift, falling, in (0, 1000].
+        text_encoder: for prompts given as text; None: streams take embeddings.
+        latent_size: (h, w) of the latents of a stream that is not told its size.
+        context_noise: timestep of the pass that leaves keys and values; 0 is the clean chunk. As in training.
+
+    Raises:
+        ValueError: parts that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        student: CausalWanTransformer,
+        vae: VideoVAE | None = None,
+        schedule: FlowSchedule | None = None,
+        steps: Sequence[float] = (1000, 750, 500, 250),
+        *,
+        text_encoder: TextEncoder | None = None,
+        latent_size: tuple[int, int] | None = None,
+        context_noise: float = 0.0,
+    ) -> None:
+        self.schedule = schedule or FlowSchedule()
+        self.steps = self.schedule.denoising_steps(steps)
+        if not 0 <= context_noise < 1000:
+            raise ValueError(f"Sampler: context_noise must be in [0, 1000), got {context_noise}")
+        channels = student.config.in_channels
+        if vae is not None and vae.channels != channels:
+            raise ValueError(f"Sampler: the vae must have the student's {channels} latent channels, got {vae.channels}")
+        width = student.config.text_dim
+        if text_encoder is not None and text_encoder.dim != width:
+            raise ValueError(f"Sampler: the text_encoder must have the student's text_dim {width}, got {text_encoder.dim}")
+        self.student = student
+        self.vae = vae
+        self.text_encoder = text_encoder
+        self.latent_size = latent_size
+        self.context_noise = context_noise
+
+    def stream(
+        self,
+        prompts: str | Sequence[str] | Tensor,
+        *,
+        seed: int | Sequence[int] = 0,
+        chunks: int | None = None,
+        first_frames: Tensor | None = None,
+        latent_size: tuple[int, int] | None = None,
+        first_index: int = 0,
+    ) -> Stream:
+        """Start a stream.
+
+        Args:
+            prompts: one prompt, a batch of them, or text embeddings [B, L, text_dim].
+            seed: same seed, same machine, same batch size: same video, bit for bit. An int (told apart by the
+            prompts'
+                indices) or one a prompt. The noise depends on seed, prompt index, chunk and pass alone.
+            chunks: how many chunks to make after `first_frames`; None: for ever.
+            first_frames: go on from these: pixels [B, T, 3, H, W] in [0, 1] (needs the VAE) or normalised
+            latents
+                [B, F, C, h, w], whole chunks; they are not yielded again. Batch 1 serves all prompts.
+            latent_size: (h, w); None: that of `first_frames`, else the sampler's.
+            first_index: index of the first prompt where a list is sampled in several batches.
+
+        Raises:
+            ValueError, TypeError: what does not fit, before any work but encoding.
+        """
+        started = time.perf_counter()
+        if chunks is not None and chunks < 1:
+            raise ValueError(f"stream: chunks must be at least 1 or None, got {chunks}")
+        if chunks is None and self.student.config.window_frames is None:
+            raise ValueError("stream: a student without window_frames sees its whole past, so chunks must be a number")
+        with torch.no_grad():
+            embeds = self.embed(prompts)
+            given = None if first_frames is None else self._given_latents(first_frames, len(embeds))
+            size = latent_size or (tuple(given.shape[-2:]) if given is not None else self.latent_size)
+            if size is None:
+                raise ValueError("stream: latent_size must be given to the stream or to its Sampler")
+            if given is not None and tuple(given.shape[-2:]) != tuple(size):
+                raise ValueError(f"stream: latent_size must be that of first_frames {list(given.shape)}, got {size}")
+            noise = StreamNoise(seed, len(embeds), first_index)
+            return Stream(self, embeds, noise, chunks, given, (size[0], size[1]), started)
+
+    def embed(self, prompts: str | Sequence[str] | Tensor) -> Tensor:
+        """Text embeddings [B, L, text_dim] of prompts, on the student's device."""
+        width = self.student.config.text_dim
+        if isinstance(prompts, Tensor):
+            if prompts.dim() != 3 or prompts.shape[2] != width or not len(prompts):
+                raise ValueError(f"stream: embeddings must be [B, L, {width}], got {list(prompts.shape)}")
+            return prompts.to(self.student.device)
+        if self.text_encoder is None:
+            raise ValueError("stream: prompts must be embeddings, for this Sampler has no text_encoder")
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        return self.text_encoder.encode(prompts).to(self.student.device)
+
+    def _given_latents(self, given: Tensor, batch: int) -> Tensor:
+        """first_frames as normalised latents [batch, F, C, h, w], whole chunks."""
+        channels, config = self.student.config.in_channels, self.student.config
+        if given.dim() != 5 or len(given) not in (1, batch):
+            expected = f"[{batch} or 1, T, 3, H, W] or [{batch} or 1, F, {channels}, h, w]"
+            raise ValueError(f"stream: first_frames must be {expected}, got {list(given.shape)}")
+        if given.shape[2] == 3 and channels != 3:
+            if self.vae is None:
+                raise ValueError("stream: first_frames must be latents, for this Sampler has no vae")
+            given = self.vae.encode(given)
+        elif given.shape[2] != channels:
+            raise ValueError(f"stream: first_frames must have 3 or {channels} channels, got {given.shape[2]}")
+        first, later = config.first_chunk_frames or config.frames_per_chunk, config.frames_per_chunk
+        frames = given.shape[1]
+        if frames < first or (frames - first) % later:
+            pixels = ""
+            if self.vae is not None:
+                pixels = f" (pixel frames: {self.vae.frames(first)}, {self.vae.frames(first + later)}, ...)"
+            expected = f"whole chunks, {first}, {first + later}, ... latent frames{pixels}"
+            raise ValueError(f"stream: first_frames must be {expected}, got {frames} latent frames")
+        return given.to(self.student.device, torch.float32).expand(batch, -1, -1, -1, -1)
+
+
+class Stream(Iterator[Chunk]):
+    """A video being made. Iterating makes chunks; memory does not grow with them.
+
+    `timings` sums up what the stream did so far. `switch` changes the prompts from the next chunk on.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        embeds: Tensor,
+        noise: StreamNoise,
+        chunks: int | None,
+        given: Tensor | None,
+        size: tuple[int, int],
+        started: float,
+    ) -> None:
+        self.timings = StreamTimings()
+        self.index = 0
+        self._sampler = sampler
+        self._student = sampler.student
+        self._device = sampler.student.device
+        self._noise = noise
+        self._chunks_left = chunks
+        self._text = self._student.encode_text(embeds)
+        self._batch = len(embeds)
+        self._shape = (self._student.config.in_channels, *size)
+        self._decoder = None if sampler.vae is None else sampler.vae.stream_decoder(self._batch)
+        self._uncommitted: Tensor | None = None  # the last chunk's x0, until its clean pass
+        self._cache_seconds = 0.0  # of clean passes since the last chunk
+        max_frames = None
+        if chunks is not None:
+            config = self._student.config
+            first = config.first_chunk_frames or config.frames_per_chunk
+            given_frames = 0 if given is None else given.shape[1]
+            max_frames = (given_frames or first - config.frames_per_chunk) + chunks * config.frames_per_chunk
+        self.cache = self._student.new_cache(self._batch, *size, max_frames=max_frames)
+        self.timings.text = self._since(started)
+        if given is not None:
+            self._go_on_from(given)
+        self.timings.total = self._since(started)
+
+    def __iter__(self) -> Stream:
+        return self
+
+    @torch.no_grad()
+    def __next__(self) -> Chunk:
+        if self._chunks_left == 0:
+            raise StopIteration
+        start = time.perf_counter()
+        if self._uncommitted is not None:
+            self._leave_in_cache(self._uncommitted, self.index - 1)
+        denoise_start = time.perf_counter()
+        latents = self._denoise()
+        denoise = self._since(denoise_start)
+        decode_start = time.perf_counter()
+        frames = None if self._decoder is None else self._decoder.decode(latents)
+        decode = self._since(decode_start)
+        self._uncommitted = latents
+        if self._chunks_left is not None:
+            self._chunks_left -= 1
+
+        total = self.timings
+        total.denoise += denoise
+        total.decode += decode
+        total.total += self._since(start)
+        total.chunks += 1
+        total.frames += latents.shape[1] if frames is None else frames.shape[1]
+        if total.chunks == 1:
+            total.first_frame = total.total
+        timings = ChunkTimings(denoise, self._cache_seconds, decode, total.total)
+        self._cache_seconds = 0.0
+        chunk = Chunk(self.index, latents, frames, timings)
+        self.index += 1
+        return chunk
+
+    @torch.no_grad()
+    def switch(self, prompts: str | Sequence[str] | Tensor) -> None:
+        """Other prompts, as many, from the next chunk on: the picture goes on, its text changes."""
+        embeds = self._sampler.embed(prompts)
+        if len(embeds) != self._batch:
+            raise ValueError(f"switch: prompts must be {self._batch}, as the stream's, got {len(embeds)}")
+        self._text = self._student.encode_text(embeds)
+
+    def _denoise(self) -> Tensor:
+        """The next chunk's x0 [B, f, C, h, w]. Of the cache only the chunk's own slot is written."""
+        self.cache.begin_chunk()
+        shape = (self.cache.frames, *self._shape)
+        schedule, steps = self._sampler.schedule, self._sampler.steps
+        x = self._noise.draw(self.index, 0, shape, self._device)
+        for step, t in enumerate(steps):
+            if step > 0:
+                eps = self._noise.draw(self.index, step, shape, self._device)
+                x = schedule.add_noise(x, eps, schedule.sigma(t))
+            x = schedule.x0_from_v(x, self._run(x, t), schedule.sigma(t))
+        return x
+
+    def _leave_in_cache(self, latents: Tensor, index: int) -> None:
+        """The clean pass over finished chunk `index`, whose keys and values later chunks see."""
+        start = time.perf_counter()
+        t, schedule = self._sampler.context_noise, self._sampler.schedule
+        self.cache.begin_chunk()
+        if t > 0:
+            eps = self._noise.draw(index, len(self._sampler.steps), latents.shape[1:], self._device)
+            latents = schedule.add_noise(latents, eps, schedule.sigma(t))
+        self._run(latents, t)
+        self.cache.commit()
+        self._uncommitted = None
+        seconds = self._since(start)
+        self._cache_seconds += seconds
+        self.timings.cache += seconds
+
+    def _go_on_from(self, given: Tensor) -> None:
+        """Show given latents [B, F, C, h, w] to the cache, chunk by chunk, and to the decoder."""
+        rest = given
+        while rest.shape[1]:
+            chunk, rest = rest[:, : self.cache.frames], rest[:, self.cache.frames :]
+            self._leave_in_cache(chunk, self.index)
+            self.index += 1
+        if self._decoder is not None:
+            start = time.perf_counter()
+            for frame in given.split(1, dim=1):
+                self._decoder.decode(frame)  # for its caches: what follows is seamless
+            self.timings.decode = self._since(start)
+
+    def _run(self, x: Tensor, t: float) -> Tensor:
+        timestep = torch.full((self._batch,), float(t), device=self._device)
+        return self._student.forward_chunk(x, timestep, self._text, self.cache, write=True)
+
+    def _since(self, start: float) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter() - start

@@ -1,0 +1,70 @@
+"""The smallest student, autoencoder and text encoder that stream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from stream_r1.models.transformer import CausalWanTransformer
+from stream_r1.models.vae import VideoVAE
+
+CHANNELS, TEXT_DIM = 4, 8
+
+
+def tiny_student(**settings: Any) -> CausalWanTransformer:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "in_channels": CHANNELS,
+        "out_channels": CHANNELS,
+        "text_dim": TEXT_DIM,
+        "text_len": 6,
+        "freq_dim": 16,
+        "ffn_dim": 32,
+        "num_layers": 2,
+        "frames_per_chunk": 3,
+        "window_frames": 9,
+        "sink_frames": 3,
+        "positions": "window",
+    }
+    return CausalWanTransformer(**(sizes | settings)).eval().requires_grad_(False)
+
+
+def tiny_autoencoder() -> AutoencoderKLWan:
+    torch.manual_seed(1)
+    return AutoencoderKLWan(
+        base_dim=4,
+        z_dim=CHANNELS,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        latents_mean=[0.1] * CHANNELS,
+        latents_std=[0.8] * CHANNELS,
+        is_residual=True,
+        patch_size=2,
+        in_channels=12,
+        out_channels=12,
+    ).eval()
+
+
+def tiny_vae() -> VideoVAE:
+    return VideoVAE(tiny_autoencoder())
+
+
+class WordEncoder:
+    """A text encoder without weights: each word's characters seed its embedding."""
+
+    text_len = 6
+    dim = TEXT_DIM
+
+    def encode(self, prompts: list[str]) -> Tensor:
+        out = torch.zeros(len(prompts), self.text_len, self.dim)
+        for row, prompt in zip(out, prompts, strict=True):
+            for position, word in enumerate(prompt.split()[: self.text_len]):
+                generator = torch.Generator().manual_seed(sum(word.encode()))
+                row[position] = torch.randn(self.dim, generator=generator)
+        return out
