@@ -1,7 +1,8 @@
 """Big Buck Bunny as a data set: fetched from PyPI, checked by hash, cut into captioned shots.
 
-The film is (c) Blender Foundation, CC-BY 3.0. It travels inside the source distribution of moviepy 2.2.1, which pip
-downloads with the user's own index settings. Captions and shot bounds are in ``captions.tsv`` beside this file.
+The film is (c) Blender Foundation, CC-BY 3.0. It travels inside the source distribution of moviepy 2.2.1,
+which pip downloads with the user's own index settings. Captions and shot bounds are in ``captions.tsv``
+beside this file.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ def fetch_film(cache: Path | None = None) -> Path:
         archive = next(iter(cache.glob("moviepy-2.2.1.tar.gz")), None) or _download(Path(folder))
         digest = hashlib.sha256(archive.read_bytes()).hexdigest()
         if digest != DISTRIBUTION_SHA256:
-            raise FilmError(f"{archive.name}: expected SHA-256 {DISTRIBUTION_SHA256}, got {digest}; delete it and try again")
+            raise FilmError(
+                f"{archive.name}: expected SHA-256 {DISTRIBUTION_SHA256}, got {digest}; delete it and try again"
+            )
         with tarfile.open(archive) as outer:
             member = outer.extractfile(_OUTER)
             if member is None:

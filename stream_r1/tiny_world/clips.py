@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 class LatentClips:
     """Clips of the shots with the given captions, encoded.
 
-    latents: float16 [N, F, C, h, w], normalised. caption: int64 [N], into text. text: float32 [P, L, D]. empty: [L, D],
-    the embedding of the empty prompt.
+    latents: float16 [N, F, C, h, w], normalised. caption: int64 [N], into text. text: float32 [P, L, D].
+    empty: [L, D], the embedding of the empty prompt.
     """
 
     latents: Tensor
@@ -32,7 +32,9 @@ class LatentClips:
     empty: Tensor
 
     def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A batch: every caption equally often, then any of its clips. x0 float32 [B, F, C, h, w], text [B, L, D]."""
+        """A batch: every caption equally often, then any of its clips. x0 float32 [B, F, C, h, w], text [B,
+        L, D].
+        """
         chosen = torch.randint(len(self.text), (batch,), generator=generator)
         rows = []
         for caption in chosen.tolist():
@@ -51,7 +53,12 @@ def clip_starts(shot: Shot, frames: int, most: int) -> list[int]:
 
 
 def encode_clips(
-    vae_folder: Path, prompts: Sequence[str], frames: int, most_per_shot: int, work: Path, cache: Path | None = None
+    vae_folder: Path,
+    prompts: Sequence[str],
+    frames: int,
+    most_per_shot: int,
+    work: Path,
+    cache: Path | None = None,
 ) -> LatentClips:
     """Encode the training shots that carry ``prompts``; kept in ``work``, so that the second call is quick.
 
@@ -59,17 +66,27 @@ def encode_clips(
         SettingsError: a prompt is no caption of a training shot long enough for one clip.
     """
     shots = [shot for shot in load_shots() if not shot.held_out and shot.caption in set(prompts)]
-    starts = [(start, prompts.index(shot.caption)) for shot in shots for start in clip_starts(shot, frames, most_per_shot)]
-    missing = [prompt for index, prompt in enumerate(prompts) if index not in {caption for _, caption in starts}]
+    starts = [
+        (start, prompts.index(shot.caption))
+        for shot in shots
+        for start in clip_starts(shot, frames, most_per_shot)
+    ]
+    missing = [
+        prompt for index, prompt in enumerate(prompts) if index not in {caption for _, caption in starts}
+    ]
     if missing:
-        raise SettingsError(f"prompts: expected captions of training shots of {frames} frames or more, got {missing[0]!r}")
+        raise SettingsError(
+            f"prompts: expected captions of training shots of {frames} frames or more, got {missing[0]!r}"
+        )
     kept = work / f"clips_{frames}x{len(starts)}.pt"
     if kept.exists():
         latents = torch.load(kept, weights_only=True)
     else:
         vae, film, parts = VideoVAE.from_pretrained(vae_folder), load_film(cache), []
         for index in range(0, len(starts), 4):
-            clips = torch.stack([torch.from_numpy(film[start : start + frames]) for start, _ in starts[index : index + 4]])
+            clips = torch.stack(
+                [torch.from_numpy(film[start : start + frames]) for start, _ in starts[index : index + 4]]
+            )
             with torch.no_grad():
                 parts.append(vae.encode(clips.movedim(-1, 2).float() / 255).half())
             if index % 80 == 0:
@@ -78,4 +95,6 @@ def encode_clips(
         work.mkdir(parents=True, exist_ok=True)
         torch.save(latents, kept)
     text = load_text_encoder("minilm").encode([*prompts, ""])
-    return LatentClips(latents, torch.tensor([caption for _, caption in starts]), text[:-1].clone(), text[-1].clone())
+    return LatentClips(
+        latents, torch.tensor([caption for _, caption in starts]), text[:-1].clone(), text[-1].clone()
+    )

@@ -1,7 +1,7 @@
 """One resumable training loop for the tiny world's models.
 
-Muon for matrices and kernels, AdamW for the rest, a moving average of the weights, and a learning rate that is
-constant after a warm-up and falls over the last part: a finished run can be given more steps and goes on.
+Muon for matrices and kernels, AdamW for the rest, a moving average of the weights, and a learning rate that
+is constant after a warm-up and falls over the last part: a finished run can be given more steps and goes on.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ log = logging.getLogger(__name__)
 class LoopSettings(Settings):
     """How long and how fast to train.
 
-    steps: optimizer steps in all. lr: of Muon and AdamW alike. warmup: steps. decay: last share of the steps, over
-    which the rate falls linearly to a fiftieth. ema: decay of the weights' average, reached gradually. clip: norm of all
-    gradients. save_seconds, log_steps: how often the state is saved, and progress logged.
+    steps: optimizer steps in all. lr: of Muon and AdamW alike. warmup: steps. decay: last share of the steps,
+    over which the rate falls linearly to a fiftieth. ema: decay of the weights' average, reached gradually.
+    clip: norm of all gradients. save_seconds, log_steps: how often the state is saved, and progress logged.
     """
 
     steps: int = Field(gt=0)
@@ -84,7 +84,9 @@ class Loop:
             self._load()
 
     def run(self, loss: Callable[[], tuple[Tensor, dict[str, float]]]) -> Iterator[int]:
-        """Train until `steps`; yields the step number after each. ``loss`` draws its batch from ``generator``."""
+        """Train until `steps`; yields the step number after each. ``loss`` draws its batch from
+        ``generator``.
+        """
         settings, shown, started = self.settings, {}, time.monotonic()
         saved, first = started, self.step
         while self.step < settings.steps:
@@ -149,7 +151,9 @@ class Loop:
     def _load(self) -> None:
         state = torch.load(self.path, weights_only=True)
         if list(state["average"]) != self._names:
-            raise SettingsError(f"{self.path}: holds another model's training state; remove it or name another folder")
+            raise SettingsError(
+                f"{self.path}: holds another model's training state; remove it or name another folder"
+            )
         self.step = state["step"]
         self.generator.set_state(state["generator"])
         with torch.no_grad():

@@ -1,4 +1,6 @@
-"""The tiny world's teacher: a small bidirectional `WanTransformer3DModel`, trained by flow matching on the film."""
+"""The tiny world's teacher: a small bidirectional `WanTransformer3DModel`, trained by flow matching on the
+film.
+"""
 
 from __future__ import annotations
 

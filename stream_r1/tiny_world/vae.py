@@ -1,7 +1,7 @@
 """The tiny world's autoencoder: a small residual `AutoencoderKLWan`, trained on random crops of the film.
 
-Instead of sampling from a posterior, a little noise of fixed size is added to the mean: the decoder learns to bear the
-small errors that a few-step generator makes, and the latents stay near unit size by a weak penalty.
+Instead of sampling from a posterior, a little noise of fixed size is added to the mean: the decoder learns to
+bear the small errors that a few-step generator makes, and the latents stay near unit size by a weak penalty.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ log = logging.getLogger(__name__)
 
 
 class VaeSettings(Settings):
-    """The autoencoder and its training. crop: frames, rows, columns; full_share: last share of the steps on whole pictures."""
+    """The autoencoder and its training. crop: frames, rows, columns; full_share: last share of the steps on
+    whole pictures.
+    """
 
     out: str
     work: str
@@ -112,7 +114,9 @@ def train_vae(settings: VaeSettings, cache: Path | None = None) -> None:
 
 
 class _Codec:
-    """Whole clips [B, 3, T, H, W] in [-1, 1] through a model in training; latents [B, C, F, h, w], not normalised."""
+    """Whole clips [B, 3, T, H, W] in [-1, 1] through a model in training; latents [B, C, F, h, w], not
+    normalised.
+    """
 
     def __init__(self, model: AutoencoderKLWan) -> None:
         self.model = model
@@ -136,9 +140,16 @@ def _is_matrix(name: str, p: Tensor) -> bool:
 
 
 def _batch(
-    frames: Tensor, shots: list[Shot], weights: Tensor, settings: VaeSettings, generator: torch.Generator, whole: bool
+    frames: Tensor,
+    shots: list[Shot],
+    weights: Tensor,
+    settings: VaeSettings,
+    generator: torch.Generator,
+    whole: bool,
 ) -> Tensor:
-    """Random crops [B, 3, T, H, W] in [-1, 1], mirrored half of the time; whole pictures, a quarter as many, at the end."""
+    """Random crops [B, 3, T, H, W] in [-1, 1], mirrored half of the time; whole pictures, a quarter as many,
+    at the end.
+    """
 
     def below(n: int) -> int:
         return int(torch.randint(n, (1,), generator=generator))
