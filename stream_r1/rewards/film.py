@@ -7,24 +7,19 @@ two CPU cores differentiate in well under a second. `film_training.py` makes the
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from stream_r1.models.text import MiniLMEncoder, TextEncoder
 from stream_r1.rewards.base import ScoreNormalizer, check_video
 from stream_r1.rewards.film_features import FilmFeatureExtractor, FilmFeatures
 
-if TYPE_CHECKING:
-    from stream_r1.models.text import TextEncoder
-
 AXES = ("VQ", "MQ", "TA")
 _APPEARANCE, _MOTION, _CONTENT, _SENTENCE = 392, 335, 432, 384
-_KEPT_PROMPTS = 4096
 
 
 class FilmHeads(nn.Module):
@@ -111,7 +106,7 @@ class FilmReward(nn.Module):
         self.features = FilmFeatureExtractor()
         self.max_frames = max_frames
         self.window_frames = window_frames
-        self._sentences = SentenceEmbedder(text_encoder)
+        self._text_encoder = text_encoder
 
     def score(self, video: Tensor, prompts: list[str]) -> Tensor:
         """Scores VQ, MQ and TA of a batch.
@@ -128,10 +123,15 @@ class FilmReward(nn.Module):
             return video.new_zeros(0, len(self.axes), dtype=torch.float32)
         windows = self._windows(video)  # [B, n, t, 3, H, W]
         count = windows.shape[1]
-        sentences = self._sentences(prompts).to(video.device).repeat_interleave(count, 0)
+        sentences = sentence_vectors(self._encoder(), prompts).to(video.device).repeat_interleave(count, 0)
         with torch.autocast(video.device.type, enabled=False):
             raw = self.heads(self.features(windows.flatten(0, 1)), sentences)
             return self.normalizer(raw).unflatten(0, (-1, count)).mean(1)
+
+    def _encoder(self) -> TextEncoder:
+        if self._text_encoder is None:
+            self._text_encoder = MiniLMEncoder()
+        return self._text_encoder
 
     def _windows(self, video: Tensor) -> Tensor:
         frames, length = video.shape[1], self.window_frames
@@ -187,33 +187,12 @@ class FilmReward(nn.Module):
         )
 
 
-class SentenceEmbedder:
-    """Prompts -> unit sentence vectors: the mean of MiniLM's token states (Sentence-BERT, arXiv 1908.10084).
-
-    Remembers the prompts it has seen, so a training loop over a fixed set encodes each once.
-    """
-
-    def __init__(self, text_encoder: TextEncoder | None = None):
-        self._encoder = text_encoder
-        self._known: dict[str, Tensor] = {}
-
-    @torch.no_grad()
-    def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """N prompts -> [N, 384] float32."""
-        fresh = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
-        if len(self._known) + len(fresh) > _KEPT_PROMPTS:
-            self._known.clear()
-            fresh = list(dict.fromkeys(prompts))
-        if fresh:
-            if self._encoder is None:
-                from stream_r1.models.text import MiniLMEncoder
-
-                self._encoder = MiniLMEncoder()
-            states = self._encoder.encode(fresh).float()  # [N, L, 384], zeros where there is no token
-            tokens = states.abs().amax(-1, keepdim=True) > 0
-            vectors = F.normalize((states * tokens).sum(1) / tokens.sum(1).clamp(min=1), dim=-1)
-            self._known.update(zip(fresh, vectors.unbind(0), strict=True))
-        return torch.stack([self._known[prompt] for prompt in prompts])
+@torch.no_grad()
+def sentence_vectors(encoder: TextEncoder, prompts: list[str]) -> Tensor:
+    """N prompts -> unit vectors [N, 384]: the mean of MiniLM's token states (arXiv 1908.10084)."""
+    states = encoder.encode(prompts).float()  # [N, L, 384], zeros where there is no token
+    tokens = states.abs().amax(-1, keepdim=True) > 0
+    return F.normalize(states.sum(1) / tokens.sum(1).clamp(min=1), dim=-1)
 
 
 class _Standardize(nn.Module):

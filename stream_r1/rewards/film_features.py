@@ -16,6 +16,9 @@ from stream_r1.rewards.efficientnet import EfficientNetLite
 SIZE = (64, 112)  # height, width that the heads are trained at
 _TAPS = (0, 2, 4, 10, 15)  # blocks of lite0: 16, 24, 40, 112, 320 channels at 1/2, 1/4, 1/8, 1/16, 1/32
 _EPS = 0.02  # change below this (features: O(1), pixels: x 10) counts as none
+_FRAMES_AT_ONCE = (
+    32  # keeps every buffer below 32 MiB, which glibc gives again instead of mapping fresh pages
+)
 _GRID = 8  # pixels of the block grid that decoders and codecs leave visible
 
 
@@ -39,7 +42,8 @@ class FilmFeatureExtractor(nn.Module):
         images = video.flatten(0, 1).float()  # [B*T, 3, H, W]
         if images.shape[-2:] != SIZE:
             images = F.interpolate(images, SIZE, mode="bilinear", antialias=True, align_corners=False)
-        maps = self.trunk(images)
+        parts = [self.trunk(part) for part in images.split(_FRAMES_AT_ONCE)]
+        maps = [torch.cat(tap) for tap in zip(*parts, strict=True)]
         appearance = torch.cat([*map(_pooled_moments, maps[:4]), _pixel_statistics(images)], 1)
         content = torch.cat([maps[3].mean((2, 3)), maps[4].mean((2, 3))], 1)
         thumbnails = 10 * F.avg_pool2d(images, 4)  # [B*T, 3, 16, 28]

@@ -15,6 +15,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,13 +25,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stream_r1.data.film import Shot, clip_starts, load_film, load_shots
+from stream_r1.models.text import MiniLMEncoder, TextEncoder
 from stream_r1.rewards import corruptions
 from stream_r1.rewards.base import ScoreNormalizer
 from stream_r1.rewards.corruptions import Corruption
-from stream_r1.rewards.film import AXES, FilmHeads, FilmReward, SentenceEmbedder
+from stream_r1.rewards.film import AXES, FilmHeads, FilmReward, sentence_vectors
 from stream_r1.rewards.film_features import FilmFeatureExtractor, FilmFeatures
 
 Progress = Callable[[str], None]
+Sentences = Callable[[list[str]], Tensor]  # N prompts -> unit vectors [N, 384]
 _OTHER_CAPTION = 0.8  # captions at least this close in meaning are not called wrong
 
 
@@ -41,9 +44,9 @@ class FilmTrainingSettings:
     seed: int = 0
     clip_frames: int = 21
     clip_stride: int = 36
-    clips_per_shot: int = 6
+    clips_per_shot: int = 4
     kinds_per_clip: int = 2  # corruptions an axis that each training clip is spoilt by
-    held_out_clips: int = 28
+    held_out_clips: int = 24
     weak: tuple[float, float] = (0.25, 0.5)  # range of the strength of "a little"; "much" is twice as strong
     least_change: float = 1 / 255  # a corruption that changes the clip less (mean absolute) proves nothing
     steps: int = 1500
@@ -70,7 +73,7 @@ def train_film_reward(
     out: str | Path,
     *,
     settings: FilmTrainingSettings | None = None,
-    sentences: SentenceEmbedder | None = None,
+    text_encoder: TextEncoder | None = None,
     extra_kinds: Mapping[str, Corruption] | None = None,
     progress: Progress = lambda message: None,
 ) -> dict:
@@ -80,7 +83,7 @@ def train_film_reward(
         frames: uint8 [N, 64, 112, 3], the film.
         shots: captioned shots; those with `held_out` are for the report and the normalisation only.
         settings: sizes and the seed: the same ones on the same machine give the same heads.
-        sentences: embeds captions; MiniLM if not given.
+        text_encoder: gives MiniLM token states; loaded from its package if not given.
         extra_kinds: more visual corruptions to report on, never trained on (a VAE's round trip, for example).
         progress: called with a line about what is being done.
 
@@ -91,7 +94,8 @@ def train_film_reward(
     begin = time.perf_counter()
     clip_rng, batch_rng = (np.random.default_rng([settings.seed, part]) for part in range(2))
     extract = FilmFeatureExtractor()
-    sentences = sentences or SentenceEmbedder()
+    encoder = text_encoder or MiniLMEncoder()
+    sentences = partial(sentence_vectors, encoder)
     seen = {**corruptions.VISUAL, **corruptions.MOTION}
     every = {**seen, **corruptions.VISUAL_UNSEEN, **corruptions.MOTION_UNSEEN, **(extra_kinds or {})}
 
@@ -187,7 +191,7 @@ def _spoilt_clips(
 
 def _fit(
     train: SpoiltClips,
-    sentences: SentenceEmbedder,
+    sentences: Sentences,
     settings: FilmTrainingSettings,
     rng: np.random.Generator,
     progress: Progress,
@@ -280,7 +284,7 @@ def _report(
     test: SpoiltClips,
     train: SpoiltClips,
     shots: Sequence[Shot],
-    sentences: SentenceEmbedder,
+    sentences: Sentences,
     seen: Mapping[str, Corruption],
 ) -> tuple[ScoreNormalizer, dict]:
     """Constants of the normalisation and the held-out figures."""
@@ -356,7 +360,7 @@ class _Alignment(NamedTuple):
 
 
 def _alignment(
-    heads: FilmHeads, clips: SpoiltClips, shots: Sequence[Shot], sentences: SentenceEmbedder
+    heads: FilmHeads, clips: SpoiltClips, shots: Sequence[Shot], sentences: Sentences
 ) -> _Alignment:
     every = sentences(sorted({shot.caption for shot in shots}))
     own = sentences([shot.caption for shot in clips.shots])

@@ -1,4 +1,4 @@
-"""Picture statistics: fits recover known distributions; spoilt pictures are further away, the more the worse."""
+"""Picture statistics: fits recover known distributions; spoilt pictures are further away, more if worse."""
 
 import math
 
