@@ -1,8 +1,7 @@
 """Sampling: a stream of chunks, each made by a few denoising passes that read what earlier chunks left.
 
     noise -> pass, re-noise, pass, re-noise, pass, re-noise, pass -> x0 -> decoder -> frames
-                                                                      \\-> clean pass (t = 0): keys and values
-                                                                      for later chunks
+                                                                     x0 -> clean pass at t = 0 -> cache
 
 The clean pass of a chunk runs when the next chunk is asked for: frames come earlier, and the last chunk of a
 finite stream needs none. Sources: Self Forcing (2506.08009), Reward Forcing (2512.04678).
@@ -29,9 +28,9 @@ class ChunkTimings:
     """Seconds that went into one chunk."""
 
     denoise: float
-    cache: float  # the clean passes since the chunk before: of that chunk, or of the frames a stream goes on
-    from decode: float elapsed: float  # spent in the stream up to this chunk's frames; for the first chunk:
-    the first-frame latency
+    cache: float  # clean passes since the chunk before: over that chunk, or over given frames
+    decode: float
+    elapsed: float  # spent in the stream up to this chunk's frames; of the first chunk: first-frame latency
 
     @property
     def total(self) -> float:
@@ -100,10 +99,12 @@ class Sampler:
             raise ValueError(f"Sampler: context_noise must be in [0, 1000), got {context_noise}")
         channels = student.config.in_channels
         if vae is not None and vae.channels != channels:
-            raise ValueError(f"Sampler: the vae must have the student's {channels} latent channels, got {vae.channels}")
+            expected = f"the student's {channels} latent channels"
+            raise ValueError(f"Sampler: the vae must have {expected}, got {vae.channels}")
         width = student.config.text_dim
         if text_encoder is not None and text_encoder.dim != width:
-            raise ValueError(f"Sampler: the text_encoder must have the student's text_dim {width}, got {text_encoder.dim}")
+            expected = f"the student's text_dim {width}"
+            raise ValueError(f"Sampler: the text_encoder must have {expected}, got {text_encoder.dim}")
         self.student = student
         self.vae = vae
         self.text_encoder = text_encoder
@@ -141,7 +142,8 @@ class Sampler:
         if chunks is not None and chunks < 1:
             raise ValueError(f"stream: chunks must be at least 1 or None, got {chunks}")
         if chunks is None and self.student.config.window_frames is None:
-            raise ValueError("stream: a student without window_frames sees its whole past, so chunks must be a number")
+            expected = "a student without window_frames sees its whole past, so chunks must be a number"
+            raise ValueError(f"stream: {expected}, got None")
         with torch.no_grad():
             embeds = self.embed(prompts)
             given = None if first_frames is None else self._given_latents(first_frames, len(embeds))
@@ -149,7 +151,8 @@ class Sampler:
             if size is None:
                 raise ValueError("stream: latent_size must be given to the stream or to its Sampler")
             if given is not None and tuple(given.shape[-2:]) != tuple(size):
-                raise ValueError(f"stream: latent_size must be that of first_frames {list(given.shape)}, got {size}")
+                expected = f"that of first_frames {list(given.shape)}"
+                raise ValueError(f"stream: latent_size must be {expected}, got {tuple(size)}")
             noise = StreamNoise(seed, len(embeds), first_index)
             return Stream(self, embeds, noise, chunks, given, (size[0], size[1]), started)
 

@@ -137,10 +137,13 @@ def test_noise_belongs_to_the_prompt() -> None:
     assert torch.equal(
         StreamNoise([5, 9], 2).draw(0, 0, shape, device)[1], StreamNoise(9, 1).draw(0, 0, shape, device)[0]
     )
-    draws = [StreamNoise(seed, 1).draw(*key, shape, device) for seed in (0, 1) for key in ((0, 0), (0, 1), (1,
-    0))] draws += [batch[:1], batch[1:2]] assert all(not torch.equal(a, b) for a, b in
-    itertools.combinations(draws, 2)) many = StreamNoise(0, 64).draw(0, 0, (4, 8, 8, 8), device) assert
-    abs(many.mean().item()) < 0.01 assert abs(many.std().item() - 1) < 0.01
+    keys = ((0, 0), (0, 1), (1, 0))
+    draws = [StreamNoise(seed, 1).draw(*key, shape, device) for seed in (0, 1) for key in keys]
+    draws += [batch[:1], batch[1:2]]
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(draws, 2))
+    many = StreamNoise(0, 64).draw(0, 0, (4, 8, 8, 8), device)
+    assert abs(many.mean().item()) < 0.01
+    assert abs(many.std().item() - 1) < 0.01
 
 
 def test_a_prompt_is_the_same_in_any_batch() -> None:
@@ -152,9 +155,7 @@ def test_a_prompt_is_the_same_in_any_batch() -> None:
 
 @pytest.mark.parametrize("first_chunk_frames", [None, 1])
 @pytest.mark.parametrize("given", ["latents", "one for all"])
-def test_going_on_from_its_own_frames_is_the_same_stream(
-    given: str, first_chunk_frames: int | None
-) -> None:
+def test_going_on_from_its_own_frames_is_the_same_stream(given: str, first_chunk_frames: int | None) -> None:
     sink = 3 + (first_chunk_frames or 0)
     student = tiny_student(first_chunk_frames=first_chunk_frames, sink_frames=sink, window_frames=6 + sink)
     one, prompts = sampler(student, vae=tiny_vae()), PROMPTS if given == "latents" else ["a"]
@@ -162,8 +163,10 @@ def test_going_on_from_its_own_frames_is_the_same_stream(
     start = latents(whole[:4])
     if given == "one for all":
         rest = list(one.stream(["a", "a"], seed=[1, 1], chunks=2, first_frames=start))
-        whole = [Chunk(c.index, c.latents.repeat(2, 1, 1, 1, 1), c.frames.repeat(2, 1, 1, 1, 1), c.timings)
-        for c in whole]
+        whole = [
+            Chunk(c.index, c.latents.repeat(2, 1, 1, 1, 1), c.frames.repeat(2, 1, 1, 1, 1), c.timings)
+            for c in whole
+        ]
     else:
         rest = list(one.stream(prompts, seed=1, chunks=2, first_frames=start))
     assert [chunk.index for chunk in rest] == [4, 5]
@@ -257,7 +260,9 @@ def test_bad_input_is_refused() -> None:
         one.stream(PROMPTS, seed=[1, 2, 3])
     with pytest.raises(TypeError, match="seed must be an int"):
         one.stream(PROMPTS, seed=[1.0, 2.0])  # type: ignore[list-item]
-    with pytest.raises(ValueError, match=r"whole chunks, 3, 6, ... latent frames \(pixel frames: 9, 21, ...\), got 2"):
+    with pytest.raises(
+        ValueError, match=r"chunks, 3, 6, ... latent frames \(pixel frames: 9, 21, ...\), got 2"
+    ):
         one.stream("a", first_frames=torch.rand(1, 5, 3, 16, 32))
     with pytest.raises(ValueError, match="must have 3 or 4 channels, got 5"):
         one.stream("a", first_frames=torch.rand(1, 3, 5, 2, 4))
