@@ -69,7 +69,11 @@ def require_models(recipe: Recipe) -> None:
     named = {f"models.{key}": value for key, value in recipe.models.model_dump(exclude_none=True).items()}
     if recipe.models.text == "minilm":
         del named["models.text"]
-    missing = [f"{key}: {value}: no such folder or file" for key, value in named.items() if not locate(value).exists()]
+    missing = [
+        f"{key}: {value}: no such folder or file"
+        for key, value in named.items()
+        if not locate(value).exists()
+    ]
     if missing:
         raise SettingsError("\n  ".join(["models are missing", *missing]))
 

@@ -1,4 +1,6 @@
-"""The command ``stream-r1``: arguments and help. What a command does is in ``stream_r1.commands``, imported when it runs.
+"""The command ``stream-r1``: arguments and help.
+
+What a command does is in ``stream_r1.commands``, imported when it runs.
 
 Errors are one clear line on stderr and exit code 2; ``--debug`` shows the traceback. Ctrl-C exits with 130.
 """
@@ -23,7 +25,8 @@ app = typer.Typer(
 )
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, dotted: optim.lr=1e-4")
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, dotted: optim.lr=1e-4"),
 ]
 
 
@@ -38,10 +41,14 @@ def options(
 def demo(
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("out/demo"),
-    recipe: Annotated[Path | None, typer.Option(help="Recipe to distil by (default: recipes/tiny/stream-r1.yaml).")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Recipe to distil by (default: recipes/tiny/stream-r1.yaml).")
+    ] = None,
     budget: Annotated[float, typer.Option(min=20, help="Seconds for everything.")] = 330.0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on.")] = False,
-    report_only: Annotated[bool, typer.Option("--report-only", help="Write the report again from what is there.")] = False,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Write the report again from what is there.")
+    ] = False,
 ) -> None:
     """Distil the tiny student, stream it before and after, and write a report. Minutes on two cores."""
     from stream_r1.commands.demo import run
@@ -65,9 +72,13 @@ def train(
 @app.command()
 def sample(
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts; they make one batch.")],
-    out: Annotated[Path, typer.Option(help="An mp4, or a folder for several prompts.")] = Path("out/sample.mp4"),
+    out: Annotated[Path, typer.Option(help="An mp4, or a folder for several prompts.")] = Path(
+        "out/sample.mp4"
+    ),
     models: Annotated[Path, typer.Option(help="Folder with student/ and vae/.")] = Path("assets/tiny"),
-    student: Annotated[Path | None, typer.Option(help="Another student: a folder, .safetensors or .pt.")] = None,
+    student: Annotated[
+        Path | None, typer.Option(help="Another student: a folder, .safetensors or .pt.")
+    ] = None,
     text: Annotated[str | None, typer.Option(help="Text encoder: minilm, or a folder of UMT5.")] = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="Length; Ctrl-C ends it earlier.")] = 5.0,
     forever: Annotated[bool, typer.Option("--forever", help="Until Ctrl-C.")] = False,
@@ -102,7 +113,9 @@ def replay(
     raise typer.Exit(run(files, tolerance=tolerance))
 
 
-data_app = typer.Typer(no_args_is_help=True, help="The film the tiny world is learnt from: fetch, check, look.")
+data_app = typer.Typer(
+    no_args_is_help=True, help="The film the tiny world is learnt from: fetch, check, look."
+)
 app.add_typer(data_app, name="data")
 
 
@@ -137,7 +150,9 @@ def data_sheet(
 
 @app.command()
 def info(
-    paths: Annotated[list[Path] | None, typer.Argument(help="Model folders, .safetensors files or recipes.")] = None,
+    paths: Annotated[
+        list[Path] | None, typer.Argument(help="Model folders, .safetensors files or recipes.")
+    ] = None,
 ) -> None:
     """Say what this machine can run, or what is in a model folder, a weight file or a recipe."""
     from stream_r1.commands.info import run
@@ -164,7 +179,9 @@ def _one_line(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     if isinstance(error, OSError) and error.strerror and error.filename:
         text = f"{error.filename}: {error.strerror.lower()}"
-    expected = isinstance(error, ValueError | TypeError | OSError) or type(error).__module__.startswith("stream_r1")
+    expected = isinstance(error, ValueError | TypeError | OSError) or type(error).__module__.startswith(
+        "stream_r1"
+    )
     return text if expected else f"{type(error).__name__}: {text} (--debug shows where)"
 
 

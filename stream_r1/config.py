@@ -1,8 +1,8 @@
 """Typed settings: YAML recipes, overrides from the command line, and refusals that help.
 
-Everything a run can be told is a field of a :class:`Settings` model. A recipe is checked completely before anything is
-loaded: unknown keys (with the nearest valid one), wrong types, values outside their range and combinations that cannot
-work, all problems at once, each on a line of its own.
+Everything a run can be told is a field of a :class:`Settings` model. A recipe is checked completely before
+anything is loaded: unknown keys (with the nearest valid one), wrong types, values outside their range and
+combinations that cannot work, all problems at once, each on a line of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Settings(BaseModel):
 
 
 class SettingsError(ValueError):
-    """Settings that cannot be used; the message names the source, each key, what was expected and what came."""
+    """Settings that cannot be used; the message names source, key, what was expected and what came."""
 
 
 S = TypeVar("S", bound=BaseModel)
@@ -120,12 +120,16 @@ def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
 
 
 def build(model: type[S], data: dict[str, Any], source: str = "settings") -> S:
-    """``data`` as ``model``, types strict (no ``"3"`` for 3); raise :class:`SettingsError` with all problems."""
+    """``data`` as ``model``, types strict (no ``"3"`` for 3); :class:`SettingsError` names all problems."""
     try:
         return model.model_validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
-        found = [_problem(model, dict(e)) for e in error.errors(include_url=False) if e["type"] != "too_short"]
-        found = found or [_problem(model, dict(e)) for e in error.errors(include_url=False)]  # too short, nothing else
+        found = [
+            _problem(model, dict(e)) for e in error.errors(include_url=False) if e["type"] != "too_short"
+        ]
+        found = found or [
+            _problem(model, dict(e)) for e in error.errors(include_url=False)
+        ]  # too short, nothing else
         problems = _merge_unions(found)
         lines = [f"{key}: {text}" if key else text for key, text in problems]
         if len(lines) == 1:
@@ -158,12 +162,16 @@ _EXPECTED = {
 
 
 def _problem(model: type[BaseModel], error: dict[str, Any]) -> tuple[str, str]:
-    loc = [part for part in error["loc"]]
+    loc = list(error["loc"])
     kind, came = error["type"], error["input"]
     owner, keys = model, []
     for part in loc[:-1] if loc else []:
         owner_next = _field_model(owner, part) if isinstance(part, str) else None
-        if isinstance(part, int) or owner_next is not None or (isinstance(part, str) and part in owner.model_fields):
+        if (
+            isinstance(part, int)
+            or owner_next is not None
+            or (isinstance(part, str) and part in owner.model_fields)
+        ):
             keys.append(str(part))
         if owner_next is not None:
             owner = owner_next

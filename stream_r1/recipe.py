@@ -57,11 +57,13 @@ class Recipe(DistillSettings):
 
     def as_yaml(self) -> str:
         """The resolved settings; a recipe again."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=100)
+        return yaml.safe_dump(
+            self.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=100
+        )
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe file with ``key=value`` overrides, checked by itself and, where the models are there, against them.
+    """A recipe file with ``key=value`` overrides, checked by itself and against the models that are there.
 
     Raises:
         SettingsError: what is wrong, everything at once.
@@ -90,7 +92,9 @@ def read_prompts(source: str) -> list[str]:
         return list(dict.fromkeys(shot.caption for shot in load_shots() if not shot.held_out))
     path = locate(source)
     if not path.is_file():
-        raise SettingsError(f'prompts: {source}: no such file; expected a text file, one prompt a line, or "{FILM_PROMPTS}"')
+        raise SettingsError(
+            f'prompts: {source}: no such file; expected a text file, one prompt a line, or "{FILM_PROMPTS}"'
+        )
     prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not prompts:
         raise SettingsError(f"prompts: {source}: expected at least one prompt, got an empty file")
@@ -109,15 +113,19 @@ def _misfits(recipe: Recipe) -> list[str]:
     if student and teacher:
         for key in ("in_channels", "text_dim", "patch_size"):
             if key in student and key in teacher and student[key] != teacher[key]:
-                problems.append(f"models.teacher: expected {key} {student[key]} as the student's, got {teacher[key]}")
+                problems.append(
+                    f"models.teacher: expected {key} {student[key]} as the student's, got {teacher[key]}"
+                )
     if student and vae and "z_dim" in vae and student.get("in_channels") != vae["z_dim"]:
         problems.append(
-            f"models.vae: expected {student.get('in_channels')} latent channels as the student's, got {vae['z_dim']}"
+            f"models.vae: expected {student.get('in_channels')} latent channels as the student's, "
+            f"got {vae['z_dim']}"
         )
     axes = reward.get("axes") if reward else None
     if recipe.weighting.mode == "re-dmd" and axes and recipe.weighting.motion_axis not in axes:
         problems.append(
-            f"weighting.motion_axis: expected an axis of the reward ({', '.join(axes)}), got {recipe.weighting.motion_axis!r}"
+            f"weighting.motion_axis: expected an axis of the reward ({', '.join(axes)}), "
+            f"got {recipe.weighting.motion_axis!r}"
         )
     return problems
 
@@ -129,20 +137,28 @@ def _stream_misfits(recipe: Recipe, student: dict[str, Any]) -> list[str]:
     if rest < 0 or rest % chunk:
         wholes = [(first or 0) + chunk * n for n in range(1, 8)]
         problems.append(
-            f"rollout.frames: expected whole chunks of {chunk} latent frames ({', '.join(map(str, wholes))}, ...), "
-            f"got {recipe.rollout.frames}"
+            f"rollout.frames: expected whole chunks of {chunk} latent frames "
+            f"({', '.join(map(str, wholes))}, ...), got {recipe.rollout.frames}"
         )
     _, rows, columns = student.get("patch_size", (1, 2, 2))
-    for name, size, patch in (("height", recipe.rollout.height, rows), ("width", recipe.rollout.width, columns)):
+    for name, size, patch in (
+        ("height", recipe.rollout.height, rows),
+        ("width", recipe.rollout.width, columns),
+    ):
         if size % patch:
-            problems.append(f"rollout.{name}: expected a multiple of the student's patch ({patch}), got {size}")
+            problems.append(
+                f"rollout.{name}: expected a multiple of the student's patch ({patch}), got {size}"
+            )
     window, sink = student.get("window_frames"), student.get("sink_frames", 0)
     if window is not None and window < sink + chunk:
         problems.append(
-            f"stream.window_frames: expected at least {sink + chunk} (sink {sink} + a chunk of {chunk}), got {window}"
+            f"stream.window_frames: expected at least {sink + chunk} (sink {sink} + a chunk of {chunk}), "
+            f"got {window}"
         )
     if student.get("sink_ema") is not None and sink != chunk:
-        problems.append(f"stream.sink_ema: expected sink_frames equal to a chunk ({chunk}) for a moving sink, got {sink}")
+        problems.append(
+            f"stream.sink_ema: expected sink_frames equal to a chunk ({chunk}) for a moving sink, got {sink}"
+        )
     return problems
 
 

@@ -75,7 +75,9 @@ def _folder(console: Console, path: Path) -> None:
     parts = [p for p in sorted(path.iterdir()) if p.is_dir() and any(p.glob("*.safetensors"))]
     config, weights = path / "config.json", sorted(path.glob("*.safetensors"))
     if not config.is_file() and not weights and not parts:
-        raise ValueError(f"{path}: neither a model folder (config.json, *.safetensors) nor a folder of such folders")
+        raise ValueError(
+            f"{path}: neither a model folder (config.json, *.safetensors) nor a folder of such folders"
+        )
     console.print(f"[bold]{path}[/bold]", soft_wrap=True)
     table = _table()
     if config.is_file():
@@ -103,7 +105,8 @@ def _weights(path: Path) -> str:
             count += 1
             numbers += math.prod(part.get_shape())
             dtypes.add(part.get_dtype())
-    return f"{count} tensors, {numbers / 1e6:.2f} M numbers, {', '.join(sorted(dtypes))}, {path.stat().st_size / 2**20:.1f} MB"
+    size, kinds = path.stat().st_size / 2**20, ", ".join(sorted(dtypes))
+    return f"{count} tensors, {numbers / 1e6:.2f} M numbers, {kinds}, {size:.1f} MB"
 
 
 def _short(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from types import TracebackType
@@ -25,7 +26,7 @@ def sparkline(values: list[float], width: int = 32) -> str:
         return ""
     count = min(width, len(values))
     bounds = [len(values) * i // count for i in range(count + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(bounds)]
     low, high = min(means), max(means)
     span = (high - low) or 1.0
     return "".join(_BLOCKS[round((len(_BLOCKS) - 1) * (m - low) / span)] for m in means)
@@ -51,7 +52,7 @@ class DistillationDisplay:
         self.title = title
         self.started = time.monotonic()
         self.first_step = done
-        self.seconds_left: float | None = None
+        self.planned_end: float | None = None
         self._history: dict[str, deque[float]] = {}
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
@@ -69,15 +70,21 @@ class DistillationDisplay:
             self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.console.is_terminal:
             self._live.stop()
         task = self._bar.tasks[0]
         spent = duration(time.monotonic() - self.started)
-        self.console.print(f"{self.title}: {task.completed:.0f} / {task.total:.0f} steps in {spent}{self._words()}", highlight=False)
+        self.console.print(
+            f"{self.title}: {task.completed:.0f} / {task.total:.0f} steps in {spent}{self._words()}",
+            highlight=False,
+        )
 
-    def plan(self, total: int) -> None:
-        """Change how many steps there are going to be."""
+    def plan(self, total: int, seconds_left: float) -> None:
+        """Change how many steps there are going to be, and how long they are going to take."""
+        self.planned_end = time.monotonic() + seconds_left
         self._bar.update(self._task, total=total)
 
     def show(self, event: Event) -> None:
@@ -86,8 +93,7 @@ class DistillationDisplay:
             return
         self._remember(event)
         total = self._bar.tasks[0].total or event.steps
-        rate = (time.monotonic() - self.started) / max(1, event.step - self.first_step)
-        left = rate * (total - event.step) if self.seconds_left is None else self.seconds_left
+        left = self._seconds_left(total - event.step, event.step - self.first_step)
         self._bar.update(self._task, completed=event.step, left=f"{duration(left)} left")
         if self.console.is_terminal:
             self._live.update(self._render())
@@ -95,6 +101,12 @@ class DistillationDisplay:
             self._last_line = time.monotonic()
             words = f"step {event.step} / {total:.0f}, {duration(left)} left{self._words()}"
             self.console.print(words, highlight=False, soft_wrap=True)
+
+    def _seconds_left(self, steps: float, done: int) -> float:
+        now = time.monotonic()
+        if self.planned_end is not None:
+            return self.planned_end - now
+        return (now - self.started) / max(1, done) * steps
 
     def _remember(self, event: StepDone) -> None:
         for key, value in event.scalars.items():

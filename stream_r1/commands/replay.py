@@ -35,7 +35,11 @@ def _show(console: Console, results: list[ReplayResult], tolerance: float) -> No
     for result in results:
         verdict = "[green]ok[/green]" if _fits(result, tolerance) else f"[red]past {tolerance:g}[/red]"
         table.add_row(
-            Path(result.source).stem, str(len(result.errors)), f"{result.worst:.2e}", verdict, result.worst_name
+            Path(result.source).stem,
+            str(len(result.errors)),
+            f"{result.worst:.2e}",
+            verdict,
+            result.worst_name,
         )
     console.print(table)
     console.print("errors are relative: max |ours - recorded| / max |recorded|", style="dim")

@@ -1,1 +1,1 @@
-"""The demo: distil the tiny student within a time budget, stream it before and after, and report what happened."""
+"""The demo: distil the tiny student within a time budget, stream it before and after, report."""

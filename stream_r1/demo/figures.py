@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 matplotlib.use("Agg")
-from matplotlib import colormaps  # noqa: E402  (the backend comes first)
-from matplotlib.figure import Figure  # noqa: E402
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 
 INK = "#010203"
 """Stands for the page's text colour; replaced by ``currentColor`` in the SVG."""
@@ -53,7 +53,7 @@ def curve(
     height: float = 2.2,
     xlabel: str = "student step",
 ) -> str:
-    """Lines ``name -> (x, y)``: each thin as measured, and its running mean on top. Returns an ``<svg>`` element."""
+    """Lines ``name -> (x, y)``, each thin as measured under its running mean; an ``<svg>`` element."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         axes = figure.add_subplot()
@@ -94,9 +94,16 @@ def _svg(figure: Figure) -> str:
 
 
 def heat_strip(
-    frames: NDArray[np.uint8], heat: NDArray[Any], *, scale: int = 3, opacity: float = 0.65, cmap: str = "inferno"
+    frames: NDArray[np.uint8],
+    heat: NDArray[Any],
+    *,
+    scale: int = 3,
+    opacity: float = 0.65,
+    cmap: str = "inferno",
 ) -> NDArray[np.uint8]:
-    """Maps over pictures, side by side: frames ``[F, H, W, 3]``, heat ``[F, h, w]`` in [0, 1]; uint8 ``[H', W', 3]``.
+    """Maps over pictures, side by side.
+
+    Frames ``[F, H, W, 3]``, heat ``[F, h, w]`` in [0, 1]; returns uint8 ``[H', W', 4]``.
 
     Cells are drawn as they are, without interpolation: what is shown is what the loss is multiplied by.
     """

@@ -1,4 +1,4 @@
-"""The rows of the table before / after: independent measures first, then the reward that guides the distillation."""
+"""The rows of the table before / after: independent measures first, then the reward that guides."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a demo run knows about itself, in one JSON file beside its videos: enough to write the report, or to go on."""
+"""What a demo run knows about itself: one JSON file beside its videos, enough to report or to go on."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class StepPoint(_Part):
 
 
 class Timing(_Part):
-    """Where the time of one stream at batch 1 went, in seconds: ``stream_r1.sampling.sampler.StreamTimings``."""
+    """Where the time of one stream at batch 1 went, in seconds, as the sampler's ``StreamTimings``."""
 
     text: float
     denoise: float

@@ -23,11 +23,12 @@ LABELS = {
     "film": "The film",
 }
 _STREAMED = ("before", "after")
+_WORDS = {1: "one", 2: "two", 3: "three", 4: "four"}
 _MAP_COLUMNS = 6
 
 
 def write_report(record: Record, folder: Path) -> Path:
-    """Write ``index.html`` into ``folder`` from ``record`` and the files it names; parts that are missing are left out."""
+    """Write ``index.html`` into ``folder`` from ``record`` and its files, leaving out what is missing."""
     environment = Environment(
         loader=PackageLoader("stream_r1.demo", "."),
         autoescape=True,
@@ -80,9 +81,10 @@ def _summary(record: Record) -> str:
     seconds = record.stages.get("distil", 0.0)
     spent = f"{len(record.steps)} steps ({_duration(seconds)})" if record.steps else "No step yet"
     return (
-        "A small video diffusion model that needs many steps and sees the whole clip at once is distilled into one that "
-        f"needs four, and makes video chunk by chunk. {spent} of Stream-R1: distribution matching, weighted by what a "
-        "reward finds worth learning, and where."
+        "A small video diffusion model that needs many steps and sees the whole clip at once is distilled "
+        f"into one that needs {_WORDS.get(record.denoising_steps, record.denoising_steps)}, and makes video "
+        f"chunk by chunk. {spent} of Stream-R1: distribution matching, weighted by what a reward finds worth "
+        "learning, and where."
     )
 
 
@@ -102,9 +104,17 @@ def _key_numbers(record: Record) -> list[dict[str, str]]:
     out = []
     if record.timing:
         out.append({"value": f"{record.timing.fps:.0f}", "unit": "fps", "label": "streamed, end to end"})
-        out.append({"value": f"{1000 * record.timing.first_frame:.0f}", "unit": "ms", "label": "to the first frame"})
+        out.append(
+            {"value": f"{1000 * record.timing.first_frame:.0f}", "unit": "ms", "label": "to the first frame"}
+        )
     if record.steps:
-        out.append({"value": str(len(record.steps)), "unit": "", "label": f"student steps in {_duration(record.stages.get('distil', 0.0))}"})
+        out.append(
+            {
+                "value": str(len(record.steps)),
+                "unit": "",
+                "label": f"student steps in {_duration(record.stages.get('distil', 0.0))}",
+            }
+        )
     rewards = [row.values for row in measures.reward_rows(record)]
     if rewards and all({"before", "after"} <= values.keys() for values in rewards):
         before, after = (float(np.mean([values[k] for values in rewards])) for k in ("before", "after"))
@@ -123,9 +133,13 @@ def _videos(
             for clip in record.clips[name]:
                 if clip.prompt != prompt or not (folder / clip.video).is_file():
                     continue
-                videos.append({"role": name, "label": labels[name], "data": _base64(playable(folder / clip.video))})
+                videos.append(
+                    {"role": name, "label": labels[name], "data": _base64(playable(folder / clip.video))}
+                )
                 if clip.sheet and (folder / clip.sheet).is_file():
-                    pictures.append({"label": labels[name], "data": _base64((folder / clip.sheet).read_bytes())})
+                    pictures.append(
+                        {"label": labels[name], "data": _base64((folder / clip.sheet).read_bytes())}
+                    )
         if videos:
             streamed = [video for video in videos if video["role"] in _STREAMED]
             references = [video for video in videos if video["role"] not in _STREAMED]
@@ -136,7 +150,7 @@ def _videos(
 
 
 def playable(path: Path) -> bytes:
-    """The mp4 with one index and no fragments (same pictures, nothing is encoded again): every browser seeks in it."""
+    """The mp4 with one index and no fragments, in which every browser seeks; nothing is encoded again."""
     import av
 
     out = io.BytesIO()
@@ -172,13 +186,26 @@ def _charts(record: Record) -> list[dict[str, Any]]:
         charts.append(
             {
                 "svg": Markup(figures.curve(lines, ylabel="reward")),
-                "caption": f"Scores of the student's rollouts while it learns. {names}. Thin: each step; thick: running mean.",
+                "caption": f"Scores of the student's rollouts while it learns. {names}. "
+                "Thin: each step; thick: running mean.",
             }
         )
     for attribute, label, caption in (
-        ("generator_loss", "DMD loss", "The student's weighted loss. Its gradient is normalised, so it shows balance rather than progress."),
-        ("critic_loss", "critic loss", "The critic's flow-matching loss: how well it keeps up with what the student makes."),
-        ("weight", "weight", "Mean inter-reliability weight: how much a rollout counts as a whole, by its reward."),
+        (
+            "generator_loss",
+            "DMD loss",
+            "The student's weighted loss. Its gradient is normalised: it shows balance rather than progress.",
+        ),
+        (
+            "critic_loss",
+            "critic loss",
+            "The critic's flow-matching loss: how well it keeps up with what the student makes.",
+        ),
+        (
+            "weight",
+            "weight",
+            "Mean inter-reliability weight: how much a rollout counts as a whole, by its reward.",
+        ),
     ):
         points = [(p.step, value) for p in steps if (value := getattr(p, attribute)) is not None]
         if len(points) > 1:
@@ -193,7 +220,8 @@ def _steps_note(record: Record) -> str:
         parts.append(f"{record.critic_steps} critic steps")
     text = " and ".join(parts) + f" in {_duration(record.stages.get('distil', 0.0))}"
     if record.step_seconds:
-        text += f"; a student step with its critic steps took {record.step_seconds:.2f} s, and the time budget decided how many there were"
+        text += f"; a student step with its critic steps took {record.step_seconds:.2f} s, "
+        text += "and the time budget decided how many there were"
     return text + "."
 
 
@@ -205,11 +233,19 @@ def _maps(record: Record, folder: Path) -> dict[str, Any] | None:
         prompt = str(data["prompt"])
     count = len(frames)
     shown = np.unique(np.linspace(0, count - 1, min(count, _MAP_COLUMNS)).round().astype(int))
-    strips = [{"name": "Frames", "note": "the student's video", "picture": figures.frame_strip(frames[shown])}]
+    strips = [
+        {"name": "Frames", "note": "the student's video", "picture": figures.frame_strip(frames[shown])}
+    ]
     for axis, values, score in zip(record.axes, saliency, scores, strict=True):
         heat = figures.unit_range(values)
         note = f"{measures.AXES.get(axis, '')}, score {score:+.2f}".lstrip(", ")
-        strips.append({"name": f"Saliency, {axis}", "note": note, "picture": figures.heat_strip(frames[shown], heat[shown])})
+        strips.append(
+            {
+                "name": f"Saliency, {axis}",
+                "note": note,
+                "picture": figures.heat_strip(frames[shown], heat[shown]),
+            }
+        )
     spread = f"{weights.min():.2f} to {weights.max():.2f}"
     heat = figures.heat_strip(frames[shown], figures.unit_range(weights)[shown], cmap="viridis")
     strips.append({"name": "Weights", "note": f"in the loss: {spread}", "picture": heat})
@@ -226,11 +262,16 @@ def _maps(record: Record, folder: Path) -> dict[str, Any] | None:
 def _measures(record: Record) -> list[dict[str, Any]]:
     columns = measures.columns(record)
     groups = [
-        {"title": "Independent: the distillation never sees these", "rows": measures.independent_rows(record)},
+        {
+            "title": "Independent: the distillation never sees these",
+            "rows": measures.independent_rows(record),
+        },
         {"title": "The reward that guides it", "rows": measures.reward_rows(record)},
     ]
     return [
-        {"title": group["title"], "rows": [_measure_row(row, columns) for row in group["rows"]]} for group in groups if group["rows"]
+        {"title": group["title"], "rows": [_measure_row(row, columns) for row in group["rows"]]}
+        for group in groups
+        if group["rows"]
     ]
 
 
@@ -268,15 +309,22 @@ def _timing(record: Record) -> dict[str, Any] | None:
     ):
         per_chunk = 1000 * seconds / timing.chunks
         parts.append(
-            {"key": key, "name": name, "percent": f"{100 * seconds / timing.total:.2f}", "value": f"{per_chunk:.1f} ms a chunk"}
+            {
+                "key": key,
+                "name": name,
+                "percent": f"{100 * seconds / timing.total:.2f}",
+                "value": f"{per_chunk:.1f} ms a chunk",
+            }
         )
     return {
         "parts": parts,
-        "sentence": f"{timing.frames} frames in {timing.total:.2f} s: {timing.fps:.1f} frames a second end to end, where "
-        f"{record.fps} play in real time. The first frame is there {1000 * timing.first_frame:.0f} ms after asking.",
-        "note": "One video at a time, after a warm-up. End to end counts everything between asking for the video and "
-        "holding its last frame in memory: encoding the prompt, the denoising passes, the pass that leaves keys and values "
-        "in the cache, and the decoder. It does not count loading the models or writing the mp4.",
+        "sentence": f"{timing.frames} frames in {timing.total:.2f} s: {timing.fps:.1f} frames a second "
+        f"end to end, where {record.fps} play in real time. The first frame is there "
+        f"{1000 * timing.first_frame:.0f} ms after asking.",
+        "note": "One video at a time, after a warm-up. End to end counts everything between asking for the "
+        "video and holding its last frame in memory: encoding the prompt, the denoising passes, the pass that "
+        "leaves keys and values in the cache, and the decoder. It does not count loading the models or writing "
+        "the mp4.",
     }
 
 
@@ -284,7 +332,9 @@ def _facts(record: Record) -> list[tuple[str, str]]:
     facts = [("recipe", record.recipe), ("seed", str(record.seed)), ("started", record.started)]
     facts += list(record.machine.items())
     facts += [(f"time: {name}", _duration(seconds)) for name, seconds in record.stages.items()]
-    facts.append(("time: in all", f"{_duration(sum(record.stages.values()))} (budget {_duration(record.budget)})"))
+    facts.append(
+        ("time: in all", f"{_duration(sum(record.stages.values()))} (budget {_duration(record.budget)})")
+    )
     return facts
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -28,7 +29,7 @@ def teacher_sample(
     Args:
         teacher: bidirectional; text embeddings [B, L, D], the negative one [1, L, D].
         shape: (F, C, h, w) of a video.
-        steps: Euler steps, even in t before the schedule's shift.
+        steps: Euler steps on the schedule's grid.
         guidance: w of ``cond + w (cond - uncond)``: a conventional scale minus 1.
 
     Returns:
@@ -37,11 +38,9 @@ def teacher_sample(
     batch = len(text)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, *shape, generator=generator).to(text.device)
-    levels = [*schedule.denoising_steps([1000 * (1 - i / steps) for i in range(steps)]), 0.0]
     both = torch.cat([text, negative.expand_as(text)])
-    for now, after in zip(levels, levels[1:], strict=False):
-        t = torch.full((2 * batch,), float(now), device=x.device)
+    for now, after in itertools.pairwise([*schedule.timesteps(steps), 0.0]):
+        t = torch.full((2 * batch,), now, device=x.device)
         cond, uncond = velocity(teacher, torch.cat([x, x]), t, both).chunk(2)
-        v = cond + guidance * (cond - uncond)
-        x = x + (after - now) / 1000 * v
+        x = x + (after - now) / 1000 * (cond + guidance * (cond - uncond))
     return x

@@ -1,4 +1,4 @@
-"""What the measures need to know of the reference videos, small enough to keep beside the models instead of the videos."""
+"""What the measures need to know of the reference videos, small enough to keep instead of them."""
 
 from __future__ import annotations
 
@@ -29,10 +29,14 @@ class Reference:
     prompts: tuple[str, ...] | None  # one a video
 
     @classmethod
-    def fit(cls, videos: Sequence[Tensor], prompts: Sequence[str] | None = None, *, frames_per_video: int = 4) -> Reference:
+    def fit(
+        cls, videos: Sequence[Tensor], prompts: Sequence[str] | None = None, *, frames_per_video: int = 4
+    ) -> Reference:
         """videos: N tensors [T, 3, H, W], floating point in [0, 1], T >= 3; H, W >= 32."""
         if prompts is not None and len(prompts) != len(videos):
-            raise ValueError(f"Reference.fit: prompts: expected {len(videos)}, one a video, got {len(prompts)}")
+            raise ValueError(
+                f"Reference.fit: prompts: expected {len(videos)}, one a video, got {len(prompts)}"
+            )
         frames = [some_frames(video, frames_per_video) for video in videos]
         features = FrameFeatures()(torch.cat(frames))
         return cls(
@@ -55,7 +59,11 @@ class Reference:
             "clean.covariance": self.clean.covariance,
             "figures": torch.tensor([self.sharpness, *self.motion], dtype=torch.float64),
         }
-        save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata={"prompts": json.dumps(self.prompts)})
+        save_file(
+            {k: v.contiguous() for k, v in tensors.items()},
+            path,
+            metadata={"prompts": json.dumps(self.prompts)},
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> Reference:

@@ -1,0 +1,308 @@
+"""The demo, stage by stage: stream and evaluate before, distil, stream and evaluate after, look closer.
+
+Every stage leaves its result in the run's record, so a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import datetime
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from stream_r1 import __version__
+from stream_r1.assembly import Models, load_models, make_trainer, require_models
+from stream_r1.demo import stages
+from stream_r1.demo.record import Record, StepPoint
+from stream_r1.demo.settings import DemoSettings, seconds_to_distil, steps_in
+from stream_r1.distill.trainer import DistillTrainer, Event, StepDone
+from stream_r1.evaluation import Reference
+from stream_r1.models.checkpoints import load_student
+from stream_r1.recipe import Recipe, locate
+from stream_r1.sampling.sampler import Sampler
+
+CHECKPOINTS = "checkpoints"
+STUDENT = "student"
+MAPS = "maps.npz"
+
+
+class TrainingWatcher(Protocol):
+    """Sees the distillation go on."""
+
+    def show(self, event: Event) -> None: ...
+
+    def plan(self, total: int, seconds_left: float) -> None:
+        """There are going to be so many steps, for so long."""
+        ...
+
+
+class Watcher(Protocol):
+    """Sees the demo go on; nothing in here prints."""
+
+    def stage(self, title: str) -> AbstractContextManager[object]: ...
+
+    def distillation(self, total: int, done: int) -> AbstractContextManager[TrainingWatcher]: ...
+
+
+class Demo:
+    """One run in one folder.
+
+    Args:
+        recipe: what to distil, and how; its `steps` are the most there can be.
+        settings: of the demo around it.
+        folder: where everything goes; what an earlier run with the same settings left there is gone on from.
+        watcher: is told what happens.
+        reference: file of the statistics that the independent measures compare with.
+        source: the recipe's name, for the report.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        settings: DemoSettings,
+        folder: Path,
+        watcher: Watcher,
+        *,
+        reference: Path,
+        source: str,
+    ) -> None:
+        require_models(recipe)
+        self.recipe, self.settings, self.folder, self.watcher = recipe, settings, folder, watcher
+        self.reference = Reference.load(locate(reference))
+        self._models: Models | None = None
+        fingerprint = _fingerprint(recipe, settings)
+        record = Record.load(folder)
+        if record is None or record.fingerprint != fingerprint:
+            clear(folder)
+            record = Record(
+                fingerprint=fingerprint,
+                started=datetime.now().strftime("%Y-%m-%d %H:%M"),
+                recipe=source,
+                seed=settings.seed,
+                budget=settings.budget,
+                machine=_machine(),
+                prompts=list(settings.prompts),
+                settings=recipe.as_yaml(),
+                denoising_steps=len(recipe.rollout.steps),
+                teacher_steps=settings.teacher_steps or None,
+            )
+            record.save(folder)
+        self.record = record
+
+    def run(self) -> Record:
+        """Everything that is not done yet. Ctrl-C ends it early; the record says so."""
+        if self.record.finished:
+            return self.record
+        self.record.stopped = False
+        try:
+            self._before()
+            if not self._distil():
+                raise KeyboardInterrupt
+            self._after()
+            self.record.finished = True
+        except KeyboardInterrupt:
+            self.record.stopped = True
+        self.record.save(self.folder)
+        return self.record
+
+    @property
+    def models(self) -> Models:
+        """Loaded when first needed, before the stage that needs them."""
+        if self._models is None:
+            with self._stage("loading", "loading the models"):
+                self._models = load_models(self.recipe)
+                self._describe(self._models)
+        return self._models
+
+    def _before(self) -> None:
+        record, settings = self.record, self.settings
+        if "before" not in record.evaluations:
+            sampler = self._sampler()
+            with self._stage("streaming before", "streaming the student before"):
+                record.clips["before"] = stages.stream_prompts(sampler, settings, self.folder, "before")
+            with self._stage("evaluating before", "evaluating the student before"):
+                self._evaluate("before", sampler)
+        if settings.teacher_steps and "teacher" not in record.clips:
+            models = self.models
+            with self._stage("sampling the teacher", "sampling the teacher"):
+                record.clips["teacher"] = stages.sample_teacher(models, self.recipe, settings, self.folder)
+        if "film" not in record.clips:
+            frames = 1 + 4 * (self.recipe.rollout.frames - 1)
+            record.clips["film"] = stages.film_clips(settings, self.folder, record.size, frames)
+
+    def _distil(self) -> bool:
+        """Steps until the budget or the recipe's steps are used up; False if somebody stopped it earlier."""
+        record = self.record
+        if (self.folder / STUDENT).is_dir():
+            return True
+        trainer = make_trainer(self.recipe, self.models, self.folder / CHECKPOINTS)
+        trainer.resume()
+        record.clips.pop("after", None)
+        record.steps = [point for point in record.steps if point.step <= trainer.step]
+        to_repeat = record.stages.get("streaming before", 0.0) + record.stages.get("evaluating before", 0.0)
+        seconds = seconds_to_distil(self.settings, sum(record.stages.values()), to_repeat)
+        with self._stage("distilling", None):
+            budget_used = self._train(trainer, seconds)
+        done = budget_used or not trainer.stopped
+        folder = self.folder / (STUDENT if done else STUDENT + "-stopped")
+        trainer.export(folder)
+        if not done:
+            with self._stage("streaming after", "streaming the student as it is now"):
+                sampler = self._sampler(folder)
+                record.clips["after"] = stages.stream_prompts(sampler, self.settings, self.folder, "after")
+        return done
+
+    def _train(self, trainer: DistillTrainer, seconds: float) -> bool:
+        """Train for `seconds`; True if they, or the planned steps, were used up."""
+        record, period = self.record, self.recipe.critic_updates
+        already = record.stages.get("distilling", 0.0)
+        started = last = time.monotonic()
+        durations: list[float] = []
+        used = False
+        with self.watcher.distillation(record.planned_steps or self.recipe.steps, trainer.step) as watcher:
+            for event in trainer.run():
+                watcher.show(event)
+                if not isinstance(event, StepDone):
+                    continue
+                now = time.monotonic()
+                durations.append(now - last)
+                last = now
+                self._note(event, already + now - started)
+                if len(durations) % period:
+                    continue
+                left = seconds - (now - started)
+                planned = min(self.recipe.steps, event.step + steps_in(left, durations, period))
+                watcher.plan(planned, left)
+                record.planned_steps = planned
+                counted = durations[period:] or durations
+                record.step_seconds = period * sum(counted) / len(counted)
+                record.save(self.folder)
+                if planned - event.step < period and not used:
+                    used = True
+                    trainer.stop()
+        return used
+
+    def _note(self, event: StepDone, elapsed: float) -> None:
+        """One point of the curves for each step of the student."""
+        scalars, record = event.scalars, self.record
+        record.critic_steps = event.step
+        if "student/loss" in scalars:
+            record.steps.append(
+                StepPoint(
+                    step=event.step,
+                    elapsed=elapsed,
+                    generator_loss=scalars["student/loss"],
+                    scores={
+                        axis: scalars[f"reward/{axis}"] for axis in record.axes if f"reward/{axis}" in scalars
+                    },
+                    weight=scalars.get("inter/mean"),
+                )
+            )
+        if record.steps:
+            record.steps[-1].critic_loss = scalars["critic/loss"]
+
+    def _after(self) -> None:
+        record, settings, folder = self.record, self.settings, self.folder
+        sampler = self._sampler(folder / STUDENT)
+        if "after" not in record.clips:
+            with self._stage("streaming after", "streaming the student after"):
+                record.clips["after"] = stages.stream_prompts(sampler, settings, folder, "after")
+        if record.timing is None:
+            with self._stage("timing", "timing a stream"):
+                record.timing = stages.time_stream(sampler, settings)
+        if "after" not in record.evaluations:
+            with self._stage("evaluating after", "evaluating the student after"):
+                self._evaluate("after", sampler)
+        if record.maps is None:
+            with self._stage("looking", "looking through the reward"):
+                stages.look(sampler, self.models, self.recipe, settings, folder / MAPS)
+                record.maps = MAPS
+
+    def _sampler(self, student: Path | None = None) -> Sampler:
+        """With the student of the recipe, or of a folder."""
+        models = self.models
+        loaded = models.student if student is None else load_student(student)
+        return stages.make_sampler(loaded.eval(), models, self.recipe)
+
+    def _evaluate(self, name: str, sampler: Sampler) -> None:
+        figures = stages.evaluate(sampler, self.models, self.recipe, self.settings, self.reference)
+        film = {
+            key.removesuffix("_reference"): value
+            for key, value in figures.items()
+            if key.endswith("_reference")
+        }
+        self.record.evaluations["film"] = {"sharpness": 1.0, **film}
+        self.record.evaluations[name] = {k: v for k, v in figures.items() if not k.endswith("_reference")}
+
+    def _describe(self, models: Models) -> None:
+        record, shape, vae = self.record, self.recipe.rollout, models.vae
+        record.axes = list(models.reward.axes)
+        record.size = (shape.height * vae.spatial_factor, shape.width * vae.spatial_factor)
+        record.chunk_frames = models.student.config.frames_per_chunk * vae.temporal_factor
+        frames = vae.frames(shape.frames)
+        record.evaluated = (
+            f"Means over {self.settings.evaluated_videos} videos of {frames} frames, captions and seeds the "
+            "same before and after. Film: its own shots."
+        )
+
+    @contextmanager
+    def _stage(self, name: str, title: str | None) -> Iterator[None]:
+        """Times a stage into the record and keeps the record, however the stage ends."""
+        started = time.monotonic()
+        try:
+            with nullcontext() if title is None else self.watcher.stage(title):
+                yield
+        finally:
+            self.record.stages[name] = self.record.stages.get(name, 0.0) + time.monotonic() - started
+            self.record.save(self.folder)
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier run left in its folder, and nothing else."""
+    for pattern in ("*.mp4", "*.png", "*.npz", "record.json", "index.html"):
+        for path in folder.glob(pattern):
+            path.unlink()
+    for name in (CHECKPOINTS, STUDENT, STUDENT + "-stopped"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _fingerprint(recipe: Recipe, settings: DemoSettings) -> str:
+    """Of everything that a run going on must share with its beginning."""
+    digest = hashlib.sha256(
+        json.dumps([recipe.model_dump(mode="json"), settings.model_dump(mode="json")]).encode()
+    )
+    for folder in recipe.models.model_dump(exclude_none=True).values():
+        root = locate(folder)
+        for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
+            if path.is_file():  # by size and time: a run goes on in the place where it began
+                found = path.stat()
+                digest.update(f"{path.relative_to(root.parent)} {found.st_size} {found.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _machine() -> dict[str, str]:
+    cpu = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in _lines(Path("/proc/cpuinfo"))
+            if line.startswith("model name")
+        ),
+        platform.processor() or platform.machine(),
+    )
+    return {
+        "machine": f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "software": f"stream-r1 {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+    }
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []

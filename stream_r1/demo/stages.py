@@ -1,0 +1,177 @@
+"""What the demo's stages do with models: stream, evaluate, sample the teacher, time, look."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stream_r1.assembly import Models
+from stream_r1.data.film import FPS, default_cache, load_shots
+from stream_r1.demo.record import Clip, Timing
+from stream_r1.demo.settings import DemoSettings
+from stream_r1.demo.teacher import teacher_sample
+from stream_r1.distill.weighting import StreamR1Weights
+from stream_r1.evaluation import Reference, evaluate_videos
+from stream_r1.models.transformer import CausalWanTransformer
+from stream_r1.recipe import Recipe, read_prompts
+from stream_r1.sampling.sampler import Sampler
+from stream_r1.sampling.video import VideoWriter, contact_sheet
+from stream_r1.schedule import FlowSchedule
+
+_EVALUATION_SEED = 10_000  # apart from the seeds of what is shown
+
+
+def make_sampler(student: CausalWanTransformer, models: Models, recipe: Recipe) -> Sampler:
+    """The sampler that the recipe's student is trained for."""
+    shape = recipe.rollout
+    return Sampler(
+        student,
+        models.vae,
+        FlowSchedule(shape.shift),
+        shape.steps,
+        text_encoder=models.text,
+        latent_size=(shape.height, shape.width),
+        context_noise=shape.context_noise,
+    )
+
+
+def stream_prompts(sampler: Sampler, settings: DemoSettings, folder: Path, name: str) -> list[Clip]:
+    """The prompts as one batch, each into its mp4 as frames arrive; a contact sheet of each."""
+    clips = [_clip(prompt, name, index) for index, prompt in enumerate(settings.prompts)]
+    stream = sampler.stream(list(settings.prompts), seed=settings.seed, chunks=settings.chunks)
+    writers: list[VideoWriter] = []
+    frames: list[Tensor] = []
+    try:
+        for chunk in stream:
+            assert chunk.frames is not None  # the sampler has a VAE
+            frames.append(chunk.frames)
+            writers = writers or [VideoWriter(folder / clip.video, fps=FPS) for clip in clips]
+            for writer, video in zip(writers, chunk.frames, strict=True):
+                writer.write(video)
+    finally:
+        for writer in writers:
+            writer.close()
+    for clip, video in zip(clips, torch.cat(frames, 1), strict=True):
+        _sheet(folder, clip, video)
+    return clips
+
+
+def write_clips(folder: Path, name: str, prompts: Sequence[str], videos: Sequence[Tensor]) -> list[Clip]:
+    """Whole videos [T, 3, H, W] in [0, 1] as mp4 files with contact sheets."""
+    clips = []
+    for index, (prompt, video) in enumerate(zip(prompts, videos, strict=True)):
+        clip = _clip(prompt, name, index)
+        with VideoWriter(folder / clip.video, fps=FPS) as writer:
+            writer.write(video)
+        _sheet(folder, clip, video)
+        clips.append(clip)
+    return clips
+
+
+def sample_teacher(models: Models, recipe: Recipe, settings: DemoSettings, folder: Path) -> list[Clip]:
+    """The teacher's samples for the prompts, as long as a rollout."""
+    shape = recipe.rollout
+    latents = teacher_sample(
+        models.teacher,
+        models.text.encode(list(settings.prompts)).float(),
+        models.text.encode([recipe.matching.negative_prompt]).float(),
+        (shape.frames, models.student.config.in_channels, shape.height, shape.width),
+        schedule=FlowSchedule(shape.shift),
+        steps=settings.teacher_steps,
+        guidance=recipe.matching.guidance,
+        seed=settings.seed,
+    )
+    with torch.no_grad():
+        return write_clips(folder, "teacher", settings.prompts, list(models.vae.decode(latents)))
+
+
+def film_clips(settings: DemoSettings, folder: Path, size: tuple[int, int], frames: int) -> list[Clip]:
+    """The film's own shots of the prompts, if the film has been fetched; nothing is downloaded."""
+    path = default_cache() / f"frames_{size[0]}x{size[1]}.npy"
+    if not path.is_file():
+        return []
+    film = np.load(path, mmap_mode="r")
+    shots = {shot.caption: shot for shot in load_shots()}
+    prompts = [prompt for prompt in settings.prompts if prompt in shots and shots[prompt].frames >= frames]
+    starts = [shots[prompt].start + (shots[prompt].frames - frames) // 2 for prompt in prompts]
+    videos = [torch.from_numpy(film[s : s + frames].copy()).movedim(-1, 1).float() / 255 for s in starts]
+    return write_clips(folder, "film", prompts, videos)
+
+
+def evaluate(
+    sampler: Sampler, models: Models, recipe: Recipe, settings: DemoSettings, reference: Reference
+) -> dict[str, float]:
+    """Independent figures, and the reward's scores, of fresh videos over the training prompts."""
+    prompts = list(itertools.islice(itertools.cycle(read_prompts(recipe.prompts)), settings.evaluated_videos))
+    chunks = _chunks(sampler.student, recipe.rollout.frames)
+    videos: list[Tensor] = []
+    for start in range(0, len(prompts), settings.evaluated_batch):
+        batch = prompts[start : start + settings.evaluated_batch]
+        stream = sampler.stream(
+            batch, seed=_EVALUATION_SEED + settings.seed, chunks=chunks, first_index=start
+        )
+        videos += torch.cat([chunk.frames for chunk in stream if chunk.frames is not None], 1)
+    figures = evaluate_videos(videos, reference, prompts)
+    with torch.no_grad():
+        scores = models.reward.score(torch.stack(videos), prompts).mean(0)
+    return figures | {
+        f"reward/{axis}": score for axis, score in zip(models.reward.axes, scores.tolist(), strict=True)
+    }
+
+
+def time_stream(sampler: Sampler, settings: DemoSettings) -> Timing:
+    """One prompt, one video, after a warm-up over everything that is slower the first time."""
+    prompt = settings.prompts[0]
+    for _ in sampler.stream(prompt, seed=settings.seed, chunks=3):
+        pass
+    stream = sampler.stream(prompt, seed=settings.seed, chunks=settings.timed_chunks)
+    for _ in stream:
+        pass
+    return Timing(**asdict(stream.timings))
+
+
+def look(sampler: Sampler, models: Models, recipe: Recipe, settings: DemoSettings, path: Path) -> None:
+    """Saliency of each axis and the full weights over a fresh video of the first prompt, as npz."""
+    prompt = settings.prompts[0]
+    stream = sampler.stream(
+        prompt, seed=settings.seed, chunks=_chunks(sampler.student, recipe.rollout.frames)
+    )
+    latents = torch.cat([chunk.latents for chunk in stream], 1)
+    with torch.no_grad():
+        video = models.vae.decode(latents)
+    options = recipe.weighting.model_dump() | {"mode": "full"}
+    frames, _, height, width = latents.shape[1:]
+    weights = StreamR1Weights(models.reward, **options)(
+        video, [prompt], (frames, height, width), observe=False
+    )
+    assert weights.saliency is not None  # "full" looks at pixels
+    shown = video[0, :: models.vae.temporal_factor].movedim(1, -1).clamp(0, 1).mul(255).round().byte()
+    np.savez_compressed(
+        path,
+        frames=shown.numpy(),  # [F, H, W, 3], the last pixel frame of each latent frame
+        saliency=weights.saliency[:, 0].numpy(),  # [axes, F, h, w]
+        weights=weights.intra[0, :, 0].numpy(),  # [F, h, w]
+        scores=weights.scores[0].numpy(),
+        prompt=np.array(prompt),
+    )
+
+
+def _chunks(student: CausalWanTransformer, frames: int) -> int:
+    config = student.config
+    first = config.first_chunk_frames or config.frames_per_chunk
+    return 1 + (frames - first) // config.frames_per_chunk
+
+
+def _clip(prompt: str, name: str, index: int) -> Clip:
+    return Clip(prompt=prompt, video=f"{name}-{index}.mp4", sheet=f"{name}-{index}.png")
+
+
+def _sheet(folder: Path, clip: Clip, video: Tensor) -> None:
+    assert clip.sheet is not None
+    contact_sheet(video, folder / clip.sheet)
