@@ -56,20 +56,21 @@ TORCH_LIBRARY(stream_r1, m) {
   m.def("gated_add(Tensor x, Tensor y, Tensor gate) -> Tensor", tags);
   m.def("gated_add_backward(Tensor grad_out, Tensor y, Tensor gate) -> (Tensor, Tensor)", tags);
 
-  // Pixel gradients [N, T, 3, H, W] -> [N, F, h, w] float32: channel norm, mean over a latent cell's own pixels.
-  m.def("region_saliency(Tensor pixel_grads, int frames, int height, int width) -> Tensor", tags);
+  // Pixel gradients [M, B, T, 3, H, W] -> [M, B, F, h, w] float32: channel norm, mean over a latent cell's own pixels.
+  m.def("region_saliency(Tensor pixel_grads, int frames, int rows, int columns) -> Tensor", tags);
 
   // Saliency [M, B, F, h, w] and scores [B, M] -> weights [B, F, 1, h, w] float32, mean 1 a sample.
   m.def(
       "intra_weights(Tensor saliency, Tensor scores, float temperature, float spatial_floor, float temporal_floor,"
-      " bool use_spatial, bool use_temporal) -> Tensor",
+      " float spatial_strength, float temporal_strength, bool use_spatial, bool use_temporal) -> Tensor",
       tags);
 
-  // The weighted DMD loss and its gradient by x, computed together; all x0-predictions are [B, F, C, h, w].
+  // The weighted DMD loss; all x0-predictions are [B, F, C, h, w]. Its gradient by x is factor [B] times direction.
   m.def(
       "dmd_loss(Tensor x, Tensor fake, Tensor real_cond, Tensor? real_uncond, float guidance, Tensor? w_intra,"
-      " Tensor? w_inter, Tensor? mask) -> (Tensor loss, Tensor grad)",
+      " Tensor? w_inter, Tensor? mask) -> (Tensor loss, Tensor direction, Tensor factor)",
       tags);
+  m.def("dmd_loss_backward(Tensor grad_loss, Tensor direction, Tensor factor) -> Tensor", tags);
   m.def(
       "dmd_gradient_(Tensor(a!) buffer, Tensor x, Tensor fake, Tensor real_cond, Tensor? real_uncond, float guidance,"
       " Tensor? w_intra, Tensor? w_inter, Tensor? mask, float scale) -> ()",

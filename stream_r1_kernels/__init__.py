@@ -3,6 +3,7 @@
 Attention (`[B, T, H, D]`):
     ChunkMask, chunk_attention             all chunks at once, block-causal, with window, sink, teacher forcing
     Past, cached_chunk_attention           one chunk against what came before it
+    ChunkCache, LayerCache                 sink and ring of past frames, one buffer a layer
     RotaryGrid, qk_norm_rotary             positions without a table, and the fused norm + head split + rotary of q and k
 Around the matmuls (`[B, T, D]`):
     modulated_norm, gated_add              AdaLN with a modulation per frame
@@ -14,13 +15,16 @@ Every op takes `backend="auto" | "cpu" | "cuda" | "triton" | "reference"`; `pyth
 """
 
 from .attention import ChunkMask, Past, cached_chunk_attention, chunk_attention
+from .cache import ChunkCache, LayerCache
 from .dmd import dmd_gradient_, dmd_loss
 from .norm import gated_add, modulated_norm
 from .rotary import RotaryGrid, apply_rotary, qk_norm_rotary
 from .saliency import intra_weights, region_saliency
 
 __all__ = [
+    "ChunkCache",
     "ChunkMask",
+    "LayerCache",
     "Past",
     "RotaryGrid",
     "apply_rotary",

@@ -35,10 +35,10 @@ def dmd_loss(
         w_intra: weights of the cells, float32 or float64, 5 dimensions that broadcast to x, such as
             `intra_weights`' [B, F, 1, h, w].
         w_inter: [B] weights of the samples, float32 or float64.
-        mask: bool, 5 dimensions that broadcast to x ([B, F, 1, 1, 1] keeps frames). Elements where it is False
-            get no gradient, and the inner mean counts the kept elements of each sample only (as if the others
-            were cut away; a sample that keeps none adds 0). The normaliser of g stays the mean over the whole
-            sample, and w_intra is not normalised again. All True is the same as no mask.
+        mask: bool, 5 dimensions that broadcast to x ([B, F, 1, 1, 1] keeps frames). Elements where it is
+            False get no gradient, and the inner mean counts the kept elements of each sample only (as if the
+            rest were cut away; a sample that keeps none adds 0). The normaliser of g stays the mean over the
+            whole sample, and w_intra is not normalised again. All True is the same as no mask.
         backend: "auto", "cpu" or "reference"; an explicit choice never falls back.
 
     Returns:

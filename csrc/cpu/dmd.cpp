@@ -1,0 +1,251 @@
+#include <ATen/Parallel.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "cpu/dmd_kernel.h"
+#include "cpu/tensors.h"
+
+namespace stream_r1 {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kBlockElements = 16384;
+
+Planes planes(const Tensor& tensor) {
+  const auto stride = [&](int64_t d) { return tensor.size(d) == 1 ? int64_t{0} : tensor.stride(d); };
+  return {stride(0), stride(1), stride(2)};
+}
+
+// The arguments of both passes and what keeps their memory alive.
+struct Job {
+  Tensor x, fake, real_cond, real_uncond, w_intra, mask;
+  std::vector<double> distances, squares;
+  std::vector<int64_t> kept;
+  std::vector<float> inverse_scale;
+  DmdArgs args{};
+
+  int64_t batch() const { return x.size(0); }
+  int64_t units() const { return x.size(0) * args.blocks; }
+  int64_t block_grain() const { return grain(4 * args.planes_a_block * args.plane); }
+};
+
+// A weight or mask is one value a plane where its last two dimensions are 1, else planes of h * w values.
+Tensor whole_planes(const Tensor& value, const Tensor& x, bool* varies) {
+  TORCH_CHECK_VALUE(value.dim() == 5, "dmd: w_intra, mask: expected 5 dimensions, got shape ", value.sizes());
+  for (int64_t d = 0; d < 5; ++d)
+    TORCH_CHECK_VALUE(value.size(d) == 1 || value.size(d) == x.size(d), "dmd: w_intra, mask: ", value.sizes(),
+                      " does not broadcast to x ", x.sizes());
+  *varies = value.size(3) != 1 || value.size(4) != 1;
+  if (!*varies) return value;
+  return with_dense_rows(value.expand({value.size(0), value.size(1), value.size(2), x.size(3), x.size(4)}), 2);
+}
+
+void prepare(Job& job, const Tensor& x, const Tensor& fake, const Tensor& real_cond,
+             const std::optional<Tensor>& real_uncond, double guidance, const std::optional<Tensor>& w_intra,
+             const std::optional<Tensor>& mask) {
+  TORCH_CHECK_VALUE(x.dim() == 5, "dmd: x: expected shape [B, F, C, h, w], got ", x.sizes());
+  job.x = with_dense_rows(x, 2);
+  job.fake = with_dense_rows(fake, 2);
+  job.real_cond = with_dense_rows(real_cond, 2);
+  job.real_uncond = real_uncond.has_value() ? with_dense_rows(*real_uncond, 2) : job.real_cond;
+  for (const Tensor& other : {fake, real_cond, job.real_uncond})
+    TORCH_CHECK_VALUE(other.sizes() == x.sizes(), "dmd: fake, real_cond, real_uncond: expected shape ", x.sizes(),
+                      " as x, got ", other.sizes());
+  DmdArgs& args = job.args;
+  args.x = source(job.x), args.x_planes = planes(job.x);
+  args.fake = source(job.fake), args.fake_planes = planes(job.fake);
+  args.real_cond = source(job.real_cond), args.real_cond_planes = planes(job.real_cond);
+  args.real_uncond = source(job.real_uncond), args.real_uncond_planes = planes(job.real_uncond);
+  args.guidance = real_uncond.has_value() ? static_cast<float>(guidance) : 0.f;
+  if (w_intra.has_value()) {
+    job.w_intra = whole_planes(w_intra->to(at::kFloat), x, &args.w_intra_varies);
+    args.w_intra = job.w_intra.const_data_ptr<float>();
+    args.w_intra_planes = planes(job.w_intra);
+  }
+  if (mask.has_value()) {
+    job.mask = whole_planes(*mask, x, &args.mask_varies);
+    args.mask = job.mask.const_data_ptr<bool>();
+    args.mask_planes = planes(job.mask);
+  }
+  args.frames = x.size(1), args.channels = x.size(2), args.plane = x.size(3) * x.size(4);
+  const int64_t sample_planes = args.frames * args.channels;
+  args.planes_a_block = std::max<int64_t>(1, kBlockElements / std::max<int64_t>(1, args.plane));
+  args.blocks = (sample_planes + args.planes_a_block - 1) / args.planes_a_block;
+}
+
+double sum_of_sample(const std::vector<double>& values, int64_t sample, int64_t blocks) {
+  double total = 0;
+  for (int64_t i = sample * blocks; i < (sample + 1) * blocks; ++i) total += values[i];
+  return total;
+}
+
+// First pass: the normaliser of g, and [B] the factor of each sample's direction in the gradient:
+// w_inter / (B * kept), 0 for a sample that keeps nothing.
+Tensor measure(Job& job, const std::optional<Tensor>& w_inter) {
+  DmdArgs& args = job.args;
+  job.distances.resize(job.units());
+  job.kept.resize(job.units());
+  job.inverse_scale.resize(job.batch());
+  args.distances = job.distances.data();
+  args.kept = job.kept.data();
+  args.inverse_scale = job.inverse_scale.data();
+  at::parallel_for(0, job.units(), job.block_grain(),
+                   [&, kernel = pick_dmd_distances()](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  Tensor factor = at::empty({job.batch()}, job.x.options().dtype(at::kFloat));
+  float* factors = factor.mutable_data_ptr<float>();
+  Tensor inter;
+  if (w_inter.has_value()) {
+    TORCH_CHECK_VALUE(w_inter->dim() == 1 && w_inter->size(0) == job.batch(), "dmd: w_inter: expected shape [",
+                      job.batch(), "], got ", w_inter->sizes());
+    inter = w_inter->to(at::kFloat).contiguous();
+  }
+  const double elements = static_cast<double>(args.frames * args.channels * args.plane);
+  for (int64_t b = 0; b < job.batch(); ++b) {
+    job.inverse_scale[b] = static_cast<float>(elements / sum_of_sample(job.distances, b, args.blocks));
+    int64_t kept = 0;
+    for (int64_t i = b * args.blocks; i < (b + 1) * args.blocks; ++i) kept += job.kept[i];
+    const double weight = inter.defined() ? inter.const_data_ptr<float>()[b] : 1.0;
+    factors[b] = kept == 0 ? 0.f : static_cast<float>(weight / (static_cast<double>(job.batch()) * kept));
+  }
+  return factor;
+}
+
+void second_pass(const Job& job) {
+  at::parallel_for(0, job.units(), job.block_grain(), [&, kernel = pick_dmd_directions()](int64_t begin, int64_t end) {
+    kernel(job.args, begin, end);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> dmd_loss_cpu(const Tensor& x, const Tensor& fake, const Tensor& real_cond,
+                                                const std::optional<Tensor>& real_uncond, double guidance,
+                                                const std::optional<Tensor>& w_intra,
+                                                const std::optional<Tensor>& w_inter,
+                                                const std::optional<Tensor>& mask) {
+  Job job;
+  prepare(job, x, fake, real_cond, real_uncond, guidance, w_intra, mask);
+  const Tensor factor = measure(job, w_inter);
+  Tensor direction = at::empty(x.sizes(), x.options());
+  job.squares.resize(job.units());
+  job.args.squares = job.squares.data();
+  job.args.direction = target(direction);
+  job.args.direction_planes = planes(direction);
+  second_pass(job);
+  double loss = 0;
+  for (int64_t b = 0; b < job.batch(); ++b)
+    loss += 0.5 * factor.const_data_ptr<float>()[b] * sum_of_sample(job.squares, b, job.args.blocks);
+  return {at::scalar_tensor(loss, factor.options()), direction, factor};
+}
+
+Tensor dmd_loss_backward_cpu(const Tensor& grad_loss, const Tensor& direction_, const Tensor& factor_) {
+  const Tensor direction = direction_.contiguous();
+  const Tensor factor = (factor_ * grad_loss.to(at::kFloat)).contiguous();
+  const int64_t batch = direction.size(0);
+  const int64_t n = batch == 0 ? 0 : direction.numel() / batch;
+  Tensor grad = at::empty(direction.sizes(), direction.options());
+  const int64_t blocks = (n + kBlockElements - 1) / kBlockElements;
+  const DmdScaleArgs args{source(direction), factor.const_data_ptr<float>(), target(grad), n, blocks, kBlockElements};
+  at::parallel_for(0, batch * blocks, grain(kBlockElements),
+                   [&, kernel = pick_dmd_scale()](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  return grad;
+}
+
+void dmd_gradient_cpu(Tensor buffer, const Tensor& x, const Tensor& fake, const Tensor& real_cond,
+                      const std::optional<Tensor>& real_uncond, double guidance, const std::optional<Tensor>& w_intra,
+                      const std::optional<Tensor>& w_inter, const std::optional<Tensor>& mask, double scale) {
+  TORCH_CHECK_VALUE(buffer.sizes() == x.sizes(), "dmd_gradient_: buffer: expected shape ", x.sizes(), " as x, got ",
+                    buffer.sizes());
+  Job job;
+  prepare(job, x, fake, real_cond, real_uncond, guidance, w_intra, mask);
+  const Tensor factor = measure(job, w_inter).mul_(scale);
+  const Tensor dense = with_dense_rows(buffer, 2);
+  job.args.factor = factor.const_data_ptr<float>();
+  job.args.direction = target(dense);
+  job.args.direction_planes = planes(dense);
+  second_pass(job);
+  if (!dense.is_same(buffer)) buffer.copy_(dense);
+}
+
+std::tuple<Tensor, Tensor, Tensor> loss_below_autograd(const Tensor& x, const Tensor& fake, const Tensor& real_cond,
+                                                       const std::optional<Tensor>& real_uncond, double guidance,
+                                                       const std::optional<Tensor>& w_intra,
+                                                       const std::optional<Tensor>& w_inter,
+                                                       const std::optional<Tensor>& mask) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("stream_r1::dmd_loss", "").typed<decltype(dmd_loss_cpu)>();
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return op.call(x, fake, real_cond, real_uncond, guidance, w_intra, w_inter, mask);
+}
+
+struct DmdLoss : torch::autograd::Function<DmdLoss> {
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* context, const Tensor& x,
+                                                const Tensor& fake, const Tensor& real_cond,
+                                                const std::optional<Tensor>& real_uncond, double guidance,
+                                                const std::optional<Tensor>& w_intra,
+                                                const std::optional<Tensor>& w_inter,
+                                                const std::optional<Tensor>& mask) {
+    auto [loss, direction, factor] =
+        loss_below_autograd(x, fake, real_cond, real_uncond, guidance, w_intra, w_inter, mask);
+    context->save_for_backward({direction, factor});
+    context->mark_non_differentiable({direction, factor});
+    return {loss, direction, factor};
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 const torch::autograd::variable_list& grads) {
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("stream_r1::dmd_loss_backward", "")
+                               .typed<decltype(dmd_loss_backward_cpu)>();
+    const auto saved = context->get_saved_variables();
+    torch::autograd::variable_list result(8);
+    result[0] = op.call(grads[0], saved[0], saved[1]);
+    return result;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> dmd_loss_autograd(const Tensor& x, const Tensor& fake, const Tensor& real_cond,
+                                                     const std::optional<Tensor>& real_uncond, double guidance,
+                                                     const std::optional<Tensor>& w_intra,
+                                                     const std::optional<Tensor>& w_inter,
+                                                     const std::optional<Tensor>& mask) {
+  if (!needs_graph({x})) return loss_below_autograd(x, fake, real_cond, real_uncond, guidance, w_intra, w_inter, mask);
+  const auto results = DmdLoss::apply(x, fake, real_cond, real_uncond, guidance, w_intra, w_inter, mask);
+  return {results[0], results[1], results[2]};
+}
+
+// The gradient is a constant: x may require grad.
+void dmd_gradient_autograd(Tensor buffer, const Tensor& x, const Tensor& fake, const Tensor& real_cond,
+                           const std::optional<Tensor>& real_uncond, double guidance,
+                           const std::optional<Tensor>& w_intra, const std::optional<Tensor>& w_inter,
+                           const std::optional<Tensor>& mask, double scale) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("stream_r1::dmd_gradient_", "")
+                             .typed<decltype(dmd_gradient_cpu)>();
+  const at::AutoDispatchBelowAutograd below;
+  op.call(buffer, x, fake, real_cond, real_uncond, guidance, w_intra, w_inter, mask, scale);
+}
+
+}  // namespace
+}  // namespace stream_r1
+
+TORCH_LIBRARY_IMPL(stream_r1, CPU, m) {
+  m.impl("dmd_loss", stream_r1::dmd_loss_cpu);
+  m.impl("dmd_loss_backward", stream_r1::dmd_loss_backward_cpu);
+  m.impl("dmd_gradient_", stream_r1::dmd_gradient_cpu);
+}
+
+TORCH_LIBRARY_IMPL(stream_r1, Autograd, m) {
+  m.impl("dmd_loss", stream_r1::dmd_loss_autograd);
+  m.impl("dmd_loss_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("dmd_gradient_", stream_r1::dmd_gradient_autograd);
+}
+
+// Tells autograd that the buffer has changed.
+TORCH_LIBRARY_IMPL(stream_r1, ADInplaceOrView, m) {
+  m.impl("dmd_gradient_", torch::autograd::autogradNotImplementedInplaceOrViewFallback());
+}

@@ -1,0 +1,91 @@
+#include <ATen/Parallel.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "cpu/intra_weights_kernel.h"
+#include "cpu/tensors.h"
+
+namespace stream_r1 {
+namespace {
+
+using at::Tensor;
+
+constexpr float kFlatRange = 1e-6f;  // as in the reference
+
+// One factor a frame, from the frame means of the fused saliency: min-max, blend, floor. The caller's division by the mean
+// makes any constant profile ones.
+std::vector<double> temporal_profile(const double* means, int64_t frames, double strength, double floor) {
+  const auto [low, high] = std::minmax_element(means, means + frames);
+  const double range = *high - *low;
+  std::vector<double> profile(frames, 1.0);
+  if (range <= kFlatRange * std::abs(*high)) return profile;
+  for (int64_t f = 0; f < frames; ++f)
+    profile[f] = std::max(floor, (1 - strength) + strength * (means[f] - *low) / range);
+  return profile;
+}
+
+Tensor intra_weights_cpu(const Tensor& saliency_, const Tensor& scores, double temperature, double spatial_floor,
+                         double temporal_floor, double spatial_strength, double temporal_strength, bool use_spatial,
+                         bool use_temporal) {
+  TORCH_CHECK_VALUE(saliency_.dim() == 5, "intra_weights: saliency: expected shape [M, B, F, h, w], got ",
+                    saliency_.sizes());
+  const int64_t axes = saliency_.size(0), batch = saliency_.size(1), frames = saliency_.size(2);
+  const int64_t rows = saliency_.size(3), columns = saliency_.size(4), cells = rows * columns;
+  TORCH_CHECK_VALUE(axes > 0 && frames > 0 && cells > 0, "intra_weights: saliency: expected sizes above 0, got ",
+                    saliency_.sizes());
+  TORCH_CHECK_VALUE(scores.sizes() == at::IntArrayRef({batch, axes}), "intra_weights: scores: expected shape [", batch,
+                    ", ", axes, "], got ", scores.sizes());
+  const Tensor saliency = saliency_.to(at::kFloat).contiguous();
+  const Tensor shares = at::softmax(scores.to(at::kFloat) / -temperature, 1).contiguous();
+  Tensor weights = at::empty({batch, frames, 1, rows, columns}, saliency.options());
+  std::vector<double> frame_means(batch * frames), map_sums(batch * frames);
+  const IntraWeightsArgs args{saliency.const_data_ptr<float>(),
+                              shares.const_data_ptr<float>(),
+                              weights.mutable_data_ptr<float>(),
+                              frame_means.data(),
+                              map_sums.data(),
+                              axes,
+                              batch,
+                              frames,
+                              cells,
+                              static_cast<float>(spatial_floor),
+                              static_cast<float>(spatial_strength),
+                              use_spatial,
+                              kFlatRange};
+  at::parallel_for(0, batch * frames, grain(cells * (axes + 3)),
+                   [&, kernel = pick_fuse_frames()](int64_t begin, int64_t end) { kernel(args, begin, end); });
+
+  std::vector<float> factors(batch * frames);
+  for (int64_t b = 0; b < batch; ++b) {
+    const double* means = frame_means.data() + b * frames;
+    std::vector<double> profile(frames, 1.0);
+    if (use_temporal) profile = temporal_profile(means, frames, temporal_strength, temporal_floor);
+    double total = 0, of_means = 0;
+    for (int64_t f = 0; f < frames; ++f) {
+      total += profile[f] * map_sums[b * frames + f];
+      of_means += means[f];
+    }
+    const double to_mean_one =
+        std::isfinite(of_means) ? frames * cells / total : std::numeric_limits<double>::quiet_NaN();
+    for (int64_t f = 0; f < frames; ++f) factors[b * frames + f] = static_cast<float>(profile[f] * to_mean_one);
+  }
+  float* data = weights.mutable_data_ptr<float>();
+  at::parallel_for(0, batch * frames, grain(cells), [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit)
+      for (int64_t i = 0; i < cells; ++i) data[unit * cells + i] *= factors[unit];
+  });
+  return weights;
+}
+
+}  // namespace
+}  // namespace stream_r1
+
+TORCH_LIBRARY_IMPL(stream_r1, CPU, m) { m.impl("intra_weights", stream_r1::intra_weights_cpu); }
+
+TORCH_LIBRARY_IMPL(stream_r1, Autograd, m) {
+  m.impl("intra_weights", torch::autograd::autogradNotImplementedFallback());
+}

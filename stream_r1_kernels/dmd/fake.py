@@ -1,0 +1,40 @@
+"""Shapes and dtypes of the compiled DMD ops, for tracing."""
+
+import torch
+from torch import Tensor
+
+
+@torch.library.register_fake("stream_r1::dmd_loss")
+def _(
+    x: Tensor,
+    fake: Tensor,
+    real_cond: Tensor,
+    real_uncond: Tensor | None,
+    guidance: float,
+    w_intra: Tensor | None,
+    w_inter: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    factor = x.new_empty(x.shape[:1], dtype=torch.float32)
+    return factor.new_empty(()), x.new_empty(x.shape), factor
+
+
+@torch.library.register_fake("stream_r1::dmd_loss_backward")
+def _(grad_loss: Tensor, direction: Tensor, factor: Tensor) -> Tensor:
+    return direction.new_empty(direction.shape)
+
+
+@torch.library.register_fake("stream_r1::dmd_gradient_")
+def _(
+    buffer: Tensor,
+    x: Tensor,
+    fake: Tensor,
+    real_cond: Tensor,
+    real_uncond: Tensor | None,
+    guidance: float,
+    w_intra: Tensor | None,
+    w_inter: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+) -> None:
+    return None

@@ -1,0 +1,27 @@
+"""Shapes and dtypes of the compiled norm ops, for tracing."""
+
+import torch
+from torch import Tensor
+
+
+@torch.library.register_fake("stream_r1::modulated_norm")
+def _(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = x.new_empty(x.shape[:2], dtype=torch.float32)
+    return x.new_empty(x.shape), statistics, torch.empty_like(statistics)
+
+
+@torch.library.register_fake("stream_r1::modulated_norm_backward")
+def _(
+    grad_out: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
+
+
+@torch.library.register_fake("stream_r1::gated_add")
+def _(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("stream_r1::gated_add_backward")
+def _(grad_out: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    return y.new_empty(y.shape), gate.new_empty(gate.shape)

@@ -1,0 +1,25 @@
+"""Shapes and dtypes of the compiled saliency ops, for tracing."""
+
+import torch
+from torch import Tensor
+
+
+@torch.library.register_fake("stream_r1::region_saliency")
+def _(pixel_grads: Tensor, frames: int, rows: int, columns: int) -> Tensor:
+    return pixel_grads.new_empty((*pixel_grads.shape[:2], frames, rows, columns), dtype=torch.float32)
+
+
+@torch.library.register_fake("stream_r1::intra_weights")
+def _(
+    saliency: Tensor,
+    scores: Tensor,
+    temperature: float,
+    spatial_floor: float,
+    temporal_floor: float,
+    spatial_strength: float,
+    temporal_strength: float,
+    use_spatial: bool,
+    use_temporal: bool,
+) -> Tensor:
+    _, batch, frames, rows, columns = saliency.shape
+    return saliency.new_empty((batch, frames, 1, rows, columns), dtype=torch.float32)

@@ -1,0 +1,237 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from stream_r1_kernels import gated_add, modulated_norm
+
+SIZES = [(2, 84, 3, 256), (1, 130, 1, 64), (3, 10, 5, 33), (1, 4, 4, 1), (2, 0, 2, 8), (0, 6, 2, 8)]
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float32),
+    (torch.float16, torch.float16),
+]
+
+
+def per_token(value: Tensor, tokens: int) -> Tensor:
+    return value.repeat_interleave(tokens // value.shape[1], dim=1)
+
+
+def norm_formula(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    return normed * (1 + per_token(scale, x.shape[1])) + per_token(shift, x.shape[1])
+
+
+def gated_formula(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    return x + y * per_token(gate, x.shape[1])
+
+
+def modulation(batch: int, frames: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    """Three slices of one tensor, strided as in the model."""
+    table = torch.randn(batch, frames, 6, width).to(dtype)
+    return [table[:, :, i] for i in range(3)]
+
+
+def with_grads(function, inputs: list[Tensor], grad_out: Tensor) -> list[Tensor]:
+    leaves = [value.detach().requires_grad_() for value in inputs]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(out.dtype))]
+
+
+def check_against_float64(op, formula, inputs: list[Tensor], backend: str) -> None:
+    """Errors at most twice those of the reference in the same dtypes, plus a unit in the last place."""
+    grad_out = torch.randn_like(inputs[0])
+    exact = with_grads(formula, [value.double() for value in inputs], grad_out)
+    ours = with_grads(lambda *args: op(*args, backend=backend), inputs, grad_out)
+    plain = with_grads(lambda *args: op(*args, backend="reference"), inputs, grad_out)
+    for got, same_maths, truth in zip(ours, plain, exact, strict=True):
+        assert got.dtype == same_maths.dtype
+        assert got.shape == truth.shape
+        if truth.numel() == 0:
+            continue
+        ulp = torch.finfo(got.dtype).eps * truth.abs().max()
+        assert (got - truth).abs().max() <= 2 * (same_maths - truth).abs().max() + ulp
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("dtype", "modulation_dtype"), DTYPES)
+@pytest.mark.parametrize(("batch", "tokens", "frames", "width"), SIZES)
+def test_modulated_norm_and_its_gradients(batch, tokens, frames, width, dtype, modulation_dtype, backend):
+    torch.manual_seed(0)
+    x = (torch.randn(batch, tokens, width) * 3 + 1).to(dtype)
+    shift, scale, _ = modulation(batch, frames, width, modulation_dtype)
+    check_against_float64(modulated_norm, norm_formula, [x, shift, scale], backend)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("dtype", "gate_dtype"), DTYPES)
+@pytest.mark.parametrize(("batch", "tokens", "frames", "width"), SIZES)
+def test_gated_add_and_its_gradients(batch, tokens, frames, width, dtype, gate_dtype, backend):
+    torch.manual_seed(0)
+    x, y = torch.randn(2, batch, tokens, width).to(dtype)
+    gate = modulation(batch, frames, width, gate_dtype)[2]
+    check_against_float64(gated_add, gated_formula, [x, y, gate], backend)
+
+
+@pytest.mark.parametrize("branch", [torch.bfloat16, torch.float16])
+def test_gated_add_keeps_a_float32_stream_beside_a_low_precision_branch(branch):
+    torch.manual_seed(0)
+    x, y, gate = torch.randn(2, 12, 40), torch.randn(2, 12, 40).to(branch), torch.randn(2, 3, 40)
+    check_against_float64(gated_add, gated_formula, [x, y, gate], "cpu")
+    assert gated_add(x, y, gate).dtype == torch.float32
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    frames=st.integers(1, 4),
+    tokens_a_frame=st.integers(1, 70),
+    width=st.integers(1, 50),
+    offset=st.integers(0, 3),
+)
+def test_any_size_and_strided_tokens(batch, frames, tokens_a_frame, width, offset):
+    tokens = frames * tokens_a_frame
+    x, y = torch.randn(2, batch, tokens + 1, width + offset)[:, :, 1:, offset:]
+    table = torch.randn(frames, batch, width).transpose(0, 1)
+    for op, formula, inputs in (
+        (modulated_norm, norm_formula, [x, table, table * 2]),
+        (gated_add, gated_formula, [x, y, table]),
+    ):
+        truth = formula(*(value.double() for value in inputs))
+        torch.testing.assert_close(op(*inputs, backend="cpu").double(), truth, rtol=1e-4, atol=1e-4)
+
+
+def test_a_frame_is_modulated_by_its_own_values_alone():
+    torch.manual_seed(0)
+    x = torch.randn(1, 12, 16)
+    shift, scale, gate = modulation(1, 3, 16, torch.float32)
+    changed = [value.clone() for value in (shift, scale, gate)]
+    for value in changed:
+        value[:, 1] += 1
+    middle = slice(4, 8)
+    for before, after in (
+        (modulated_norm(x, shift, scale), modulated_norm(x, *changed[:2])),
+        (gated_add(x, x, gate), gated_add(x, x, changed[2])),
+    ):
+        differs = (before != after).any(-1)[0]
+        assert differs[middle].all()
+        assert differs.sum() == 4
+
+
+def test_a_large_mean_costs_no_digits():
+    torch.manual_seed(0)
+    noise = torch.randn(1, 4, 512).double()
+    x = (noise + 1000).float()
+    zero = torch.zeros(1, 1, 512)
+    truth = norm_formula(x.double(), zero.double(), zero.double())
+    torch.testing.assert_close(
+        modulated_norm(x, zero, zero, backend="cpu").double(), truth, rtol=0, atol=2e-4
+    )
+
+
+def test_a_constant_token_is_its_shift():
+    shift, scale, _ = modulation(1, 2, 8, torch.float32)
+    out = modulated_norm(torch.full((1, 4, 8), 7.0), shift, scale)
+    torch.testing.assert_close(out, per_token(shift, 4))
+
+
+def test_sums_do_not_depend_on_the_number_of_threads():
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 1, 600, 48)
+    shift, scale, gate = modulation(1, 2, 48, torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(
+                with_grads(
+                    lambda *a: modulated_norm(*a, backend="cpu"), [x, shift, scale], torch.ones_like(x)
+                )
+                + with_grads(lambda *a: gated_add(*a, backend="cpu"), [x, y, gate], torch.ones_like(x))
+            )
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_opcheck():
+    x = torch.randn(2, 6, 8, requires_grad=True)
+    shift, scale, gate = (value.detach().requires_grad_() for value in modulation(2, 3, 8, torch.float32))
+    torch.library.opcheck(torch.ops.stream_r1.modulated_norm, (x, shift, scale, 1e-6))
+    torch.library.opcheck(torch.ops.stream_r1.gated_add, (x, torch.randn(2, 6, 8, requires_grad=True), gate))
+    statistics = torch.randn(2, 6)
+    plain = [value.detach() for value in (x, x, scale)]
+    torch.library.opcheck(torch.ops.stream_r1.modulated_norm_backward, (*plain, statistics, statistics))
+    torch.library.opcheck(torch.ops.stream_r1.gated_add_backward, tuple(plain))
+
+
+def test_compiles_as_one_graph_with_the_same_gradients():
+    torch.manual_seed(0)
+
+    def block(x, y, shift, scale, gate):
+        return gated_add(x, modulated_norm(y, shift, scale, backend="cpu"), gate, backend="cpu")
+
+    inputs = [torch.randn(2, 12, 32), torch.randn(2, 12, 32), *modulation(2, 3, 32, torch.float32)]
+    grad_out = torch.randn(2, 12, 32)
+    eager = with_grads(block, inputs, grad_out)
+    compiled = with_grads(torch.compile(block, fullgraph=True, backend="aot_eager"), inputs, grad_out)
+    for a, b in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_second_derivatives_are_refused():
+    x = torch.randn(1, 4, 8, requires_grad=True)
+    zero = torch.zeros(1, 1, 8)
+    for out in (
+        modulated_norm(x, zero, zero, backend="cpu"),
+        gated_add(zero.expand(1, 4, 8), x, zero, backend="cpu"),
+    ):
+        (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="not implemented"):
+            grad.sum().backward()
+
+
+X, Y, GATE = torch.zeros(2, 12, 8), torch.zeros(2, 12, 8), torch.zeros(2, 3, 8)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: modulated_norm(X[0], GATE, GATE),
+            ValueError,
+            r"modulated_norm: x: expected shape \[B, T, D\]",
+        ),
+        (lambda: modulated_norm(X.int(), GATE, GATE), TypeError, "modulated_norm: x: expected float32"),
+        (
+            lambda: modulated_norm(X, torch.zeros(2, 5, 8), GATE),
+            ValueError,
+            "shift: .*divide 12 tokens, got 5",
+        ),
+        (
+            lambda: modulated_norm(X, GATE, torch.zeros(2, 4, 8)),
+            ValueError,
+            r"scale: expected shape \[2, 3, 8\]",
+        ),
+        (lambda: modulated_norm(X, GATE.half(), GATE), TypeError, "shift: expected torch.float32"),
+        (lambda: modulated_norm(X, GATE, GATE, eps=-1), ValueError, "eps: expected a number >= 0, got -1"),
+        (lambda: modulated_norm(X, GATE, GATE, backend="fast"), ValueError, "backend"),
+        (lambda: gated_add(X, Y[:, :6], GATE), ValueError, r"gated_add: y: expected shape \[2, 12, 8\]"),
+        (lambda: gated_add(X.half(), Y, GATE), TypeError, "gated_add: y: expected torch.float16"),
+        (
+            lambda: gated_add(X, Y, GATE[..., :4]),
+            ValueError,
+            r"gate: expected shape \[2, F, 8\], got \[2, 3, 4\]",
+        ),
+        (lambda: gated_add(X, Y, GATE.double()), TypeError, "gate: expected torch.float32"),
+    ],
+)
+def test_errors_say_what_was_expected_and_what_came(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
