@@ -322,9 +322,9 @@ def _timing(record: Record) -> dict[str, Any] | None:
         f"end to end, where {record.fps} play in real time. The first frame is there "
         f"{1000 * timing.first_frame:.0f} ms after asking.",
         "note": "One video at a time, after a warm-up. End to end counts everything between asking for the "
-        "video and holding its last frame in memory: encoding the prompt, the denoising passes, the pass that "
-        "leaves keys and values in the cache, and the decoder. It does not count loading the models or writing "
-        "the mp4.",
+        "video and holding its last frame in memory: encoding the prompt, the denoising passes, the pass "
+        "that leaves keys and values in the cache, and the decoder. It does not count loading the models or "
+        "writing the mp4.",
     }
 
 
