@@ -1,0 +1,76 @@
+"""`stream-r1 train` from the shell's side: a run, a resumed run, and what is refused before any work."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from stream_r1.cli import main
+from stream_r1.models.checkpoints import load_student
+
+
+def run(*arguments) -> int:
+    with pytest.raises(SystemExit) as end:
+        main([str(a) for a in arguments])
+    return end.value.code or 0
+
+
+def history(folder):
+    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+
+
+def test_a_run_in_two_parts_is_the_run_in_one(world, tmp_path):
+    """Two steps, then two more, leave what four leave: the same student, the same history."""
+    recipe = world / "recipe.yaml"
+    assert run("train", recipe, f"out={tmp_path / 'whole'}") == 0
+    assert run("train", recipe, f"out={tmp_path / 'parts'}", "steps=2") == 0
+    assert run("train", recipe, f"out={tmp_path / 'parts'}") == 0
+    whole, parts = (load_student(tmp_path / name / "student").state_dict() for name in ("whole", "parts"))
+    start = load_student(world / "student").state_dict()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert not all(torch.equal(whole[name], start[name]) for name in whole)
+    numbers = [[{**line, "seconds": None} for line in history(tmp_path / name)] for name in ("whole", "parts")]
+    assert numbers[0] == numbers[1]
+    assert [line["step"] for line in numbers[0]] == [1, 2, 3, 4]
+    assert "reward/VQ" in numbers[0][0]
+    assert "student/loss" not in numbers[0][1]
+
+
+def test_check_shows_a_recipe_and_trains_nothing(world, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("train", world / "recipe.yaml", f"out={out}", "weighting.mode=spatial", "--check") == 0
+    assert "mode: spatial" in capsys.readouterr().out
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("weighting.mode=ful", "did you mean 'full'?"),
+        ("rollout.frames=7", "whole chunks of 3"),
+        ("rollout.width=7", "multiple of the student's patch"),
+        ("models.teacher=nowhere", "models.teacher: nowhere: no such folder"),
+        ("stream.sink_frames=6", "at least 9"),
+        ("stream.sink_ema=0.99 stream.sink_frames=0", "sink_frames equal to a chunk"),
+        ("prompts=nowhere.txt", "nowhere.txt: no such file"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(world, tmp_path, capsys, override, told):
+    out = tmp_path / "out"
+    assert run("train", world / "recipe.yaml", *override.split(), f"out={out}") == 2
+    shown = capsys.readouterr()
+    assert told in shown.err
+    assert "Traceback" not in shown.err
+    assert not out.exists()
+
+
+def test_a_teacher_of_other_latents_is_refused(world, tmp_path, capsys):
+    other = tmp_path / "teacher"
+    shutil.copytree(world / "teacher", other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "in_channels": 16, "text_dim": 8}))
+    assert run("train", world / "recipe.yaml", f"models.teacher={other}", "--check") == 2
+    told = capsys.readouterr().err
+    assert "expected in_channels 4" in told
+    assert "expected text_dim 384" in told
