@@ -174,7 +174,8 @@ def contact_sheet(
     """A picture of videos: one row each, frames evenly spaced from the first to the last.
 
     Args:
-        videos: [B, T, 3, H, W] or a sequence of [T, 3, H, W] (T may differ), floating point in [0, 1] or uint8.
+        videos: [B, T, 3, H, W] or a sequence of [T, 3, H, W] (T may differ), floating point in
+            [0, 1] or uint8.
         columns: frames a row; a shorter video shows all it has.
         labels: a line of text above each row.
         scale, enlarge: as for `VideoWriter`.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.models.vae import VideoVAE
@@ -68,3 +71,16 @@ class WordEncoder:
                 generator = torch.Generator().manual_seed(sum(word.encode()))
                 row[position] = torch.randn(self.dim, generator=generator)
         return out
+
+
+def save_tiny_wan(folder: Path) -> None:
+    """A diffusers folder, as small as it gets: transformer, vae, text_encoder, tokenizer."""
+    tiny_student().save_pretrained(folder / "transformer")
+    tiny_autoencoder().save_pretrained(folder / "vae")
+    config = UMT5Config(vocab_size=32, d_model=TEXT_DIM, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
+    words = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", "a", "fat", "rabbit"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokens = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens).save_pretrained(folder / "tokenizer")
