@@ -65,7 +65,8 @@ def make_trainer(recipe: Recipe, models: Models, folder: Path | str) -> DistillT
 
 
 def require_models(recipe: Recipe) -> None:
-    """Refuse, before any work, models that are not there."""
+    """Refuse, before any work, models and prompts that are not there."""
+    read_prompts(recipe.prompts)
     named = {f"models.{key}": value for key, value in recipe.models.model_dump(exclude_none=True).items()}
     if recipe.models.text == "minilm":
         del named["models.text"]

@@ -72,33 +72,37 @@ def train(
 @app.command()
 def sample(
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts; they make one batch.")],
-    out: Annotated[Path, typer.Option(help="An mp4, or a folder for several prompts.")] = Path(
+    out: Annotated[Path, typer.Option(help="The mp4; several prompts are numbered.")] = Path(
         "out/sample.mp4"
     ),
     models: Annotated[Path, typer.Option(help="Folder with student/ and vae/.")] = Path("assets/tiny"),
     student: Annotated[
         Path | None, typer.Option(help="Another student: a folder, .safetensors or .pt.")
     ] = None,
-    text: Annotated[str | None, typer.Option(help="Text encoder: minilm, or a folder of UMT5.")] = None,
+    text: Annotated[str, typer.Option(help="Text encoder: minilm, or a folder of UMT5.")] = "minilm",
+    size: Annotated[str, typer.Option(help="Height x width in pixels.")] = "64x112",
     seconds: Annotated[float, typer.Option(min=0.1, help="Length; Ctrl-C ends it earlier.")] = 5.0,
     forever: Annotated[bool, typer.Option("--forever", help="Until Ctrl-C.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same video, bit for bit.")] = 0,
-    start: Annotated[Path | None, typer.Option(help="Video to continue.")] = None,
+    start: Annotated[Path | None, typer.Option(help="Video to go on from.")] = None,
+    scale: Annotated[int, typer.Option(min=1, help="Enlarge the pictures by a whole factor.")] = 1,
     sheet: Annotated[bool, typer.Option("--sheet", help="Write a contact sheet (PNG) too.")] = False,
 ) -> None:
     """Stream a student into mp4 files, written as frames arrive."""
-    from stream_r1.commands.sample import run
+    from stream_r1.commands.sample import Output, run
 
+    length = None if forever else seconds
+    output = Output(path=out, scale=scale, sheet=sheet)
     run(
         prompts,
-        out=out,
+        output,
         models=models,
         student=student,
         text=text,
-        seconds=None if forever else seconds,
+        size=size,
+        seconds=length,
         seed=seed,
         start=start,
-        sheet=sheet,
     )
 
 

@@ -174,4 +174,4 @@ def _clip(prompt: str, name: str, index: int) -> Clip:
 
 def _sheet(folder: Path, clip: Clip, video: Tensor) -> None:
     assert clip.sheet is not None
-    contact_sheet(video, folder / clip.sheet)
+    contact_sheet([video], scale=2, enlarge="bicubic").save(folder / clip.sheet)

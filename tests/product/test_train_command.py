@@ -30,7 +30,9 @@ def test_a_run_in_two_parts_is_the_run_in_one(world, tmp_path):
     start = load_student(world / "student").state_dict()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert not all(torch.equal(whole[name], start[name]) for name in whole)
-    numbers = [[{**line, "seconds": None} for line in history(tmp_path / name)] for name in ("whole", "parts")]
+    numbers = [
+        [{**line, "seconds": None} for line in history(tmp_path / name)] for name in ("whole", "parts")
+    ]
     assert numbers[0] == numbers[1]
     assert [line["step"] for line in numbers[0]] == [1, 2, 3, 4]
     assert "reward/VQ" in numbers[0][0]
