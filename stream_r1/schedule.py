@@ -1,12 +1,14 @@
-"""The flow-matching schedule of Wan: noise levels, the shift, and the conversions between x0, noise and velocity.
+"""The flow-matching schedule of Wan: noise levels, the shift, and what x0, noise and velocity make of them.
 
 ``x_t = (1 - sigma) x0 + sigma eps``, the network predicts ``v = eps - x0``, so ``x0 = x_t - sigma v``.
-Timesteps are ``t = 1000 sigma`` in [0, 1000] everywhere: the network is fed ``t``, the formulas use ``sigma``.
-Source: Flow Matching (2210.02747); the shift as in SD3 (2403.03206, eq. 23); steps as in Self Forcing (2506.08009).
+Timesteps are ``t = 1000 sigma`` in [0, 1000] everywhere: the network is fed ``t``, the formulas use
+``sigma``. Source: Flow Matching (2210.02747); the shift as in SD3 (2403.03206, eq. 23); steps as in Self
+Forcing (2506.08009).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import overload
@@ -54,7 +56,7 @@ class FlowSchedule:
     def warp(self, t: Tensor) -> Tensor: ...
 
     def warp(self, t: float | Tensor) -> float | Tensor:
-        """Moves unshifted timesteps in [0, 1000] to shifted ones: 750 -> 937.5 with shift 5; 0 and 1000 stay."""
+        """Unshifted timesteps in [0, 1000] to shifted ones: 750 -> 937.5 with shift 5; 0 and 1000 stay."""
         s = t / TRAIN_TIMESTEPS
         return TRAIN_TIMESTEPS * self.shift * s / (1 + (self.shift - 1) * s)
 
@@ -64,7 +66,7 @@ class FlowSchedule:
         Raises ValueError unless the steps fall strictly and lie in (0, 1000].
         """
         steps = [float(step) for step in steps]
-        falling = all(a > b for a, b in zip(steps, steps[1:], strict=False))
+        falling = all(a > b for a, b in itertools.pairwise(steps))
         if not steps or not falling or steps[0] > TRAIN_TIMESTEPS or steps[-1] <= 0:
             raise ValueError(f"denoising_steps: steps must fall strictly within (0, 1000], got {steps}")
         return [self.warp(step) for step in steps]
@@ -82,7 +84,7 @@ class FlowSchedule:
 
     @staticmethod
     def add_noise(x0: Tensor, eps: Tensor, sigma: float | Tensor) -> Tensor:
-        """x_t = (1 - sigma) x0 + sigma eps. x0, eps [B, F, ...]; sigma a number, [B] or [B, F]; dtype of x0."""
+        """x_t = (1 - sigma) x0 + sigma eps, in x0's dtype. x0, eps [B, F, ...]; sigma as in `x0_from_v`."""
         s, dtype = _per_frame(sigma, x0), _sum_dtype(x0)
         return ((1 - s) * x0.to(dtype) + s * eps.to(dtype)).to(x0.dtype)
 
@@ -108,8 +110,8 @@ class FlowSchedule:
     ) -> Tensor:
         """Random timesteps at which scores are compared: one a sample, shared by its frames.
 
-        u ~ randint[0, 1000) is warped by the shift and clamped to [low, high]. Drawn on the generator's device and
-        moved to `device`. Returns float32 [batch].
+        u ~ randint[0, 1000) is warped by the shift and clamped to [low, high]. Drawn on the generator's
+        device and moved to `device`. Returns float32 [batch].
         """
         source = generator.device if generator is not None else torch.device("cpu")
         u = torch.randint(0, TRAIN_TIMESTEPS, (batch,), generator=generator, device=source)

@@ -1,32 +1,29 @@
-"""Distribution matching: which way the student's videos should move so that their distribution becomes the teacher's.
+"""Distribution matching: which way to move the student's videos to make their distribution the teacher's.
 
-Two bidirectional models look at the student's noised video: the frozen teacher, with guidance, says what real videos
-are like there, the critic, trained on the student's own videos, says what the student's are like.
-Source: DMD2 (2405.14867), CausVid (2412.07772, eq. 4).
+Two bidirectional models look at the student's noised video: the frozen teacher, with guidance, says what
+real videos are like there, the critic, trained on the student's own videos, says what the student's are
+like. Source: DMD2 (2405.14867), CausVid (2412.07772, eq. 4).
 """
 
 from __future__ import annotations
 
 import torch
-from diffusers import WanTransformer3DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from stream_r1.distill.weighting import Weights
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.schedule import FlowSchedule
 from stream_r1_kernels import dmd_loss
 
-ScoreModel = WanTransformer3DModel | CausalWanTransformer
 
-
-def velocity(model: ScoreModel, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+def velocity(model: nn.Module, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
     """A bidirectional model's v [B, F, C, h, w], in x's dtype.
 
     Args:
-        model: diffusers' Wan, or ours with every frame visible.
+        model: diffusers' `WanTransformer3DModel`, or our `CausalWanTransformer` (with every frame visible).
         x: [B, F, C, h, w] at timesteps t [B], text embeddings [B, L, D].
     """
-    dtype = model.dtype
+    dtype = next(model.parameters()).dtype
     if isinstance(model, CausalWanTransformer):
         return model(x.to(dtype), t, text.to(dtype), mask=None).to(x.dtype)
     v = model(x.transpose(1, 2).to(dtype), t, text.to(dtype), return_dict=False)[0]
@@ -40,13 +37,14 @@ class DistributionMatching:
         teacher: frozen; every frame sees every other.
         critic: a copy of the teacher that learns.
         negative: [1, L, D], the text embedding that guidance moves away from.
-        guidance: w of x0 = cond + w (cond - uncond): a conventional guidance scale minus 1; 0 turns guidance off.
+        guidance: w of x0 = cond + w (cond - uncond): a conventional guidance scale minus 1; 0 turns guidance
+            off.
     """
 
     def __init__(
         self,
-        teacher: ScoreModel,
-        critic: ScoreModel,
+        teacher: nn.Module,
+        critic: nn.Module,
         negative: Tensor,
         *,
         schedule: FlowSchedule,
@@ -59,7 +57,7 @@ class DistributionMatching:
         self.guidance = guidance
 
     def real_x0(self, x_t: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The teacher's x0 with the text and with the negative (None without guidance), [B, F, C, h, w] each."""
+        """The teacher's x0 with the text and with the negative (None without guidance)."""
         if self.guidance == 0:
             return self._x0(self.teacher, x_t, t, text), None
         negative = self.negative.to(text).expand_as(text)
@@ -89,5 +87,5 @@ class DistributionMatching:
         v = velocity(self.critic, x_t, t, text)
         return (v - self.schedule.velocity(x, eps)).square().mean()
 
-    def _x0(self, model: ScoreModel, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    def _x0(self, model: nn.Module, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
         return self.schedule.x0_from_v(x_t, velocity(model, x_t, t, text), self.schedule.sigma(t))

@@ -11,7 +11,8 @@ from stream_r1.schedule import FlowSchedule
 
 
 class SampleNoise:
-    """One random stream a sample, so that a sample sees the same noise in whatever batch, micro-batch or rank it is.
+    """One random stream a sample, so that a sample sees the same noise in whatever batch, micro-batch or
+    rank it is.
 
     Drawn on the CPU and moved, so that the stream does not depend on the device either.
 

@@ -77,7 +77,8 @@ class PromptEmbeddings:
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings [B, L, D], float32, data."""
-        # One at a time: a prompt's embedding must not depend on its neighbours, by a rounding error or by padding.
+        # One at a time: a prompt's embedding must not depend on its neighbours, by a rounding error or by
+        # padding.
         embedded = [self._one(prompt) for prompt in prompts]
         while len(self._known) > self.remember:
             self._known.popitem(last=False)

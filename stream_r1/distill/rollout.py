@@ -1,14 +1,16 @@
-"""Self-rollout: the student makes a video chunk by chunk, exactly as it will when sampling, and learns from it.
+"""Self-rollout: the student makes a video chunk by chunk, as it will when sampling, and learns from it.
 
-    chunk 0: steps before the exit (no grad) -> exit step (grad) -> x0 -> clean pass (no grad) leaves its keys, values
+    chunk 0: steps before the exit (no grad) -> exit step (grad) -> x0 -> clean pass (no grad) leaves K, V
     chunk 1: the same, reading what chunk 0 left ...
 
-Every chunk leaves at the same exit step. What a chunk reads of earlier chunks is data, so the gradient of a chunk's x0
-goes through its own exit step and nothing else. Source: Self Forcing (2506.08009), without its in-place cache.
+Every chunk leaves at the same exit step. What a chunk reads of earlier chunks is data, so the gradient of a
+chunk's x0 goes through its own exit step and nothing else. Source: Self Forcing (2506.08009), without its
+in-place cache.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from stream_r1.models.transformer import CausalWanTransformer, TextContext
 from stream_r1.schedule import FlowSchedule
+from stream_r1_kernels import ChunkCache
 
 
 def self_rollout(
@@ -58,11 +61,11 @@ def self_rollout(
         start += cache.frames
         cache.begin_chunk()
         with torch.no_grad():
-            for t, t_next in zip(steps[:exit_step], steps[1:], strict=False):
+            for t, t_next in itertools.pairwise(steps[: exit_step + 1]):
                 x0 = _x0(student, x, t, data, cache, write=True)
                 x = schedule.add_noise(x0, renoise(x0), schedule.sigma(t_next))
         with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
-            # With a graph, the fresh keys and values are arguments beside the past; else they go to their slot.
+            # With a graph, fresh keys and values are arguments beside the past; else they go to their slot.
             x0 = _x0(student, x, steps[exit_step], text, cache, write=not torch.is_grad_enabled())
         chunks.append(x0)
         if start < frames:  # nobody reads what the last chunk would leave
@@ -75,7 +78,9 @@ def self_rollout(
     return torch.cat(chunks, dim=1)
 
 
-def _x0(student: CausalWanTransformer, x: Tensor, t: float, text: TextContext, cache, *, write: bool) -> Tensor:
+def _x0(
+    student: CausalWanTransformer, x: Tensor, t: float, text: TextContext, cache: ChunkCache, *, write: bool
+) -> Tensor:
     v = student.forward_chunk(x, _timestep(t, x), text, cache, write=write)
     return FlowSchedule.x0_from_v(x, v, FlowSchedule.sigma(t))
 

@@ -1,4 +1,4 @@
-"""Settings of the distillation, with the published values as defaults; combinations that cannot work are refused."""
+"""Settings of the distillation, with the published values as defaults."""
 
 from __future__ import annotations
 
@@ -96,8 +96,8 @@ class WeightingSettings(Settings):
 class DistillSettings(Settings):
     """One distillation run.
 
-    A step is one critic update; every `critic_updates`-th step, the generator is updated first. `batch` is the number
-    of samples an update sees, in `accumulation` equal parts.
+    A step is one critic update; every `critic_updates`-th step, the generator is updated first. `batch` is
+    the number of samples an update sees, in `accumulation` equal parts.
     """
 
     steps: Count = 1000

@@ -1,8 +1,8 @@
-"""What outlives a training process: checkpoints that are whole or not there, and the moving average of weights.
+"""What outlives a training process: checkpoints, whole or not there, and the moving average of weights.
 
-A checkpoint is one safetensors file: every tensor under "<part>/<name>", everything else as JSON in its metadata.
-Nothing in it can run code. It is written beside its place, flushed to disk and then renamed, so a process killed at any
-moment leaves the previous checkpoint as it was.
+A checkpoint is one safetensors file: every tensor under "<part>/<name>", everything else as JSON in its
+metadata. Nothing in it can run code. It is written beside its place, flushed to disk and then renamed, so a
+process killed at any moment leaves the previous checkpoint as it was.
 """
 
 from __future__ import annotations
@@ -32,7 +32,12 @@ class CheckpointError(RuntimeError):
 
 
 def save_checkpoint(
-    folder: Path | str, step: int, parts: dict[str, dict[str, Tensor]], values: dict[str, Any], *, keep: int = 2
+    folder: Path | str,
+    step: int,
+    parts: dict[str, dict[str, Tensor]],
+    values: dict[str, Any],
+    *,
+    keep: int = 2,
 ) -> Path:
     """Writes step-<step>.safetensors atomically and then removes all but the `keep` newest.
 
@@ -44,7 +49,11 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     for left_over in folder.glob(".*.partial"):  # of processes that were killed
         left_over.unlink()
-    tensors = {f"{part}/{name}": t.detach().contiguous() for part, named in parts.items() for name, t in named.items()}
+    tensors = {
+        f"{part}/{name}": t.detach().contiguous()
+        for part, named in parts.items()
+        for name, t in named.items()
+    }
     path = folder / f"step-{step:08d}.safetensors"
     partial = folder / f".{path.name}.partial"
     save_file(tensors, partial, metadata={"format": _FORMAT, "values": json.dumps(values)})
@@ -63,7 +72,9 @@ def load_checkpoint(path: Path | str) -> tuple[dict[str, dict[str, Tensor]], dic
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
-                raise CheckpointError(f"{path}: not a checkpoint of a trainer (format {metadata.get('format')!r})")
+                raise CheckpointError(
+                    f"{path}: not a checkpoint of a trainer (format {metadata.get('format')!r})"
+                )
             for key in file.keys():  # noqa: SIM118 (not a mapping)
                 part, _, name = key.partition("/")
                 parts.setdefault(part, {})[name] = file.get_tensor(key)
@@ -105,7 +116,9 @@ def load_parameters(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise CheckpointError(f"{type(model).__name__}: the checkpoint is of another model: {error}") from error
+        raise CheckpointError(
+            f"{type(model).__name__}: the checkpoint is of another model: {error}"
+        ) from error
 
 
 class Ema:

@@ -1,19 +1,18 @@
-"""The distillation trainer, top to bottom: what one step does, and a loop around it that can be stopped and resumed."""
+"""The distillation trainer: what a step does, and a loop around it that can be stopped and resumed."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from stream_r1.distill.dmd import DistributionMatching, ScoreModel
+from stream_r1.distill.dmd import DistributionMatching
+from stream_r1.distill.events import Clock, Event, Preview, Saved, StepDone
 from stream_r1.distill.noise import SampleNoise
 from stream_r1.distill.prompts import PromptEmbeddings, ShuffledOrder, TextEncoder
 from stream_r1.distill.rollout import self_rollout
@@ -29,7 +28,7 @@ from stream_r1.distill.state import (
     optimizer_tensors,
     save_checkpoint,
 )
-from stream_r1.distill.weighting import StreamR1Weights, Weights
+from stream_r1.distill.weighting import StreamR1Weights
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.rewards.base import Reward
 from stream_r1.schedule import FlowSchedule
@@ -47,38 +46,6 @@ class DivergedError(RuntimeError):
     """Too many updates in a row were not finite."""
 
 
-@dataclass(frozen=True)
-class Preview:
-    """What the reward saw in a generator update (its last micro-batch)."""
-
-    prompts: list[str]
-    video: Tensor  # [B, T, 3, H, W] in [0, 1]
-    weights: Weights
-
-
-@dataclass(frozen=True)
-class StepDone:
-    """One step's numbers. `step` counts from 1 to `steps`."""
-
-    step: int
-    steps: int
-    scalars: dict[str, float]
-    seconds: dict[str, float]
-    preview: Preview | None = None
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A checkpoint was written."""
-
-    step: int
-    path: Path
-    why: Literal["interval", "stopped", "finished"]
-
-
-Event = StepDone | Saved
-
-
 @dataclass
 class _Draw:
     """The random choices of one update: the same however it is split into micro-batches."""
@@ -92,21 +59,6 @@ class _Draw:
         for start in range(0, len(self.prompts), size):
             stop = start + size
             yield _Draw(self.prompts[start:stop], self.seeds[start:stop], self.exit_step)
-
-
-@dataclass
-class _Clock:
-    """Seconds spent in named parts. Parts do not nest."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 class DistillTrainer:
@@ -124,10 +76,11 @@ class DistillTrainer:
         folder: where checkpoints go and come from; None keeps none.
         critic: is trained in place; None starts from a copy of the teacher.
         vae, reward: needed by every weighting but "uniform", where a reward is only reported.
-        negative: [1, L, D], the embedding that guidance moves away from; None encodes `matching.negative_prompt`.
+        negative: [1, L, D], the embedding that guidance moves away from; None encodes
+            `matching.negative_prompt`.
 
-    Everything random comes from `settings.seed`; two runs with the same arguments on one machine are equal bit for bit,
-    resumed or not.
+    Everything random comes from `settings.seed`; two runs with the same arguments on one machine are equal
+    bit for bit, resumed or not.
     """
 
     def __init__(
@@ -135,11 +88,11 @@ class DistillTrainer:
         settings: DistillSettings,
         *,
         student: CausalWanTransformer,
-        teacher: ScoreModel,
+        teacher: nn.Module,
         prompts: Sequence[str],
         text_encoder: TextEncoder,
         folder: Path | str | None = None,
-        critic: ScoreModel | None = None,
+        critic: nn.Module | None = None,
         vae: Decoder | None = None,
         reward: Reward | None = None,
         negative: Tensor | None = None,
@@ -151,8 +104,8 @@ class DistillTrainer:
         self.teacher = teacher.eval().requires_grad_(False)
         self.critic = (critic if critic is not None else deepcopy(teacher)).train().requires_grad_(True)
         if settings.rollout.gradient_checkpointing:
-            self.student.enable_gradient_checkpointing()
-            self.critic.enable_gradient_checkpointing()
+            for model in (self.student, self.critic):
+                model.enable_gradient_checkpointing()  # type: ignore[operator]
 
         self.prompts = list(prompts)
         self.order = ShuffledOrder(len(self.prompts), settings.seed)
@@ -177,15 +130,15 @@ class DistillTrainer:
         self.step = 0  # steps done
         self.stopped = False
         self._stop = StopRequest()
-        self._skipped_in_a_row = 0
+        self._skipped = {"student": 0, "critic": 0}  # updates in a row
         self._check_chunks()
 
     def run(self) -> Iterator[Event]:
         """Trains up to `settings.steps`, yielding an event a step.
 
-        The first Ctrl-C (or `stop()`) finishes the step under way, keeps a checkpoint and ends the iteration, with
-        `stopped` set; so does a consumer that leaves the loop. Raises DivergedError when too many updates in a row
-        were not finite; the last checkpoint is from before them.
+        The first Ctrl-C (or `stop()`) finishes the step under way, keeps a checkpoint and ends the
+        iteration, with `stopped` set; so does a consumer that leaves the loop. Raises DivergedError when too
+        many updates in a row were not finite; the last checkpoint is from before them.
         """
         self.stopped = False
         with self._stop:
@@ -210,7 +163,7 @@ class DistillTrainer:
 
     def train_step(self) -> StepDone:
         """One step: the generator if it is its turn, then the critic."""
-        clock = _Clock()
+        clock = Clock()
         scalars: dict[str, float] = {}
         preview = None
         since_warmup = self.step - self.settings.critic_warmup
@@ -220,7 +173,7 @@ class DistillTrainer:
         self.step += 1
         return StepDone(self.step, self.settings.steps, scalars, clock.seconds, preview)
 
-    def _update_student(self, clock: _Clock, scalars: dict[str, float]) -> Preview | None:
+    def _update_student(self, clock: Clock, scalars: dict[str, float]) -> Preview | None:
         draw, parts = self._draw(), self.settings.accumulation
         preview, losses, scores, logs = None, [], [], []
         for micro in draw.split(parts):
@@ -250,7 +203,7 @@ class DistillTrainer:
         scalars["student/exit_step"] = draw.exit_step
         return preview
 
-    def _update_critic(self, clock: _Clock, scalars: dict[str, float]) -> None:
+    def _update_critic(self, clock: Clock, scalars: dict[str, float]) -> None:
         draw, parts = self._draw(), self.settings.accumulation
         losses = []
         for micro in draw.split(parts):
@@ -275,11 +228,12 @@ class DistillTrainer:
 
     def _rollout(self, text: Tensor, noise: SampleNoise, exit_step: int, *, grad: bool) -> Tensor:
         shape = self.settings.rollout
+        channels: int = self.student.config.in_channels  # type: ignore[attr-defined]
         with torch.set_grad_enabled(grad):
             return self_rollout(
                 self.student,
                 self.student.encode_text(text),
-                noise.randn(shape.frames, self.student.config.in_channels, shape.height, shape.width),
+                noise.randn(shape.frames, channels, shape.height, shape.width),
                 schedule=self.schedule,
                 steps=self.steps,
                 exit_step=exit_step,
@@ -304,7 +258,12 @@ class DistillTrainer:
         return Preview(prompts, video, self.weights(video, prompts, (frames, height, width), observe=False))
 
     def _descend(
-        self, name: str, optimizer: torch.optim.Optimizer, losses: list[Tensor], clip: float, scalars: dict[str, float]
+        self,
+        name: str,
+        optimizer: torch.optim.Optimizer,
+        losses: list[Tensor],
+        clip: float,
+        scalars: dict[str, float],
     ) -> None:
         """Clips and steps once for all micro-batches; skips the update if anything in it is not finite."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -317,11 +276,12 @@ class DistillTrainer:
         optimizer.zero_grad(set_to_none=True)
         scalars[f"{name}/loss"], scalars[f"{name}/grad_norm"] = numbers.tolist()
         scalars[f"{name}/skipped"] = float(not finite)
-        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
-        if self._skipped_in_a_row >= self.settings.max_skipped:
+        self._skipped[name] = 0 if finite else self._skipped[name] + 1
+        if self._skipped[name] >= self.settings.max_skipped:
             raise DivergedError(
-                f"{self._skipped_in_a_row} updates in a row were not finite, the last of the {name} at step {self.step + 1} "
-                f"(loss {numbers[0]:g}, gradient norm {numbers[1]:g}): lower its lr, or resume from an earlier checkpoint"
+                f"{self._skipped[name]} updates of the {name} in a row were not finite, the last at step "
+                f"{self.step + 1} (loss {numbers[0]:g}, gradient norm {numbers[1]:g}): lower its lr, "
+                "or resume from an earlier checkpoint"
             )
 
     def _make_weights(self, reward: Reward | None) -> StreamR1Weights | None:
@@ -335,12 +295,13 @@ class DistillTrainer:
         return StreamR1Weights(reward, **chosen.model_dump())
 
     def _check_chunks(self) -> None:
-        config, frames = self.student.config, self.settings.rollout.frames
+        config: Any = self.student.config
+        frames = self.settings.rollout.frames
         first = config.first_chunk_frames or config.frames_per_chunk
         if frames < first or (frames - first) % config.frames_per_chunk:
             raise ValueError(
-                f"DistillTrainer: rollout.frames must be whole chunks, {first} + a multiple of {config.frames_per_chunk}, "
-                f"got {frames}"
+                f"DistillTrainer: rollout.frames must be whole chunks, {first} + a multiple of "
+                f"{config.frames_per_chunk}, got {frames}"
             )
 
     def _save(self, why: Literal["interval", "stopped", "finished"]) -> Iterator[Event]:
@@ -362,7 +323,7 @@ class DistillTrainer:
         }
         values = {
             "step": self.step,
-            "skipped_in_a_row": self._skipped_in_a_row,
+            "skipped": self._skipped,
             "settings": self.settings.maths(),
             "prompts": self.order.state_dict(),
             "weights": self.weights.state_dict() if self.weights is not None else None,
@@ -370,7 +331,7 @@ class DistillTrainer:
         return save_checkpoint(self.folder, self.step, parts, values, keep=self.settings.keep_checkpoints)
 
     def resume(self) -> Path | None:
-        """Continues from the newest checkpoint in the folder, bit for bit; None (and no change) if there is none.
+        """Continues from the newest checkpoint in the folder, bit for bit; None if there is none.
 
         Raises CheckpointError if it is damaged or of a run with other settings.
         """
@@ -395,7 +356,7 @@ class DistillTrainer:
         if self.weights is not None and values["weights"] is not None:
             self.weights.load_state_dict(values["weights"])
         self.step = values["step"]
-        self._skipped_in_a_row = values["skipped_in_a_row"]
+        self._skipped = values["skipped"]
 
     def export(self, folder: Path | str, *, ema: bool = True) -> None:
         """Writes the student as a diffusers folder, with its averaged weights if `ema` and there are some."""
@@ -423,4 +384,7 @@ def _refuse_other_settings(path: Path | str, theirs: dict, ours: dict, at: str =
         if isinstance(a, dict) and isinstance(b, dict):
             _refuse_other_settings(path, a, b, f"{at}{key}.")
         elif a != b:
-            raise CheckpointError(f"{path}: made with {at}{key} = {a!r}, this run has {b!r}: resume with the same, or start anew")
+            raise CheckpointError(
+                f"{path}: made with {at}{key} = {a!r}, this run has {b!r}: "
+                "resume with the same settings, or start anew"
+            )

@@ -1,13 +1,15 @@
 """Stream-R1's weights for a DMD loss, usable in anybody's loop.
 
-A video reward with several axes says two things about a rollout: how much to trust it as a whole (inter-reliability,
-one number a sample) and where the reward would change if pixels did (intra-perplexity, one number a latent cell).
+A video reward with several axes says two things about a rollout: how much to trust it as a whole
+(inter-reliability, one number a sample) and where the reward would change if pixels did (intra-perplexity,
+one number a latent cell).
 
     weights = StreamR1Weights(reward, beta=2.0)
     w = weights(video, prompts, latent_shape)                 # w.inter [B], w.intra [B, F, 1, h, w], w.log
     loss = dmd_loss(x, fake, real_cond, real_uncond, guidance=3.0, w_inter=w.inter, w_intra=w.intra)
 
-Source: Stream-R1 (2605.03849); the inter weight alone, on motion quality, is Reward Forcing's Re-DMD (2512.04678).
+Source: Stream-R1 (2605.03849); the inter weight alone, on motion quality, is Re-DMD of
+Reward Forcing (2512.04678).
 """
 
 from __future__ import annotations
@@ -64,9 +66,10 @@ class Weights(NamedTuple):
 class AxisBalance:
     """How unevenly a reward's axes have been rising: the penalty P of Stream-R1.
 
-    Keeps the last `window` mean scores, one entry an update. P is the unbiased standard deviation over the axes of
-    (mean of the recent half - mean of the older half); 0 until the window is full. One entry an update, not one a
-    sample, makes P independent of the batch's size and order; over several ranks, `observe` the gathered scores.
+    Keeps the last `window` mean scores, one entry an update. P is the unbiased standard deviation over the
+    axes of (mean of the recent half - mean of the older half); 0 until the window is full. One entry an
+    update, not one a sample, makes P independent of the batch's size and order; over several ranks,
+    `observe` the gathered scores.
     """
 
     def __init__(self, axes: int, window: int = 50) -> None:
@@ -80,7 +83,7 @@ class AxisBalance:
         return len(self._history)
 
     def observe(self, scores: Tensor) -> None:
-        """Adds one update's scores [B, axes], all samples of all ranks. Scores that are not finite are left out."""
+        """Adds one update's scores [B, axes], of all ranks. Scores that are not finite are left out."""
         if scores.dim() != 2 or scores.shape[1] != self.axes:
             raise ValueError(f"AxisBalance: scores must be [B, {self.axes}], got {list(scores.shape)}")
         finite = scores.detach()[torch.isfinite(scores).all(dim=1)]
@@ -112,8 +115,8 @@ class StreamR1Weights:
     """Turns decoded videos and a reward into the weights of a DMD loss.
 
     Args:
-        reward: anything with `axes` and a `score(video, prompts)` differentiable in the video, whose samples do not
-            influence one another.
+        reward: anything with `axes` and a `score(video, prompts)` differentiable in the video, whose samples
+            do not influence one another.
         mode: what to use of it.
             "uniform": weights of 1, plain DMD; scores are only reported.
             "re-dmd": inter weight from the motion axis alone, without balance (Reward Forcing).
@@ -123,11 +126,14 @@ class StreamR1Weights:
         beta: W_inter = exp(beta * (mean of the axes - balance * P)).
         balance: lambda, the strength of the balance penalty P (see AxisBalance).
         history: updates that P looks back on; it is 0 before.
-        temperature: T of the softmax over axes; a weaker axis gets more of the saliency, more so with a lower T.
-        spatial_floor, temporal_floor: the part of a weight that saliency cannot take away, in units of the peak.
+        temperature: T of the softmax over axes; a weaker axis gets more of the saliency, more so with a
+            lower T.
+        spatial_floor, temporal_floor: the part of a weight that saliency cannot take away, in units of the
+            peak.
         spatial_strength, temporal_strength: a_s and a_t, how far weights move away from uniform; in [0, 1].
-        log_bound: |beta * r| is held to this; None leaves it free, as published. The default lets ordinary scores (of
-            unit variance) through, and `log["inter/bounded"]` says for what share of the batch it acted.
+        log_bound: |beta * r| is held to this; None leaves it free, as published. The default lets ordinary
+            scores (of unit variance) through, and `log["inter/bounded"]` says for what share of the batch it
+            acted.
         motion_axis: the axis that "re-dmd" reads.
         samples_at_once: how many samples the reward sees at a time (memory); None for all.
 
@@ -167,14 +173,15 @@ class StreamR1Weights:
         self._parts = _MODES[mode]
         if self._parts.inter == "motion" and motion_axis not in self.axes:
             raise ValueError(
-                f"StreamR1Weights: mode 're-dmd' reads motion_axis {motion_axis!r}, the reward has {list(self.axes)}"
+                f"StreamR1Weights: motion_axis must be one of the reward's {list(self.axes)} "
+                f"in mode 're-dmd', got {motion_axis!r}"
             )
         self.beta = beta
         self.balance = balance
         self.log_bound = log_bound
         self.motion_axis = motion_axis
         self.samples_at_once = samples_at_once
-        self._intra_options = {
+        self._intra_options: dict[str, Any] = {
             "temperature": temperature,
             "spatial_floor": spatial_floor,
             "temporal_floor": temporal_floor,
@@ -200,7 +207,8 @@ class StreamR1Weights:
             prompts: B of them.
             latent_shape: (F, h, w) of the latents the loss is on; T == 1 + 4 (F - 1).
             observe: add the scores to the balance history afterwards. P is always that of earlier updates, so
-                micro-batches of one update should pass False and the caller `history.observe` all their scores once.
+                micro-batches of one update should pass False and the caller `history.observe` all their
+                scores once.
         """
         prompts = list(prompts)
         if video.dim() != 5 or video.shape[2] != 3:
@@ -248,7 +256,7 @@ class StreamR1Weights:
     def _differentiate(
         self, video: Tensor, prompts: list[str], latent_shape: tuple[int, int, int]
     ) -> tuple[Tensor, Tensor]:
-        """One backward an axis, down to the pixels. An axis that ignores the video has no saliency anywhere."""
+        """One backward an axis, down to the pixels. An axis that ignores the video has no saliency."""
         saliency = []
         with torch.enable_grad():
             pixels = video.clone().requires_grad_()

@@ -52,7 +52,9 @@ def test_half_precision_sums_in_float32() -> None:
 
 def test_dmd_timesteps() -> None:
     t = FlowSchedule(5.0).dmd_timestep(20000, torch.Generator().manual_seed(0))
-    assert t.dtype == torch.float32 and t.min() == 20 and t.max() == 980
+    assert t.dtype == torch.float32
+    assert t.min() == 20
+    assert t.max() == 980
     # Half of u lies below 500, which the shift moves to 833.3.
     assert (t < 2500 / 3).float().mean().item() == pytest.approx(0.5, abs=0.02)
     again = FlowSchedule(5.0).dmd_timestep(20000, torch.Generator().manual_seed(0))

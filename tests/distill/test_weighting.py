@@ -21,14 +21,18 @@ def video(batch: int = 2, seed: int = 0) -> torch.Tensor:
 @settings(max_examples=20, deadline=None)
 def test_intra_weights_have_mean_one_and_are_positive(seed: int, mode: str) -> None:
     w = StreamR1Weights(SmoothReward(), mode)(video(seed=seed), PROMPTS, LATENT)
-    assert w.intra.shape == (2, 3, 1, 4, 6) and w.inter.shape == (2,) and w.scores.shape == (2, 3)
+    assert w.intra.shape == (2, 3, 1, 4, 6)
+    assert w.inter.shape == (2,)
+    assert w.scores.shape == (2, 3)
     torch.testing.assert_close(w.intra.mean(dim=(1, 2, 3, 4)), torch.ones(2))
-    assert (w.intra > 0).all() and (w.inter > 0).all()
+    assert (w.intra > 0).all()
+    assert (w.inter > 0).all()
     assert not any(part.requires_grad for part in (w.inter, w.intra, w.scores))
 
 
 def test_floors_hold() -> None:
-    # All saliency in one cell: elsewhere the spatial weight is floor / mean, so the ratio to the peak is the floor.
+    # All saliency in one cell: elsewhere the spatial weight is floor / mean, so the ratio to the peak is the
+    # floor.
     reward = PatchReward(slice(1, 5), slice(4, 8), slice(8, 12))
     w = StreamR1Weights(reward, "spatial", spatial_floor=0.3)(video(), PROMPTS, LATENT)
     frame = w.intra[:, 1, 0].flatten(1)
@@ -39,15 +43,17 @@ def test_floors_hold() -> None:
     torch.testing.assert_close(profile[:, 2], profile[:, 0])
 
 
-@pytest.mark.parametrize("frame, row, column", [(0, 0, 0), (1, 2, 5), (2, 3, 1)])
+@pytest.mark.parametrize(("frame", "row", "column"), [(0, 0, 0), (1, 2, 5), (2, 3, 1)])
 def test_a_bright_patch_is_found_where_it_is(frame: int, row: int, column: int) -> None:
     pixel_frames = slice(0, 1) if frame == 0 else slice(4 * frame - 3, 4 * frame + 1)
     reward = PatchReward(pixel_frames, slice(4 * row, 4 * row + 4), slice(4 * column, 4 * column + 4))
     w = StreamR1Weights(reward)(video(), PROMPTS, LATENT)
-    assert w.saliency is not None and w.saliency.shape == (3, 2, *LATENT)
+    assert w.saliency is not None
+    assert w.saliency.shape == (3, 2, *LATENT)
     where = torch.zeros(LATENT, dtype=torch.bool)
     where[frame, row, column] = True
-    assert (w.saliency[..., where] > 0).all() and (w.saliency[..., ~where] == 0).all()
+    assert (w.saliency[..., where] > 0).all()
+    assert (w.saliency[..., ~where] == 0).all()
     peaks = w.intra.flatten(1).argmax(dim=1)
     assert peaks.tolist() == [where.flatten().int().argmax().item()] * 2
 
@@ -104,13 +110,15 @@ def test_modes_use_what_they_say() -> None:
     for mode in ("spatial", "temporal", "full"):
         torch.testing.assert_close(got[mode].inter, (2 * (scores.mean(1) - 0.5 * penalty)).exp())
     for mode in ("uniform", "re-dmd"):
-        assert (got[mode].intra == 1).all() and got[mode].saliency is None
+        assert (got[mode].intra == 1).all()
+        assert got[mode].saliency is None
     profile, maps = got["temporal"].intra, got["spatial"].intra
     torch.testing.assert_close(profile, profile.mean(dim=(3, 4), keepdim=True).expand_as(profile))
     torch.testing.assert_close(maps.mean(dim=(3, 4)), torch.ones(2, 3, 1))
     torch.testing.assert_close(got["full"].intra, got["no-balance"].intra)
     torch.testing.assert_close(got["full"].intra, profile * maps)
-    assert profile.std() > 0.01 and maps.std() > 0.01
+    assert profile.std() > 0.01
+    assert maps.std() > 0.01
 
 
 def test_balance_is_the_spread_of_the_axes_rises() -> None:
@@ -126,7 +134,8 @@ def test_balance_is_the_spread_of_the_axes_rises() -> None:
     assert balance.penalty() == pytest.approx(rises.std(ddof=1))
     again = AxisBalance(3, window=50)
     again.load_state_dict(balance.state_dict())
-    assert again.penalty() == balance.penalty() and len(again) == 50
+    assert again.penalty() == balance.penalty()
+    assert len(again) == 50
 
 
 def test_scores_that_are_not_finite_never_enter_the_history() -> None:
@@ -148,7 +157,8 @@ def test_the_bound_acts_on_extremes_only_and_is_reported() -> None:
     torch.testing.assert_close(w.inter.log(), torch.tensor([6.0, 8.0, -8.0, 0.0]))
     assert w.log["inter/bounded"] == 0.5
     free = StreamR1Weights(Extreme(), log_bound=None)(video(4), prompts, LATENT)
-    assert free.inter[1] == torch.tensor(100.0).exp() and free.log["inter/bounded"] == 0.0
+    assert free.inter[1] == torch.tensor(100.0).exp()
+    assert free.log["inter/bounded"] == 0.0
 
 
 def test_an_axis_without_pixels_has_no_saliency() -> None:
@@ -159,11 +169,13 @@ def test_an_axis_without_pixels_has_no_saliency() -> None:
             return torch.stack([video[:, :, :, :2].mean(dim=(1, 2, 3, 4)), torch.zeros(len(prompts))], dim=1)
 
     w = StreamR1Weights(Deaf())(video(), PROMPTS, LATENT)
-    assert w.saliency is not None and (w.saliency[1] == 0).all() and (w.saliency[0] > 0).any()
+    assert w.saliency is not None
+    assert (w.saliency[1] == 0).all()
+    assert (w.saliency[0] > 0).any()
 
 
 def test_three_lines_in_a_plain_dmd_loop() -> None:
-    """A loop that knows nothing of this package: its latents move towards the real score, faster where it matters."""
+    """A loop of somebody else's: its latents move towards the real score, faster where it matters."""
     real = torch.zeros(2, 3, 1, 4, 6)
     latents = torch.ones(2, 3, 1, 4, 6, requires_grad=True)
     optimizer = torch.optim.SGD([latents], lr=10.0)
@@ -184,7 +196,7 @@ def test_three_lines_in_a_plain_dmd_loop() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         ({"video": torch.rand(2, 9, 1, 16, 24)}, r"video must be \[B, T, 3, H, W\]"),
         ({"prompts": ["one"]}, "prompts must be one a video"),
@@ -200,5 +212,5 @@ def test_wrong_shapes_are_refused(arguments: dict, message: str) -> None:
 def test_unknown_modes_and_axes_are_refused() -> None:
     with pytest.raises(ValueError, match="'no-balance', 'full'"):
         StreamR1Weights(SmoothReward(), "everything")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="motion_axis 'FLOW'"):
+    with pytest.raises(ValueError, match="got 'FLOW'"):
         StreamR1Weights(SmoothReward(), "re-dmd", motion_axis="FLOW")

@@ -1,0 +1,308 @@
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distill_models import LetterEncoder, StretchDecoder, tiny_student, tiny_teacher
+from torch import Tensor
+from toy_rewards import SmoothReward
+
+from stream_r1.distill.events import Saved, StepDone
+from stream_r1.distill.settings import DistillSettings
+from stream_r1.distill.state import CheckpointError, Ema, list_checkpoints, load_checkpoint, save_checkpoint
+from stream_r1.distill.trainer import DistillTrainer, DivergedError
+
+MODES = ["uniform", "re-dmd", "spatial", "temporal", "no-balance", "full"]
+
+
+def settings(**changes: Any) -> DistillSettings:
+    base: dict[str, Any] = {
+        "steps": 6,
+        "batch": 2,
+        "critic_updates": 2,
+        "student": {"lr": 1e-3},
+        "critic": {"lr": 1e-3},
+        "ema": {"decay": 0.5, "start": 2},
+        "rollout": {"frames": 6, "height": 4, "width": 6, "steps": [1000, 500]},
+        "weighting": {"history": 2},
+        "checkpoint_every": 100,
+    }
+    for key, value in changes.items():
+        base[key] = base[key] | value if isinstance(value, dict) else value
+    return DistillSettings.model_validate(base)
+
+
+def trainer(
+    folder: Path | None = None, *, reward: Any = None, model: Any = None, **changes: Any
+) -> DistillTrainer:
+    return DistillTrainer(
+        settings(**changes),
+        student=model or tiny_student(num_layers=1),
+        teacher=tiny_teacher(),
+        prompts=["a red fox", "bright sky", "rabbit", "red barn", "still lake"],
+        text_encoder=LetterEncoder(),
+        folder=folder,
+        vae=StretchDecoder(),
+        reward=reward or SmoothReward(),
+    )
+
+
+def everything(t: DistillTrainer) -> dict[str, Tensor]:
+    """Every tensor that training changed, and every number."""
+    out = {f"student/{k}": v for k, v in t.student.state_dict().items()}
+    out |= {f"critic/{k}": v for k, v in t.critic.state_dict().items()}
+    out |= {f"ema/{k}": v for k, v in t.ema.tensors().items()}
+    for name, optimizer in (("so", t.student_optimizer), ("co", t.critic_optimizer)):
+        for index, entry in optimizer.state_dict()["state"].items():
+            out |= {f"{name}/{index}/{key}": value for key, value in entry.items()}
+    out["random"] = t.random.get_state()
+    out["order"] = torch.tensor(list(t.order.state_dict().values()))
+    assert t.weights is not None
+    out["history"] = torch.tensor(t.weights.state_dict()["history"], dtype=torch.float64)
+    out["step"] = torch.tensor(t.step)
+    return out
+
+
+def numbers(t: DistillTrainer) -> list[dict[str, float]]:
+    return [event.scalars for event in t.run() if isinstance(event, StepDone)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_resumed_run_is_the_unbroken_run(mode: str, tmp_path: Path) -> None:
+    unbroken = trainer(weighting={"mode": mode})
+    expected = numbers(unbroken)
+    first = trainer(tmp_path, weighting={"mode": mode}, steps=3)
+    before = numbers(first)
+    second = trainer(tmp_path, weighting={"mode": mode}, model=tiny_student(seed=99, num_layers=1))
+    torch.manual_seed(12345)
+    assert second.resume() is not None
+    assert second.step == 3
+    after = numbers(second)
+    assert before + after == expected
+    a, b = everything(unbroken), everything(second)
+    assert a.keys() == b.keys()
+    assert [key for key in a if not torch.equal(a[key], b[key])] == []
+    assert len(a["history"]) == 2
+
+
+def test_students_and_critics_turns() -> None:
+    events = numbers(trainer(steps=5, critic_warmup=1, critic_updates=3))
+    assert ["student/loss" in scalars for scalars in events] == [False, True, False, False, True]
+    assert all("critic/loss" in scalars for scalars in events)
+
+
+def test_accumulation_is_the_large_batch() -> None:
+    """Gradients of an update, before the optimizer: Adam would hide or blow up their differences."""
+    gradients = []
+    for accumulation in (1, 4):
+        run = trainer(batch=4, accumulation=accumulation, rollout={"steps": [1000, 500]})
+        caught: dict[str, list[Tensor]] = {}
+
+        def catch(name: str, optimizer: Any, *rest: Any, into: dict[str, list[Tensor]] = caught) -> None:
+            into[name] = [p.grad.clone() for group in optimizer.param_groups for p in group["params"]]
+            rest[-1][f"{name}/skipped"] = 0.0
+
+        run._descend = catch  # type: ignore[method-assign]
+        run.train_step()
+        assert run.weights is not None
+        gradients.append((caught["student"], caught["critic"], run.weights.state_dict()["history"]))
+    (student, critic, history), (student4, critic4, history4) = gradients
+    assert all(g.abs().max() > 0 for g in student)
+    for g, g4 in zip(student + critic, student4 + critic4, strict=True):
+        torch.testing.assert_close(g, g4, rtol=1e-4, atol=1e-4 * g.abs().max().item())
+    torch.testing.assert_close(torch.tensor(history), torch.tensor(history4))
+
+
+def test_gradients_are_clipped_once_an_update() -> None:
+    run = trainer(
+        student={"lr": 1e-3, "clip": 1e-9}, critic={"lr": 1e-3, "clip": 1e-9}, batch=4, accumulation=2
+    )
+    seen: list[float] = []
+
+    def measure(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        seen.append(torch.stack([g.norm() for g in grads]).norm().item())
+
+    run.student_optimizer.register_step_pre_hook(measure)
+    run.critic_optimizer.register_step_pre_hook(measure)
+    run.train_step()
+    assert seen == pytest.approx([1e-9, 1e-9], rel=1e-3)
+
+
+class NanReward(SmoothReward):
+    """Spoils the scores from a given call on."""
+
+    def __init__(self, first: int, last: int) -> None:
+        self.calls, self.bad = 0, range(first, last + 1)
+
+    def score(self, video: Tensor, prompts: list[str]) -> Tensor:
+        self.calls += 1
+        return super().score(video, prompts) * (float("nan") if self.calls in self.bad else 1.0)
+
+
+def test_an_update_that_is_not_finite_is_skipped() -> None:
+    run = trainer(reward=NanReward(1, 1), critic_updates=1, steps=2)
+    before = {k: v.clone() for k, v in run.student.state_dict().items()}
+    first = run.train_step()
+    assert first.scalars["student/skipped"] == 1
+    assert first.scalars["critic/skipped"] == 0
+    assert all(torch.equal(v, before[k]) for k, v in run.student.state_dict().items())
+    second = run.train_step()
+    assert second.scalars["student/skipped"] == 0
+    assert any(not torch.equal(v, before[k]) for k, v in run.student.state_dict().items())
+    assert run.weights is not None
+    assert len(run.weights.history) == 1
+
+
+def test_too_many_skipped_updates_end_the_run() -> None:
+    run = trainer(critic_updates=1, max_skipped=3)
+    with torch.no_grad():
+        next(run.critic.parameters()).fill_(float("nan"))
+    run.student_optimizer.param_groups[0]["lr"] = 0.0
+    with pytest.raises(DivergedError, match="critic"), contextlib.closing(run.run()) as events:
+        for _ in events:
+            pass
+
+
+def test_leaving_the_loop_keeps_a_checkpoint(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    for event in run.run():
+        if event.step == 2:
+            break
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000002.safetensors"]
+
+
+def test_stop_ends_after_the_step_and_keeps_a_checkpoint(tmp_path: Path) -> None:
+    run, events = trainer(tmp_path), []
+    for event in run.run():
+        events.append(event)
+        if isinstance(event, StepDone) and event.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C
+    assert run.stopped
+    assert isinstance(events[-1], Saved)
+    assert events[-1].why == "stopped"
+    assert len(events) == 3
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_checkpoints_come_at_intervals_and_old_ones_go(tmp_path: Path) -> None:
+    saved = [
+        e for e in trainer(tmp_path, checkpoint_every=2, keep_checkpoints=2).run() if isinstance(e, Saved)
+    ]
+    assert [(e.step, e.why) for e in saved] == [(2, "interval"), (4, "interval"), (6, "finished")]
+    assert [p.name for p in list_checkpoints(tmp_path)] == [
+        "step-00000004.safetensors",
+        "step-00000006.safetensors",
+    ]
+
+
+def test_other_settings_are_refused_on_resume(tmp_path: Path) -> None:
+    list(trainer(tmp_path, steps=1).run())
+    with pytest.raises(CheckpointError, match=r"weighting\.beta = 2\.0, this run has 1\.0"):
+        trainer(tmp_path, weighting={"beta": 1.0}).resume()
+    assert trainer(tmp_path, steps=9).resume() is not None
+
+
+def test_the_average_of_weights() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(2, 2).bfloat16()
+    ema = Ema(model, decay=0.75, start=1)
+    values = []
+    for step in range(4):
+        with torch.no_grad():
+            model.weight.copy_(torch.full((2, 2), float(step + 1)))
+        ema.update(step)
+        values.append(ema.tensors()["weight"][0, 0].item() if step else None)
+    # starts as a copy at step 1 (2.0), then 0.75 * old + 0.25 * new in float32
+    assert values[1:] == [2.0, 2.25, 2.6875]
+    own = model.weight.clone()
+    with ema.applied():
+        assert model.weight[0, 0].item() == 2.6875
+    assert torch.equal(model.weight, own)
+
+
+def test_export_writes_the_averaged_student(tmp_path: Path) -> None:
+    run = trainer(steps=4)
+    list(run.run())
+    run.export(tmp_path)
+    loaded = type(run.student).from_pretrained(tmp_path)
+    for name, p in loaded.named_parameters():
+        torch.testing.assert_close(p, run.ema.tensors()[name], rtol=0, atol=0)
+
+
+KILLED_AMID_SAVING = """
+import os, sys, torch
+from stream_r1.distill import state
+real = state.save_file
+def slow(tensors, path, metadata):
+    real(tensors, path, metadata)
+    with open(path, "r+b") as file:
+        file.truncate(os.path.getsize(path) // 2)
+    os.kill(os.getpid(), 9)
+state.save_checkpoint(sys.argv[1], 1, {"a": {"x": torch.ones(9)}}, {"n": 1})
+state.save_file = slow
+state.save_checkpoint(sys.argv[1], 2, {"a": {"x": torch.zeros(9)}}, {"n": 2})
+"""
+
+
+def test_a_process_killed_amid_saving_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED_AMID_SAVING, str(tmp_path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    (path,) = list_checkpoints(tmp_path)
+    parts, values = load_checkpoint(path)
+    assert values == {"n": 1}
+    assert torch.equal(parts["a"]["x"], torch.ones(9))
+    assert len(list(tmp_path.iterdir())) == 2  # the half-written one is still there, under another name
+    save_checkpoint(tmp_path, 3, parts, values, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000003.safetensors"]
+
+
+def test_damaged_checkpoints_are_named(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 1, {"a": {"x": torch.ones(99)}}, {})
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(CheckpointError, match="step-00000001"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch": 4, "accumulation": 3}, "divisor of batch"),
+        ({"critic_warmup": 6}, "never learn"),
+        ({"rollout": {"steps": [500, 750]}}, "falling"),
+        ({"matching": {"timestep_low": 990.0}}, "low < high"),
+        ({"student": {"lr": -1.0}}, "greater than 0"),
+        ({"weighting": {"mode": "best"}}, "no-balance"),
+    ],
+)
+def test_impossible_settings_are_refused(changes: dict, message: str) -> None:
+    base = settings().model_dump()
+    for key, value in changes.items():
+        base[key] = base[key] | value if isinstance(value, dict) else value
+    with pytest.raises(ValueError, match=message):
+        DistillSettings.model_validate(base)
+
+
+def test_a_rewardless_run_must_be_uniform() -> None:
+    arguments: dict[str, Any] = {
+        "student": tiny_student(),
+        "teacher": tiny_teacher(),
+        "prompts": ["a"],
+        "text_encoder": LetterEncoder(),
+    }
+    with pytest.raises(ValueError, match="reward must be given"):
+        DistillTrainer(settings(), **arguments)
+    with pytest.raises(ValueError, match="vae must be given"):
+        DistillTrainer(settings(), reward=SmoothReward(), **arguments)
+    with pytest.raises(ValueError, match="whole chunks"):
+        DistillTrainer(settings(rollout={"frames": 7}, weighting={"mode": "uniform"}), **arguments)
+    plain = DistillTrainer(settings(steps=1, weighting={"mode": "uniform"}), **arguments)
+    (event,) = plain.run()
+    assert isinstance(event, StepDone)
+    assert event.preview is None
+    assert "reward/mean" not in event.scalars
