@@ -15,8 +15,10 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -168,15 +170,14 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    if path.suffix == ".safetensors":
-        return load_file(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: expected tensors only, but loading would run code from the file "
-            f"({str(error).splitlines()[0]})"
-        ) from None
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # Mapped, not read: of three networks one is wanted. Files of an old torch are no archives.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: expected tensors, readable without running code; {reason}") from None
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: expected a state dict, got {type(content).__name__}")
     return dict(content)
