@@ -44,7 +44,9 @@ def demo(
     recipe: Annotated[
         Path | None, typer.Option(help="Recipe to distil by (default: recipes/tiny/stream-r1.yaml).")
     ] = None,
-    budget: Annotated[float, typer.Option(min=20, help="Seconds for everything.")] = 330.0,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Settings of the demo itself, as --set chunks=4.")
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on.")] = False,
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Write the report again from what is there.")
@@ -53,7 +55,7 @@ def demo(
     """Distil the tiny student, stream it before and after, and write a report. Minutes on two cores."""
     from stream_r1.commands.demo import run
 
-    run(out, recipe, overrides or [], budget=budget, fresh=fresh, report_only=report_only)
+    run(out, recipe, overrides or [], settings or [], fresh=fresh, report_only=report_only)
 
 
 @app.command()
@@ -169,6 +171,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args or bool(os.environ.get("STREAM_R1_DEBUG"))
     args = [arg for arg in args if arg != "--debug"]  # welcome anywhere on the line
+    for library in ("DIFFUSERS", "TRANSFORMERS"):  # their remarks on loading are not about what the user did
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     try:
         app(args, prog_name="stream-r1", standalone_mode=True)
     except KeyboardInterrupt:

@@ -11,17 +11,22 @@ from pathlib import Path
 from rich.console import Console
 
 from stream_r1 import recipe as recipes
-from stream_r1.config import SettingsError, build
+from stream_r1.config import SettingsError, build, parse_overrides
 from stream_r1.demo.record import Record
 from stream_r1.demo.report import write_report
 from stream_r1.demo.settings import DemoSettings
 
 RECIPE = "recipes/tiny/stream-r1.yaml"
-REFERENCE = Path("assets/tiny/reference/statistics.safetensors")
 
 
 def run(
-    out: Path, recipe: Path | None, overrides: list[str], *, budget: float, fresh: bool, report_only: bool
+    out: Path,
+    recipe: Path | None,
+    overrides: list[str],
+    settings: list[str],
+    *,
+    fresh: bool,
+    report_only: bool,
 ) -> None:
     """Run what is not done yet, then write the report; with ``report_only``, only that."""
     console = Console()
@@ -32,18 +37,20 @@ def run(
         _tell(console, write_report(record, out), record)
         return
     source = str(recipe or RECIPE)
-    settings = build(DemoSettings, {"budget": budget}, "demo")
+    chosen = build(DemoSettings, parse_overrides(settings), "--set")
     loaded = recipes.load(source, overrides)
-    console.print(f"[bold]Stream-R1[/bold], the tiny world: {source}, {budget:.0f} s in all", highlight=False)
+    console.print(
+        f"[bold]Stream-R1[/bold], the tiny world: {source}, {chosen.budget:.0f} s in all", highlight=False
+    )
     with console.status("starting"):
         from stream_r1.demo.run import Demo, clear
 
         if fresh:
             clear(out)
-        demo = Demo(loaded, settings, out, _Screen(console), reference=REFERENCE, source=source)
+        demo = Demo(loaded, chosen, out, _Screen(console), source=source)
     if demo.record.finished:
         console.print(
-            "this run is done; --fresh starts over, --budget SECONDS makes a longer one", highlight=False
+            "this run is done; --fresh starts over, --set budget=SECONDS makes another", highlight=False
         )
     elif demo.record.stages:
         console.print(f"going on with the run in {out}", highlight=False)

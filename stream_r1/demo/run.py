@@ -61,7 +61,6 @@ class Demo:
         settings: of the demo around it.
         folder: where everything goes; what an earlier run with the same settings left there is gone on from.
         watcher: is told what happens.
-        reference: file of the statistics that the independent measures compare with.
         source: the recipe's name, for the report.
     """
 
@@ -72,12 +71,11 @@ class Demo:
         folder: Path,
         watcher: Watcher,
         *,
-        reference: Path,
         source: str,
     ) -> None:
         require_models(recipe)
         self.recipe, self.settings, self.folder, self.watcher = recipe, settings, folder, watcher
-        self.reference = Reference.load(locate(reference))
+        self.reference = Reference.load(locate(settings.reference))
         self._models: Models | None = None
         fingerprint = _fingerprint(recipe, settings)
         record = Record.load(folder)

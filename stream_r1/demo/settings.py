@@ -25,6 +25,8 @@ class DemoSettings(Settings):
     chunks: Count = 6
     """Chunks that are streamed for each prompt."""
     seed: int = 0
+    reference: str = "assets/tiny/reference/statistics.safetensors"
+    """Statistics of the film that the independent measures compare with."""
     evaluated_videos: Annotated[int, Field(ge=2)] = 24
     evaluated_batch: Count = 8
     timed_chunks: Count = 8
