@@ -43,7 +43,8 @@ Tensor whole_planes(const Tensor& value, const Tensor& x, bool* varies) {
                       " does not broadcast to x ", x.sizes());
   *varies = value.size(3) != 1 || value.size(4) != 1;
   if (!*varies) return value;
-  return with_dense_rows(value.expand({value.size(0), value.size(1), value.size(2), x.size(3), x.size(4)}), 2);
+  return with_dense_rows(value.expand({value.size(0), value.size(1), value.size(2), x.size(3), x.size(4)}),
+                         2);
 }
 
 void prepare(Job& job, const Tensor& x, const Tensor& fake, const Tensor& real_cond,
@@ -55,8 +56,8 @@ void prepare(Job& job, const Tensor& x, const Tensor& fake, const Tensor& real_c
   job.real_cond = with_dense_rows(real_cond, 2);
   job.real_uncond = real_uncond.has_value() ? with_dense_rows(*real_uncond, 2) : job.real_cond;
   for (const Tensor& other : {fake, real_cond, job.real_uncond})
-    TORCH_CHECK_VALUE(other.sizes() == x.sizes(), "dmd: fake, real_cond, real_uncond: expected shape ", x.sizes(),
-                      " as x, got ", other.sizes());
+    TORCH_CHECK_VALUE(other.sizes() == x.sizes(), "dmd: fake, real_cond, real_uncond: expected shape ",
+                      x.sizes(), " as x, got ", other.sizes());
   DmdArgs& args = job.args;
   args.x = source(job.x), args.x_planes = planes(job.x);
   args.fake = source(job.fake), args.fake_planes = planes(job.fake);
@@ -95,14 +96,15 @@ Tensor measure(Job& job, const std::optional<Tensor>& w_inter) {
   args.distances = job.distances.data();
   args.kept = job.kept.data();
   args.inverse_scale = job.inverse_scale.data();
-  at::parallel_for(0, job.units(), job.block_grain(),
-                   [&, kernel = pick_dmd_distances()](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  at::parallel_for(
+      0, job.units(), job.block_grain(),
+      [&, kernel = pick_dmd_distances()](int64_t begin, int64_t end) { kernel(args, begin, end); });
   Tensor factor = at::empty({job.batch()}, job.x.options().dtype(at::kFloat));
   float* factors = factor.mutable_data_ptr<float>();
   Tensor inter;
   if (w_inter.has_value()) {
-    TORCH_CHECK_VALUE(w_inter->dim() == 1 && w_inter->size(0) == job.batch(), "dmd: w_inter: expected shape [",
-                      job.batch(), "], got ", w_inter->sizes());
+    TORCH_CHECK_VALUE(w_inter->dim() == 1 && w_inter->size(0) == job.batch(),
+                      "dmd: w_inter: expected shape [", job.batch(), "], got ", w_inter->sizes());
     inter = w_inter->to(at::kFloat).contiguous();
   }
   const double elements = static_cast<double>(args.frames * args.channels * args.plane);
@@ -117,9 +119,9 @@ Tensor measure(Job& job, const std::optional<Tensor>& w_inter) {
 }
 
 void second_pass(const Job& job) {
-  at::parallel_for(0, job.units(), job.block_grain(), [&, kernel = pick_dmd_directions()](int64_t begin, int64_t end) {
-    kernel(job.args, begin, end);
-  });
+  at::parallel_for(
+      0, job.units(), job.block_grain(),
+      [&, kernel = pick_dmd_directions()](int64_t begin, int64_t end) { kernel(job.args, begin, end); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> dmd_loss_cpu(const Tensor& x, const Tensor& fake, const Tensor& real_cond,
@@ -149,17 +151,19 @@ Tensor dmd_loss_backward_cpu(const Tensor& grad_loss, const Tensor& direction_, 
   const int64_t n = batch == 0 ? 0 : direction.numel() / batch;
   Tensor grad = at::empty(direction.sizes(), direction.options());
   const int64_t blocks = (n + kBlockElements - 1) / kBlockElements;
-  const DmdScaleArgs args{source(direction), factor.const_data_ptr<float>(), target(grad), n, blocks, kBlockElements};
+  const DmdScaleArgs args{source(direction), factor.const_data_ptr<float>(), target(grad), n, blocks,
+                          kBlockElements};
   at::parallel_for(0, batch * blocks, grain(kBlockElements),
                    [&, kernel = pick_dmd_scale()](int64_t begin, int64_t end) { kernel(args, begin, end); });
   return grad;
 }
 
 void dmd_gradient_cpu(Tensor buffer, const Tensor& x, const Tensor& fake, const Tensor& real_cond,
-                      const std::optional<Tensor>& real_uncond, double guidance, const std::optional<Tensor>& w_intra,
-                      const std::optional<Tensor>& w_inter, const std::optional<Tensor>& mask, double scale) {
-  TORCH_CHECK_VALUE(buffer.sizes() == x.sizes(), "dmd_gradient_: buffer: expected shape ", x.sizes(), " as x, got ",
-                    buffer.sizes());
+                      const std::optional<Tensor>& real_uncond, double guidance,
+                      const std::optional<Tensor>& w_intra, const std::optional<Tensor>& w_inter,
+                      const std::optional<Tensor>& mask, double scale) {
+  TORCH_CHECK_VALUE(buffer.sizes() == x.sizes(), "dmd_gradient_: buffer: expected shape ", x.sizes(),
+                    " as x, got ", buffer.sizes());
   Job job;
   prepare(job, x, fake, real_cond, real_uncond, guidance, w_intra, mask);
   const Tensor factor = measure(job, w_inter).mul_(scale);
@@ -171,13 +175,15 @@ void dmd_gradient_cpu(Tensor buffer, const Tensor& x, const Tensor& fake, const 
   if (!dense.is_same(buffer)) buffer.copy_(dense);
 }
 
-std::tuple<Tensor, Tensor, Tensor> loss_below_autograd(const Tensor& x, const Tensor& fake, const Tensor& real_cond,
-                                                       const std::optional<Tensor>& real_uncond, double guidance,
-                                                       const std::optional<Tensor>& w_intra,
+std::tuple<Tensor, Tensor, Tensor> loss_below_autograd(const Tensor& x, const Tensor& fake,
+                                                       const Tensor& real_cond,
+                                                       const std::optional<Tensor>& real_uncond,
+                                                       double guidance, const std::optional<Tensor>& w_intra,
                                                        const std::optional<Tensor>& w_inter,
                                                        const std::optional<Tensor>& mask) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("stream_r1::dmd_loss", "").typed<decltype(dmd_loss_cpu)>();
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("stream_r1::dmd_loss", "")
+                             .typed<decltype(dmd_loss_cpu)>();
   const at::AutoDispatchBelowADInplaceOrView below;
   return op.call(x, fake, real_cond, real_uncond, guidance, w_intra, w_inter, mask);
 }
@@ -208,12 +214,14 @@ struct DmdLoss : torch::autograd::Function<DmdLoss> {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> dmd_loss_autograd(const Tensor& x, const Tensor& fake, const Tensor& real_cond,
-                                                     const std::optional<Tensor>& real_uncond, double guidance,
-                                                     const std::optional<Tensor>& w_intra,
+std::tuple<Tensor, Tensor, Tensor> dmd_loss_autograd(const Tensor& x, const Tensor& fake,
+                                                     const Tensor& real_cond,
+                                                     const std::optional<Tensor>& real_uncond,
+                                                     double guidance, const std::optional<Tensor>& w_intra,
                                                      const std::optional<Tensor>& w_inter,
                                                      const std::optional<Tensor>& mask) {
-  if (!needs_graph({x})) return loss_below_autograd(x, fake, real_cond, real_uncond, guidance, w_intra, w_inter, mask);
+  if (!needs_graph({x}))
+    return loss_below_autograd(x, fake, real_cond, real_uncond, guidance, w_intra, w_inter, mask);
   const auto results = DmdLoss::apply(x, fake, real_cond, real_uncond, guidance, w_intra, w_inter, mask);
   return {results[0], results[1], results[2]};
 }
@@ -228,6 +236,7 @@ void dmd_gradient_autograd(Tensor buffer, const Tensor& x, const Tensor& fake, c
                              .typed<decltype(dmd_gradient_cpu)>();
   const at::AutoDispatchBelowAutograd below;
   op.call(buffer, x, fake, real_cond, real_uncond, guidance, w_intra, w_inter, mask, scale);
+  torch::autograd::impl::bump_version(buffer);
 }
 
 }  // namespace
@@ -243,9 +252,4 @@ TORCH_LIBRARY_IMPL(stream_r1, Autograd, m) {
   m.impl("dmd_loss", stream_r1::dmd_loss_autograd);
   m.impl("dmd_loss_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("dmd_gradient_", stream_r1::dmd_gradient_autograd);
-}
-
-// Tells autograd that the buffer has changed.
-TORCH_LIBRARY_IMPL(stream_r1, ADInplaceOrView, m) {
-  m.impl("dmd_gradient_", torch::autograd::autogradNotImplementedInplaceOrViewFallback());
 }

@@ -9,7 +9,8 @@
 namespace stream_r1::STREAM_R1_ISA {
 namespace {
 
-constexpr int64_t kPiece = 1024;  // elements at a time: every buffer stays in the L1 cache, float32 sums stay short
+constexpr int64_t kPiece =
+    1024;  // elements at a time: every buffer stays in the L1 cache, float32 sums stay short
 
 // Calls body(batch, frame, channel, first element in the plane, elements) for the pieces of a block.
 template <class Body>
@@ -21,14 +22,15 @@ void for_pieces(const DmdArgs& args, int64_t unit, const Body& body) {
       body(batch, p / args.channels, p % args.channels, start, std::min(kPiece, args.plane - start));
 }
 
-
-// What one element weighs: w_intra where the mask keeps it, else 0. One value for the whole piece, or `values`.
+// What one element weighs: w_intra where the mask keeps it, else 0. One value for the whole piece, or
+// `values`.
 struct Weight {
   float value = 1;
   const float* values = nullptr;
 };
 
-Weight weight_of(const DmdArgs& args, int64_t b, int64_t f, int64_t c, int64_t start, int64_t n, float* buffer) {
+Weight weight_of(const DmdArgs& args, int64_t b, int64_t f, int64_t c, int64_t start, int64_t n,
+                 float* buffer) {
   Weight weight;
   if (args.w_intra != nullptr) {
     const float* w = args.w_intra + args.w_intra_planes.offset(b, f, c);
@@ -67,12 +69,12 @@ void dmd_distances(const DmdArgs& args, int64_t begin, int64_t end) {
     int64_t kept = 0;
     for_pieces(args, unit, [&](int64_t b, int64_t f, int64_t c, int64_t start, int64_t n) {
       const float* x = read_row(args.x, args.x_planes.offset(b, f, c) + start, n, x_buffer);
-      const float* cond = read_row(args.real_cond, args.real_cond_planes.offset(b, f, c) + start, n, cond_buffer);
+      const float* cond =
+          read_row(args.real_cond, args.real_cond_planes.offset(b, f, c) + start, n, cond_buffer);
       const float* uncond =
           read_row(args.real_uncond, args.real_uncond_planes.offset(b, f, c) + start, n, uncond_buffer);
-      distance += sum_terms(n, [=](int64_t i) {
-        return std::abs(x[i] - (cond[i] + guidance * (cond[i] - uncond[i])));
-      });
+      distance += sum_terms(
+          n, [=](int64_t i) { return std::abs(x[i] - (cond[i] + guidance * (cond[i] - uncond[i]))); });
       kept += kept_elements(args, b, f, c, start, n);
     });
     args.distances[unit] = distance;
@@ -91,7 +93,8 @@ void dmd_directions(const DmdArgs& args, int64_t begin, int64_t end) {
       const int64_t offset = args.direction_planes.offset(b, f, c) + start;
       const Weight weight = weight_of(args, b, f, c, start, n, weight_buffer);
       const float* fake = read_row(args.fake, args.fake_planes.offset(b, f, c) + start, n, fake_buffer);
-      const float* cond = read_row(args.real_cond, args.real_cond_planes.offset(b, f, c) + start, n, cond_buffer);
+      const float* cond =
+          read_row(args.real_cond, args.real_cond_planes.offset(b, f, c) + start, n, cond_buffer);
       const float* uncond =
           read_row(args.real_uncond, args.real_uncond_planes.offset(b, f, c) + start, n, uncond_buffer);
 #pragma omp simd
@@ -100,7 +103,8 @@ void dmd_directions(const DmdArgs& args, int64_t begin, int64_t end) {
         g[i] = std::abs(difference) <= FLT_MAX ? difference : 0.f;
       }
       if (args.squares != nullptr && weight.values != nullptr)
-        square_sum += sum_terms(n, [&g, values = weight.values](int64_t i) { return values[i] * g[i] * g[i]; });
+        square_sum +=
+            sum_terms(n, [&g, values = weight.values](int64_t i) { return values[i] * g[i] * g[i]; });
       else if (args.squares != nullptr && weight.value != 0)
         square_sum += weight.value * sum_terms(n, [&g](int64_t i) { return g[i] * g[i]; });
       if (args.direction.data == nullptr) return;

@@ -26,8 +26,8 @@ struct DmdArgs {
   bool mask_varies = false;
   Planes mask_planes;
 
-  int64_t frames, channels, plane;   // F, C, h * w
-  int64_t blocks, planes_a_block;  // of a sample's F * C planes; the last block may be shorter
+  int64_t frames, channels, plane;  // F, C, h * w
+  int64_t blocks, planes_a_block;   // of a sample's F * C planes; the last block may be shorter
 
   // First pass, a value a block [B, blocks].
   double* distances;  // sum of |x - real|

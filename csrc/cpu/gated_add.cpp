@@ -14,21 +14,24 @@ using at::Tensor;
 
 Tensor gated_add_cpu(const Tensor& x_, const Tensor& y_, const Tensor& gate_) {
   check_per_frame("gated_add", "gate", gate_, x_);
-  TORCH_CHECK_VALUE(y_.sizes() == x_.sizes(), "gated_add: y: expected shape ", x_.sizes(), " as x, got ", y_.sizes());
+  TORCH_CHECK_VALUE(y_.sizes() == x_.sizes(), "gated_add: y: expected shape ", x_.sizes(), " as x, got ",
+                    y_.sizes());
   const Tensor x = with_dense_rows(x_), y = with_dense_rows(y_), gate = with_dense_rows(gate_);
   const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
   Tensor out = at::empty({batch, tokens, width}, x.options());
-  const GatedAddArgs args{source(x),      source(y),      x.stride(0),    x.stride(1), y.stride(0),  y.stride(1),
-                          source(gate),   gate.stride(0), gate.stride(1), target(out), tokens, gate.size(1), width};
+  const GatedAddArgs args{source(x),   source(y),    x.stride(0),    x.stride(1),    y.stride(0),
+                          y.stride(1), source(gate), gate.stride(0), gate.stride(1), target(out),
+                          tokens,      gate.size(1), width};
   at::parallel_for(0, batch * tokens, grain(width),
                    [&, kernel = pick_gated_add()](int64_t begin, int64_t end) { kernel(args, begin, end); });
   return out;
 }
 
-std::tuple<Tensor, Tensor> gated_add_backward_cpu(const Tensor& grad_out_, const Tensor& y_, const Tensor& gate_) {
+std::tuple<Tensor, Tensor> gated_add_backward_cpu(const Tensor& grad_out_, const Tensor& y_,
+                                                  const Tensor& gate_) {
   check_per_frame("gated_add_backward", "gate", gate_, y_);
-  TORCH_CHECK_VALUE(grad_out_.sizes() == y_.sizes(), "gated_add_backward: grad_out: expected shape ", y_.sizes(),
-                    " as y, got ", grad_out_.sizes());
+  TORCH_CHECK_VALUE(grad_out_.sizes() == y_.sizes(), "gated_add_backward: grad_out: expected shape ",
+                    y_.sizes(), " as y, got ", grad_out_.sizes());
   const Tensor grad_out = grad_out_.contiguous(), y = with_dense_rows(y_), gate = with_dense_rows(gate_);
   const int64_t batch = y.size(0), tokens = y.size(1), width = y.size(2), frames = gate.size(1);
   const FrameBlocks split(tokens / frames);
@@ -48,14 +51,16 @@ std::tuple<Tensor, Tensor> gated_add_backward_cpu(const Tensor& grad_out_, const
                                   width,
                                   split.blocks,
                                   split.tokens_a_block};
-  at::parallel_for(0, batch * frames * split.blocks, grain(width * split.tokens_a_block),
-                   [&, kernel = pick_gated_add_backward()](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  at::parallel_for(
+      0, batch * frames * split.blocks, grain(width * split.tokens_a_block),
+      [&, kernel = pick_gated_add_backward()](int64_t begin, int64_t end) { kernel(args, begin, end); });
   return {grad_y, sum_blocks(gate_sums, gate.scalar_type())};
 }
 
 Tensor forward_below_autograd(const Tensor& x, const Tensor& y, const Tensor& gate) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("stream_r1::gated_add", "").typed<decltype(gated_add_cpu)>();
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("stream_r1::gated_add", "")
+                             .typed<decltype(gated_add_cpu)>();
   const at::AutoDispatchBelowADInplaceOrView below;
   return op.call(x, y, gate);
 }

@@ -23,7 +23,7 @@ struct GatedAddBackwardArgs {
   int64_t y_batch_stride, y_token_stride;
   Source gate;  // [B, F, D]
   int64_t gate_batch_stride, gate_frame_stride;
-  Target grad_y;    // [B, T, D] contiguous
+  Target grad_y;     // [B, T, D] contiguous
   float* gate_sums;  // [B, F, blocks, D], sums over the tokens of a block
   int64_t tokens, frames, width;
   int64_t blocks, tokens_a_block;  // of a frame's tokens; the last block may be shorter

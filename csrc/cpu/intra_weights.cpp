@@ -16,8 +16,8 @@ using at::Tensor;
 
 constexpr float kFlatRange = 1e-6f;  // as in the reference
 
-// One factor a frame, from the frame means of the fused saliency: min-max, blend, floor. The caller's division by the mean
-// makes any constant profile ones.
+// One factor a frame, from the frame means of the fused saliency: min-max, blend, floor. The caller's
+// division by the mean makes any constant profile ones.
 std::vector<double> temporal_profile(const double* means, int64_t frames, double strength, double floor) {
   const auto [low, high] = std::minmax_element(means, means + frames);
   const double range = *high - *low;
@@ -28,17 +28,17 @@ std::vector<double> temporal_profile(const double* means, int64_t frames, double
   return profile;
 }
 
-Tensor intra_weights_cpu(const Tensor& saliency_, const Tensor& scores, double temperature, double spatial_floor,
-                         double temporal_floor, double spatial_strength, double temporal_strength, bool use_spatial,
-                         bool use_temporal) {
+Tensor intra_weights_cpu(const Tensor& saliency_, const Tensor& scores, double temperature,
+                         double spatial_floor, double temporal_floor, double spatial_strength,
+                         double temporal_strength, bool use_spatial, bool use_temporal) {
   TORCH_CHECK_VALUE(saliency_.dim() == 5, "intra_weights: saliency: expected shape [M, B, F, h, w], got ",
                     saliency_.sizes());
   const int64_t axes = saliency_.size(0), batch = saliency_.size(1), frames = saliency_.size(2);
   const int64_t rows = saliency_.size(3), columns = saliency_.size(4), cells = rows * columns;
-  TORCH_CHECK_VALUE(axes > 0 && frames > 0 && cells > 0, "intra_weights: saliency: expected sizes above 0, got ",
-                    saliency_.sizes());
-  TORCH_CHECK_VALUE(scores.sizes() == at::IntArrayRef({batch, axes}), "intra_weights: scores: expected shape [", batch,
-                    ", ", axes, "], got ", scores.sizes());
+  TORCH_CHECK_VALUE(axes > 0 && frames > 0 && cells > 0,
+                    "intra_weights: saliency: expected sizes above 0, got ", saliency_.sizes());
+  TORCH_CHECK_VALUE(scores.sizes() == at::IntArrayRef({batch, axes}),
+                    "intra_weights: scores: expected shape [", batch, ", ", axes, "], got ", scores.sizes());
   const Tensor saliency = saliency_.to(at::kFloat).contiguous();
   const Tensor shares = at::softmax(scores.to(at::kFloat) / -temperature, 1).contiguous();
   Tensor weights = at::empty({batch, frames, 1, rows, columns}, saliency.options());
@@ -56,8 +56,9 @@ Tensor intra_weights_cpu(const Tensor& saliency_, const Tensor& scores, double t
                               static_cast<float>(spatial_strength),
                               use_spatial,
                               kFlatRange};
-  at::parallel_for(0, batch * frames, grain(cells * (axes + 3)),
-                   [&, kernel = pick_fuse_frames()](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  at::parallel_for(
+      0, batch * frames, grain(cells * (axes + 3)),
+      [&, kernel = pick_fuse_frames()](int64_t begin, int64_t end) { kernel(args, begin, end); });
 
   std::vector<float> factors(batch * frames);
   for (int64_t b = 0; b < batch; ++b) {
@@ -71,7 +72,8 @@ Tensor intra_weights_cpu(const Tensor& saliency_, const Tensor& scores, double t
     }
     const double to_mean_one =
         std::isfinite(of_means) ? frames * cells / total : std::numeric_limits<double>::quiet_NaN();
-    for (int64_t f = 0; f < frames; ++f) factors[b * frames + f] = static_cast<float>(profile[f] * to_mean_one);
+    for (int64_t f = 0; f < frames; ++f)
+      factors[b * frames + f] = static_cast<float>(profile[f] * to_mean_one);
   }
   float* data = weights.mutable_data_ptr<float>();
   at::parallel_for(0, batch * frames, grain(cells), [&](int64_t begin, int64_t end) {

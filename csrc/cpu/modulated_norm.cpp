@@ -12,8 +12,8 @@ namespace {
 
 using at::Tensor;
 
-std::tuple<Tensor, Tensor, Tensor> modulated_norm_cpu(const Tensor& x_, const Tensor& shift_, const Tensor& scale_,
-                                                      double eps) {
+std::tuple<Tensor, Tensor, Tensor> modulated_norm_cpu(const Tensor& x_, const Tensor& shift_,
+                                                      const Tensor& scale_, double eps) {
   check_per_frame("modulated_norm", "shift", shift_, x_);
   check_per_frame("modulated_norm", "scale", scale_, x_);
   TORCH_CHECK_VALUE(shift_.size(1) == scale_.size(1), "modulated_norm: scale: expected ", shift_.size(1),
@@ -38,8 +38,9 @@ std::tuple<Tensor, Tensor, Tensor> modulated_norm_cpu(const Tensor& x_, const Te
                                shift.size(1),
                                width,
                                static_cast<float>(eps)};
-  at::parallel_for(0, batch * tokens, grain(width),
-                   [&, kernel = pick_modulated_norm()](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  at::parallel_for(
+      0, batch * tokens, grain(width),
+      [&, kernel = pick_modulated_norm()](int64_t begin, int64_t end) { kernel(args, begin, end); });
   return {out, mean, rstd};
 }
 
@@ -47,8 +48,8 @@ std::tuple<Tensor, Tensor, Tensor> modulated_norm_backward_cpu(const Tensor& gra
                                                                const Tensor& scale_, const Tensor& mean_,
                                                                const Tensor& rstd_) {
   check_per_frame("modulated_norm_backward", "scale", scale_, x_);
-  TORCH_CHECK_VALUE(grad_out_.sizes() == x_.sizes(), "modulated_norm_backward: grad_out: expected shape ", x_.sizes(),
-                    " as x, got ", grad_out_.sizes());
+  TORCH_CHECK_VALUE(grad_out_.sizes() == x_.sizes(), "modulated_norm_backward: grad_out: expected shape ",
+                    x_.sizes(), " as x, got ", grad_out_.sizes());
   const Tensor grad_out = grad_out_.contiguous(), x = with_dense_rows(x_), scale = with_dense_rows(scale_);
   const Tensor mean = mean_.contiguous(), rstd = rstd_.contiguous();
   const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2), frames = scale.size(1);
@@ -79,8 +80,8 @@ std::tuple<Tensor, Tensor, Tensor> modulated_norm_backward_cpu(const Tensor& gra
   return {grad_x, sum_blocks(shift_sums, scale.scalar_type()), sum_blocks(scale_sums, scale.scalar_type())};
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward_below_autograd(const Tensor& x, const Tensor& shift, const Tensor& scale,
-                                                          double eps) {
+std::tuple<Tensor, Tensor, Tensor> forward_below_autograd(const Tensor& x, const Tensor& shift,
+                                                          const Tensor& scale, double eps) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("stream_r1::modulated_norm", "")
                              .typed<decltype(modulated_norm_cpu)>();
@@ -108,8 +109,8 @@ struct ModulatedNorm : torch::autograd::Function<ModulatedNorm> {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> modulated_norm_autograd(const Tensor& x, const Tensor& shift, const Tensor& scale,
-                                                           double eps) {
+std::tuple<Tensor, Tensor, Tensor> modulated_norm_autograd(const Tensor& x, const Tensor& shift,
+                                                           const Tensor& scale, double eps) {
   if (!needs_graph({x, shift, scale})) return forward_below_autograd(x, shift, scale, eps);
   const auto results = ModulatedNorm::apply(x, shift, scale, eps);
   return {results[0], results[1], results[2]};

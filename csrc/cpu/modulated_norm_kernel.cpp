@@ -26,7 +26,8 @@ void modulated_norm(const ModulatedNormArgs& args, int64_t begin, int64_t end) {
     const float* x =
         read_row(args.x, batch * args.x_batch_stride + token * args.x_token_stride, width, buffers.get());
     const float mean = sum_terms(width, [x](int64_t i) { return x[i]; }) / width;
-    const float variance = sum_terms(width, [x, mean](int64_t i) { return (x[i] - mean) * (x[i] - mean); }) / width;
+    const float variance =
+        sum_terms(width, [x, mean](int64_t i) { return (x[i] - mean) * (x[i] - mean); }) / width;
     const float rstd = 1 / std::sqrt(variance + args.eps);
     float* out = row_to_write(args.out, row * width, out_buffer);
 #pragma omp simd
@@ -45,8 +46,8 @@ void modulated_norm_backward(const ModulatedNormBackwardArgs& args, int64_t begi
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t block = unit % args.blocks, frame = unit / args.blocks % args.frames,
                   batch = unit / args.blocks / args.frames;
-    const float* scale = read_row(args.scale, batch * args.scale_batch_stride + frame * args.scale_frame_stride,
-                                  width, buffers.get());
+    const float* scale = read_row(
+        args.scale, batch * args.scale_batch_stride + frame * args.scale_frame_stride, width, buffers.get());
     for (int64_t i = 0; i < width; ++i) factor[i] = 1 + scale[i];
     float* const shift_sum = args.shift_sums + unit * width;
     float* const scale_sum = args.scale_sums + unit * width;
@@ -60,7 +61,8 @@ void modulated_norm_backward(const ModulatedNormBackwardArgs& args, int64_t begi
       const float* x = read_row(args.x, batch * args.x_batch_stride + token * args.x_token_stride, width,
                                 buffers.get() + 2 * width);
       const float mean = args.mean[row], rstd = args.rstd[row];
-      // With n = (x - mean) * rstd and u = grad * (1 + scale): grad_x = rstd * (u - mean(u) - n * mean(u * n)).
+      // With n = (x - mean) * rstd and u = grad * (1 + scale): grad_x = rstd * (u - mean(u) - n * mean(u *
+      // n)).
       float u_sum = 0, un_sum = 0;
 #pragma omp simd reduction(+ : u_sum, un_sum)
       for (int64_t i = 0; i < width; ++i) {

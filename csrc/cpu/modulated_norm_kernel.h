@@ -1,7 +1,7 @@
 #pragma once
 
-#include "cpu/views.h"
 #include "cpu/isa.h"
+#include "cpu/views.h"
 
 namespace stream_r1 {
 
@@ -10,7 +10,7 @@ struct ModulatedNormArgs {
   int64_t x_batch_stride, x_token_stride;
   Source shift, scale;  // [B, F, D]
   int64_t shift_batch_stride, shift_frame_stride, scale_batch_stride, scale_frame_stride;
-  Target out;         // [B, T, D] contiguous
+  Target out;          // [B, T, D] contiguous
   float *mean, *rstd;  // [B, T]
   int64_t tokens, frames, width;
   float eps;
@@ -25,14 +25,15 @@ struct ModulatedNormBackwardArgs {
   int64_t x_batch_stride, x_token_stride;
   Source scale;  // [B, F, D]
   int64_t scale_batch_stride, scale_frame_stride;
-  const float *mean, *rstd;           // [B, T]
-  Target grad_x;                      // [B, T, D] contiguous
-  float *shift_sums, *scale_sums;     // [B, F, blocks, D], sums over the tokens of a block
+  const float *mean, *rstd;        // [B, T]
+  Target grad_x;                   // [B, T, D] contiguous
+  float *shift_sums, *scale_sums;  // [B, F, blocks, D], sums over the tokens of a block
   int64_t tokens, frames, width;
   int64_t blocks, tokens_a_block;  // of a frame's tokens; the last block may be shorter
 };
 
 // Blocks begin .. end of the B * F * blocks blocks.
-STREAM_R1_KERNEL(modulated_norm_backward, void(const ModulatedNormBackwardArgs& args, int64_t begin, int64_t end));
+STREAM_R1_KERNEL(modulated_norm_backward,
+                 void(const ModulatedNormBackwardArgs& args, int64_t begin, int64_t end));
 
 }  // namespace stream_r1

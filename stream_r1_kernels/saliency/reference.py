@@ -13,7 +13,7 @@ def region_saliency_reference(pixel_grads: Tensor, frames: int, rows: int, colum
     *lead, pixel_frames, _, height, width = pixel_grads.shape
     if pixel_grads.dtype != torch.float64:
         pixel_grads = pixel_grads.float()
-    norm = torch.linalg.vector_norm(pixel_grads, dim=-3)  # [..., T, H, W]
+    norm = pixel_grads.square().sum(-3).sqrt()  # [..., T, H, W]; many times faster than vector_norm here
     tiles = norm.reshape(*lead, pixel_frames, rows, height // rows, columns, width // columns)
     cells = tiles.mean(dim=(-3, -1))  # [..., T, rows, columns]
     first = cells[..., :1, :, :]  # the causal VAE codes pixel frame 0 alone
