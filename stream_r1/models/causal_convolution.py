@@ -1,8 +1,8 @@
 """Causal 3D convolution with a carried past: what lets a Wan autoencoder run piece by piece.
 
-A `WanCausalConv3d` of diffusers pads time on the left only. Here the same weights are applied to `[past |
-x]`, where `past` are the last input frames of the previous piece (zeros before the first), so that running a
-video in pieces of any length equals running it at once.
+A `WanCausalConv3d` of diffusers pads time on the left only. Here the same weights are applied to
+`[past | x]`, where `past` are the last input frames of the previous piece (zeros before the first), so that
+running a video in pieces of any length equals running it at once.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ class _MkldnnConv3d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        # the gradient of a stride-1 correlation: a correlation with the mirrored weights, inputs and outputs
-        # swapped
+        # of a stride-1 correlation: a correlation with mirrored weights, inputs and outputs swapped
         weight = ctx.weight.flip(2, 3, 4).transpose(0, 1)
         padding = [k - 1 - p for k, p in zip(ctx.weight.shape[2:], ctx.padding, strict=True)]
         grad = grads[0].contiguous(memory_format=torch.channels_last_3d)
@@ -48,7 +47,7 @@ def conv3d(x: Tensor, conv: nn.Conv3d, padding: tuple[int, int, int]) -> Tensor:
         and not weight.requires_grad
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
+        and torch.backends.mkldnn.enabled
     )
     if not on_onednn:
         return functional.conv3d(x, weight, bias, padding=padding)

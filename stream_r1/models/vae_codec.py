@@ -9,13 +9,13 @@ frames another one.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import (
     DupUp3D,
-    WanAttentionBlock,
     WanDecoder3d,
     WanEncoder3d,
-    WanMidBlock,
     WanResample,
     WanResidualBlock,
     WanResidualDownBlock,
@@ -63,12 +63,7 @@ def encode_piece(encoder: WanEncoder3d, x: Tensor, past: Past, *, first: bool) -
     x = causal_conv3d(x, encoder.conv_in, past)
     for block in encoder.down_blocks:
         if isinstance(block, WanResidualDownBlock):
-            y = x
-            for resnet in block.resnets:
-                y = _residual_block(y, resnet, past)
-            if block.downsampler is not None:
-                y = _downsample(y, block.downsampler, past, first)
-            x = y + block.avg_shortcut(x.contiguous())
+            x = _down_block(x, block, past, first)
         elif isinstance(block, WanResidualBlock):
             x = _residual_block(x, block, past)
         elif isinstance(block, WanResample):
@@ -79,15 +74,26 @@ def encode_piece(encoder: WanEncoder3d, x: Tensor, past: Past, *, first: bool) -
     return causal_conv3d(_norm_silu(x, encoder.norm_out), encoder.conv_out, past)
 
 
-def _middle(x: Tensor, block: WanMidBlock, past: Past) -> Tensor:
+def _middle(x: Tensor, block: Any, past: Past) -> Tensor:
+    """A `WanMidBlock`."""
     x = _residual_block(x, block.resnets[0], past)
-    attention: WanAttentionBlock
     for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
         x = _residual_block(attention(x), resnet, past)  # attention within a frame: it needs no past
     return x
 
 
-def _up_block(x: Tensor, block: nn.Module, past: Past, first: bool) -> Tensor:
+def _down_block(x: Tensor, block: Any, past: Past, first: bool) -> Tensor:
+    """A `WanResidualDownBlock`."""
+    y = x
+    for resnet in block.resnets:
+        y = _residual_block(y, resnet, past)
+    if block.downsampler is not None:
+        y = _downsample(y, block.downsampler, past, first)
+    return y + block.avg_shortcut(x.contiguous())
+
+
+def _up_block(x: Tensor, block: Any, past: Past, first: bool) -> Tensor:
+    """A `WanUpBlock` or `WanResidualUpBlock`."""
     y = x
     for resnet in block.resnets:
         y = _residual_block(y, resnet, past)

@@ -78,7 +78,7 @@ class StreamR1Pipeline:
         if not fps > 0:
             raise ValueError(f"StreamR1Pipeline: fps must be positive, got {fps}")
         height, width = size
-        _, patch_rows, patch_columns = student.config.patch_size
+        _, patch_rows, patch_columns = student.config["patch_size"]
         rows, columns = vae.spatial_factor * patch_rows, vae.spatial_factor * patch_columns
         if height < rows or width < columns or height % rows or width % columns:
             expected = f"positive multiples of ({rows}, {columns})"
@@ -156,7 +156,7 @@ class StreamR1Pipeline:
             **{**chosen.student, **settings},
         )
         if text_encoder is None:
-            length = student.config.text_len
+            length = student.config["text_len"]
             if small:
                 text_encoder = MiniLMEncoder(length, device)
             else:
@@ -205,10 +205,11 @@ class StreamR1Pipeline:
         config, factor = self.student.config, self.vae.temporal_factor
         first = 0
         if first_frames is None:  # a video's first latent frame makes one pixel frame
-            first = self.vae.frames(config.first_chunk_frames or config.frames_per_chunk)
-        later = math.ceil(max(0, frames - first) / (factor * config.frames_per_chunk))
+            first = self.vae.frames(config["first_chunk_frames"] or config["frames_per_chunk"])
+        later = math.ceil(max(0, frames - first) / (factor * config["frames_per_chunk"]))
         chunks = self.stream(prompt, seed, later + (first > 0), first_frames=first_frames)
-        return torch.cat([chunk.frames.cpu() for chunk in chunks], dim=1)[:, :frames]
+        made = [chunk.frames.cpu() for chunk in chunks if chunk.frames is not None]
+        return torch.cat(made, dim=1)[:, :frames]
 
 
 def _local_folder(folder_or_repo: str | Path, with_student: bool) -> Path:

@@ -97,11 +97,11 @@ class Sampler:
         self.steps = self.schedule.denoising_steps(steps)
         if not 0 <= context_noise < 1000:
             raise ValueError(f"Sampler: context_noise must be in [0, 1000), got {context_noise}")
-        channels = student.config.in_channels
+        channels = student.config["in_channels"]
         if vae is not None and vae.channels != channels:
             expected = f"the student's {channels} latent channels"
             raise ValueError(f"Sampler: the vae must have {expected}, got {vae.channels}")
-        width = student.config.text_dim
+        width = student.config["text_dim"]
         if text_encoder is not None and text_encoder.dim != width:
             expected = f"the student's text_dim {width}"
             raise ValueError(f"Sampler: the text_encoder must have {expected}, got {text_encoder.dim}")
@@ -141,7 +141,7 @@ class Sampler:
         started = time.perf_counter()
         if chunks is not None and chunks < 1:
             raise ValueError(f"stream: chunks must be at least 1 or None, got {chunks}")
-        if chunks is None and self.student.config.window_frames is None:
+        if chunks is None and self.student.config["window_frames"] is None:
             expected = "a student without window_frames sees its whole past, so chunks must be a number"
             raise ValueError(f"stream: {expected}, got None")
         with torch.no_grad():
@@ -158,7 +158,7 @@ class Sampler:
 
     def embed(self, prompts: str | Sequence[str] | Tensor) -> Tensor:
         """Text embeddings [B, L, text_dim] of prompts, on the student's device."""
-        width = self.student.config.text_dim
+        width = self.student.config["text_dim"]
         if isinstance(prompts, Tensor):
             if prompts.dim() != 3 or prompts.shape[2] != width or not len(prompts):
                 raise ValueError(f"stream: embeddings must be [B, L, {width}], got {list(prompts.shape)}")
@@ -170,7 +170,7 @@ class Sampler:
 
     def _given_latents(self, given: Tensor, batch: int) -> Tensor:
         """first_frames as normalised latents [batch, F, C, h, w], whole chunks."""
-        channels, config = self.student.config.in_channels, self.student.config
+        channels, config = self.student.config["in_channels"], self.student.config
         if given.dim() != 5 or len(given) not in (1, batch):
             expected = f"[{batch} or 1, T, 3, H, W] or [{batch} or 1, F, {channels}, h, w]"
             raise ValueError(f"stream: first_frames must be {expected}, got {list(given.shape)}")
@@ -180,7 +180,7 @@ class Sampler:
             given = self.vae.encode(given)
         elif given.shape[2] != channels:
             raise ValueError(f"stream: first_frames must have 3 or {channels} channels, got {given.shape[2]}")
-        first, later = config.first_chunk_frames or config.frames_per_chunk, config.frames_per_chunk
+        first, later = config["first_chunk_frames"] or config["frames_per_chunk"], config["frames_per_chunk"]
         frames = given.shape[1]
         if frames < first or (frames - first) % later:
             pixels = ""
@@ -216,16 +216,16 @@ class Stream(Iterator[Chunk]):
         self._chunks_left = chunks
         self._text = self._student.encode_text(embeds)
         self._batch = len(embeds)
-        self._shape = (self._student.config.in_channels, *size)
+        self._shape = (self._student.config["in_channels"], *size)
         self._decoder = None if sampler.vae is None else sampler.vae.stream_decoder(self._batch)
         self._uncommitted: Tensor | None = None  # the last chunk's x0, until its clean pass
         self._cache_seconds = 0.0  # of clean passes since the last chunk
         max_frames = None
         if chunks is not None:
             config = self._student.config
-            first = config.first_chunk_frames or config.frames_per_chunk
-            given_frames = 0 if given is None else given.shape[1]
-            max_frames = (given_frames or first - config.frames_per_chunk) + chunks * config.frames_per_chunk
+            later = config["frames_per_chunk"]
+            before = (config["first_chunk_frames"] or later) - later if given is None else given.shape[1]
+            max_frames = before + chunks * later
         self.cache = self._student.new_cache(self._batch, *size, max_frames=max_frames)
         self.timings.text = self._since(started)
         if given is not None:

@@ -78,7 +78,7 @@ class VideoWriter:
         _check_frames("VideoWriter.write", frames)
         height, width = frames.shape[-2:]
         if self._size not in (None, (height, width)):
-            expected = f"{self._size[0]} x {self._size[1]}"  # type: ignore[index]
+            expected = f"{self._size[0]} x {self._size[1]}"
             raise ValueError(
                 f"VideoWriter.write: frames must be {expected} as before, got {height} x {width}"
             )

@@ -134,6 +134,17 @@ def test_decode_gradient(kind: str, batch: int, checkpoint: bool, monkeypatch: p
     assert all(parameter.grad is None for parameter in vae.parameters())
 
 
+def test_bfloat16_is_close_to_float32(kind: str) -> None:
+    vae, half = VideoVAE(autoencoder(kind)), VideoVAE(autoencoder(kind).to(torch.bfloat16))
+    latents = random_latents(vae, 1, frames=2, rows=2, columns=2)
+    video = half.decode(latents)
+    assert video.dtype == torch.float32
+    assert (video - vae.decode(latents)).abs().max() < 0.1
+    again = half.encode(video)
+    assert again.dtype == torch.float32
+    assert (again - vae.encode(video)).abs().max() < 0.1 * again.abs().max()
+
+
 @pytest.mark.parametrize("padding", [(0, 1, 1), (0, 0, 0), (1, 1, 1)])
 def test_conv3d_matches_torch(padding: tuple[int, int, int]) -> None:
     conv = torch.nn.Conv3d(5, 7, (3, 3, 3)).requires_grad_(False)
