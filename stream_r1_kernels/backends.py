@@ -1,7 +1,8 @@
 """What this machine can run and, for what it can't, why.
 
-The compiled ops are registered with torch when this module is imported. A build that is missing, or that was made against
-another torch, is no error here: the reasons are kept, `backend="reference"` works, and asking for a compiled backend raises with them.
+The compiled ops are registered with torch when this module is imported. A build that is missing, or that was
+made against another torch, is no error here: the reasons are kept, `backend="reference"` works, and asking
+for a compiled backend raises with them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def _public(version: str) -> str:
 
 
 def read_build_record() -> dict[str, Any] | None:
-    """What setup.py wrote beside the extension (torch version, instruction sets, what was left out), or None."""
+    """What setup.py wrote beside the extension (torch, instruction sets, what was left out), or None."""
     path = _FOLDER / "_build.json"
     return json.loads(path.read_text()) if path.exists() else None
 
@@ -37,8 +38,8 @@ def _load_extension() -> str | None:
         return "the compiled extension is not built: run `pip install -e .` (or install a wheel)"
     if _public(record["torch"]) != _public(torch.__version__):
         return (
-            f"the compiled extension was built against torch {record['torch']} but torch {torch.__version__} is running: "
-            "rebuild it with `pip install -e . --no-build-isolation`"
+            f"the compiled extension was built against torch {record['torch']} but torch {torch.__version__} "
+            "is running: rebuild it with `pip install -e . --no-build-isolation`"
         )
     try:
         torch.ops.load_library(str(found[0]))
@@ -50,8 +51,7 @@ def _load_extension() -> str | None:
 EXTENSION_PROBLEM = _load_extension()
 
 
-def unavailable() -> dict[str, str]:
-    """Why a backend can't be used here, by name; backends that are not in it can be."""
+def _find_unavailable() -> dict[str, str]:
     why = {
         "cuda": (read_build_record() or {}).get("left_out", {}).get("cuda", "the CUDA kernels are not built"),
         "triton": "this version has no Triton kernels yet",
@@ -61,11 +61,26 @@ def unavailable() -> dict[str, str]:
     return why
 
 
+_UNAVAILABLE = _find_unavailable()
+
+# Looked up once: asking the dispatcher takes longer than a small op, and a compiled graph can't ask.
+_CPU_OPS = frozenset(
+    name.removeprefix("stream_r1::")
+    for name in torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
+    if name.startswith("stream_r1::")
+)
+
+
+def unavailable() -> dict[str, str]:
+    """Why a backend can't be used here, by name; backends that are not in it can be."""
+    return dict(_UNAVAILABLE)
+
+
 def resolve(backend: str, op: str, tensor: Tensor) -> str:
     """The backend that `op` runs on: "cpu" or "reference".
 
-    "auto" takes the compiled kernels for CPU tensors of a supported dtype and the reference for everything else. A backend
-    that is named is used or refused, never replaced.
+    "auto" takes the compiled kernels for CPU tensors of a supported dtype and the reference for everything
+    else. A backend that is named is used or refused, never replaced.
 
     Raises:
         ValueError: the name is unknown.
@@ -76,16 +91,12 @@ def resolve(backend: str, op: str, tensor: Tensor) -> str:
         return backend
     if backend == "auto":
         usable = EXTENSION_PROBLEM is None and tensor.device.type == "cpu" and tensor.dtype in CPU_DTYPES
-        usable = usable and torch._C._dispatch_has_kernel_for_dispatch_key(f"stream_r1::{op}", "CPU")
-        return "cpu" if usable else "reference"
+        return "cpu" if usable and op in _CPU_OPS else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    why = unavailable()
-    if backend in why:
-        raise RuntimeError(
-            f"{op}: backend {backend!r} can't be used: {why[backend]}; "
-            + "; ".join(f"{name}: {reason}" for name, reason in why.items() if name != backend)
-        )
+    if backend in _UNAVAILABLE:
+        others = "; ".join(f"{name}: {reason}" for name, reason in _UNAVAILABLE.items() if name != backend)
+        raise RuntimeError(f"{op}: backend {backend!r} can't be used: {_UNAVAILABLE[backend]}; {others}")
     if tensor.device.type != backend:
         raise RuntimeError(f"{op}: backend {backend!r} needs {backend} tensors, got one on {tensor.device}")
     if tensor.dtype not in CPU_DTYPES:
