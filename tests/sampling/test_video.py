@@ -85,11 +85,12 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_cut_file_gives_what_it_has(tmp_path: Path) -> None:
+    grain = torch.rand(48, 3, 16, 24, generator=torch.Generator().manual_seed(0))
     with VideoWriter(tmp_path / "a.mp4") as writer:
-        writer.write(clip(48) + 0.05 * torch.rand(48, 3, 16, 24))
+        writer.write(clip(48) + 0.05 * grain)
     data = (tmp_path / "a.mp4").read_bytes()
-    (tmp_path / "a.mp4").write_bytes(data[: len(data) // 2])
-    assert 6 <= len(read_video(tmp_path / "a.mp4")[0]) <= 40
+    (tmp_path / "a.mp4").write_bytes(data[: len(data) * 3 // 4])
+    assert 12 <= len(read_video(tmp_path / "a.mp4")[0]) < 48
     assert len(read_video(tmp_path / "a.mp4", max_frames=5)[0]) == 5
 
 
