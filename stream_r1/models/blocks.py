@@ -36,6 +36,11 @@ class RMSScale(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
 
+    def normalise(self, x: Tensor, eps: float) -> Tensor:
+        """For cross-attention, where nothing is rotated: [B, T, D], in float32 inside, in x's dtype."""
+        wide = x if x.dtype == self.weight.dtype else x.to(self.weight.dtype)  # under autocast they differ
+        return functional.rms_norm(wide, x.shape[-1:], self.weight, eps).to(x.dtype)
+
 
 class Attention(nn.Module):
     """Projections of one attention; who attends to what is the block's affair."""
@@ -136,7 +141,7 @@ class Block(nn.Module):
     def text_keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Embedded text [B, L, D] -> this block's cross-attention keys and values, [B, L, H, D / H] each."""
         attn = self.attn2
-        k = functional.rms_norm(attn.to_k(text), (text.shape[-1],), attn.norm_k.weight, self.eps)
+        k = attn.norm_k.normalise(attn.to_k(text), self.eps)
         return attn.split_heads(k), attn.split_heads(attn.to_v(text))
 
     def forward(
@@ -203,7 +208,7 @@ class Block(nn.Module):
 
     def cross_attention(self, h: Tensor, text_k: Tensor, text_v: Tensor) -> Tensor:
         attn = self.attn2
-        q = attn.split_heads(functional.rms_norm(attn.to_q(h), (h.shape[-1],), attn.norm_q.weight, self.eps))
+        q = attn.split_heads(attn.norm_q.normalise(attn.to_q(h), self.eps))
         # scaled_dot_product_attention wants [B, H, T, D / H]
         q, k, v = q.transpose(1, 2), text_k.transpose(1, 2), text_v.transpose(1, 2)
         return attn.project_out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2))

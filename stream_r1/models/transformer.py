@@ -278,8 +278,11 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
         Args:
             max_frames: latent frames the stream can get to; needed by a model without a window, else ignored.
-            dtype: of the keys and values; None: the model's.
+            dtype: of the keys and values; None: that in which the model computes, autocast included.
         """
+        if dtype is None:
+            autocast = torch.is_autocast_enabled(self.device.type)
+            dtype = torch.get_autocast_dtype(self.device.type) if autocast else self.dtype
         rows, columns = self._grid("new_cache", height, width)
         config = self.config
         return ChunkCache(
@@ -296,7 +299,7 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             ema=config["sink_ema"],
             max_frames=max_frames,
             first_chunk_frames=config["first_chunk_frames"],
-            dtype=dtype or self.dtype,
+            dtype=dtype,
             device=self.device,
         )
 

@@ -104,6 +104,25 @@ def test_half_precision_keeps_what_diffusers_keeps(tmp_path):
     assert relative_error(half, exact) < 0.05
 
 
+def test_autocast_computes_in_half_precision_and_trains_float32_weights():
+    student = make_student(window_frames=6)
+    x, t, embeds = make_inputs(6)
+    with torch.no_grad():
+        exact = student(x, t, embeds, mask="causal")
+    with torch.autocast("cpu", torch.bfloat16):
+        text = student.encode_text(embeds)
+        whole = student(x, t, text, mask="causal")
+        cache = student.new_cache(2, 4, 6)
+        student.forward_chunk(x[:, :3], t, text, cache)
+        cache.commit()
+        chunk = student.forward_chunk(x[:, 3:], t, text, cache, write=False)
+    assert cache.storage.dtype == torch.bfloat16
+    assert relative_error(whole, exact) < 0.05
+    assert relative_error(chunk, exact[:, 3:]) < 0.05
+    (whole.square().mean() + chunk.square().mean()).backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in student.parameters())
+
+
 def test_one_timestep_for_all_frames_is_the_same_timestep_for_each():
     student = make_student()
     x, t, embeds = make_inputs(6)
