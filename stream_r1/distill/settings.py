@@ -93,14 +93,28 @@ class WeightingSettings(Settings):
     samples_at_once: Count | None = None
 
 
-class DistillSettings(Settings):
+class LoopSettings(Settings):
+    """How long a run is and what it keeps. max_skipped: updates in a row that may fail to be finite."""
+
+    steps: Count = 1000
+    seed: int = 0
+    max_skipped: Count = 5
+    checkpoint_every: Count = 50
+    keep_checkpoints: Count = 2
+
+    def maths(self) -> dict[str, Any]:
+        """What a resumed run may not change."""
+        free = {"steps", "max_skipped", "checkpoint_every", "keep_checkpoints"}
+        return self.model_dump(mode="json", exclude=free)
+
+
+class DistillSettings(LoopSettings):
     """One distillation run.
 
     A step is one critic update; every `critic_updates`-th step, the generator is updated first. `batch` is
     the number of samples an update sees, in `accumulation` equal parts.
     """
 
-    steps: Count = 1000
     batch: Count = 64
     accumulation: Count = 1
     critic_updates: Count = 5
@@ -111,10 +125,6 @@ class DistillSettings(Settings):
     rollout: RolloutSettings = RolloutSettings()
     matching: MatchingSettings = MatchingSettings()
     weighting: WeightingSettings = WeightingSettings()
-    seed: int = 0
-    max_skipped: Count = 5
-    checkpoint_every: Count = 50
-    keep_checkpoints: Count = 2
 
     @model_validator(mode="after")
     def _fits_together(self) -> DistillSettings:
@@ -129,7 +139,24 @@ class DistillSettings(Settings):
             )
         return self
 
-    def maths(self) -> dict[str, Any]:
-        """What a resumed run may not change."""
-        free = {"steps", "max_skipped", "checkpoint_every", "keep_checkpoints"}
-        return self.model_dump(mode="json", exclude=free)
+
+class InitSettings(LoopSettings):
+    """Training of a student's start: ODE regression or teacher forcing.
+
+    warmup: steps over which the learning rate rises. The average of the weights is what one wants in the end.
+    """
+
+    batch: Count = 64
+    accumulation: Count = 1
+    optimizer: OptimizerSettings = OptimizerSettings(lr=2e-6, betas=(0.9, 0.999), clip=10.0)
+    warmup: Annotated[int, Field(ge=0)] = 0
+    ema: EmaSettings = EmaSettings(decay=0.99, start=0)
+    gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _whole_parts(self) -> InitSettings:
+        if self.batch % self.accumulation:
+            raise ValueError(
+                f"accumulation: expected a divisor of batch {self.batch}, got {self.accumulation}"
+            )
+        return self

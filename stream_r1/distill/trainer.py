@@ -1,33 +1,25 @@
-"""The distillation trainer: what a step does, and a loop around it that can be stopped and resumed."""
+"""The distillation trainer, top to bottom: what one step does. `loop.py` is the loop around it."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from stream_r1.distill.dmd import DistributionMatching
-from stream_r1.distill.events import Clock, Event, Preview, Saved, StepDone
+from stream_r1.distill.events import Clock, Preview, StepDone
+from stream_r1.distill.loop import TrainingLoop, make_adamw
 from stream_r1.distill.noise import SampleNoise
 from stream_r1.distill.prompts import PromptEmbeddings, ShuffledOrder, TextEncoder
 from stream_r1.distill.rollout import self_rollout
-from stream_r1.distill.settings import DistillSettings, OptimizerSettings
-from stream_r1.distill.state import (
-    CheckpointError,
-    Ema,
-    StopRequest,
-    list_checkpoints,
-    load_checkpoint,
-    load_optimizer_tensors,
-    load_parameters,
-    optimizer_tensors,
-    save_checkpoint,
-)
+from stream_r1.distill.settings import DistillSettings
+from stream_r1.distill.state import Ema, load_optimizer_tensors, load_parameters, optimizer_tensors
 from stream_r1.distill.weighting import StreamR1Weights
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.rewards.base import Reward
@@ -40,10 +32,6 @@ class Decoder(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """[B, F, C, h, w] -> [B, T, 3, H, W] in [0, 1]."""
         ...
-
-
-class DivergedError(RuntimeError):
-    """Too many updates in a row were not finite."""
 
 
 @dataclass
@@ -61,7 +49,7 @@ class _Draw:
             yield _Draw(self.prompts[start:stop], self.seeds[start:stop], self.exit_step)
 
 
-class DistillTrainer:
+class DistillTrainer(TrainingLoop):
     """Distils a bidirectional teacher into a causal few-step student, weighted by a reward.
 
     for event in trainer.run():
@@ -97,8 +85,8 @@ class DistillTrainer:
         reward: Reward | None = None,
         negative: Tensor | None = None,
     ) -> None:
+        super().__init__(settings, folder)
         self.settings = settings
-        self.folder = Path(folder) if folder is not None else None
         self.device = next(student.parameters()).device
         self.student = student.train()
         self.teacher = teacher.eval().requires_grad_(False)
@@ -123,43 +111,11 @@ class DistillTrainer:
             schedule=self.schedule,
             guidance=settings.matching.guidance,
         )
-        self.student_optimizer = _adamw(self.student, settings.student)
-        self.critic_optimizer = _adamw(self.critic, settings.critic)
+        self.student_optimizer = make_adamw(self.student, settings.student)
+        self.critic_optimizer = make_adamw(self.critic, settings.critic)
         self.ema = Ema(self.student, settings.ema.decay, settings.ema.start)
 
-        self.step = 0  # steps done
-        self.stopped = False
-        self._stop = StopRequest()
-        self._skipped = {"student": 0, "critic": 0}  # updates in a row
         self._check_chunks()
-
-    def run(self) -> Iterator[Event]:
-        """Trains up to `settings.steps`, yielding an event a step.
-
-        The first Ctrl-C (or `stop()`) finishes the step under way, keeps a checkpoint and ends the
-        iteration, with `stopped` set; so does a consumer that leaves the loop. Raises DivergedError when too
-        many updates in a row were not finite; the last checkpoint is from before them.
-        """
-        self.stopped = False
-        with self._stop:
-            while self.step < self.settings.steps:
-                if self._stop:
-                    self.stopped = True
-                    yield from self._save("stopped")
-                    return
-                done = self.train_step()
-                try:
-                    yield done
-                except GeneratorExit:  # the consumer left; between two steps everything is whole
-                    list(self._save("stopped"))
-                    raise
-                if self.step % self.settings.checkpoint_every == 0 and self.step < self.settings.steps:
-                    yield from self._save("interval")
-            yield from self._save("finished")
-
-    def stop(self) -> None:
-        """Asks a running `run` to stop after the step under way; from any thread."""
-        self._stop.request()
 
     def train_step(self) -> StepDone:
         """One step: the generator if it is its turn, then the critic."""
@@ -257,33 +213,6 @@ class DistillTrainer:
         # The history learns of all micro-batches' scores at once, when the update is done.
         return Preview(prompts, video, self.weights(video, prompts, (frames, height, width), observe=False))
 
-    def _descend(
-        self,
-        name: str,
-        optimizer: torch.optim.Optimizer,
-        losses: list[Tensor],
-        clip: float,
-        scalars: dict[str, float],
-    ) -> None:
-        """Clips and steps once for all micro-batches; skips the update if anything in it is not finite."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, clip)
-        loss = torch.stack(losses).mean()
-        numbers = torch.stack([loss.float(), norm.float()])
-        finite = bool(torch.isfinite(numbers).all())
-        if finite:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        scalars[f"{name}/loss"], scalars[f"{name}/grad_norm"] = numbers.tolist()
-        scalars[f"{name}/skipped"] = float(not finite)
-        self._skipped[name] = 0 if finite else self._skipped[name] + 1
-        if self._skipped[name] >= self.settings.max_skipped:
-            raise DivergedError(
-                f"{self._skipped[name]} updates of the {name} in a row were not finite, the last at step "
-                f"{self.step + 1} (loss {numbers[0]:g}, gradient norm {numbers[1]:g}): lower its lr, "
-                "or resume from an earlier checkpoint"
-            )
-
     def _make_weights(self, reward: Reward | None) -> StreamR1Weights | None:
         chosen = self.settings.weighting
         if reward is not None and self.vae is None:
@@ -304,59 +233,33 @@ class DistillTrainer:
                 f"{config.frames_per_chunk}, got {frames}"
             )
 
-    def _save(self, why: Literal["interval", "stopped", "finished"]) -> Iterator[Event]:
-        path = self.save()
-        if path is not None:
-            yield Saved(self.step, path, why)
-
-    def save(self) -> Path | None:
-        """Writes a checkpoint of everything that the rest of the run depends on; None without a folder."""
-        if self.folder is None:
-            return None
-        parts = {
+    def _parts(self) -> dict[str, dict[str, Tensor]]:
+        return {
             "student": dict(self.student.state_dict()),
             "critic": dict(self.critic.state_dict()),
             "ema": self.ema.tensors(),
             "student_optimizer": optimizer_tensors(self.student_optimizer),
             "critic_optimizer": optimizer_tensors(self.critic_optimizer),
-            "random": {"trainer": self.random.get_state(), "torch": torch.get_rng_state()},
+            "draws": {"random": self.random.get_state()},
         }
-        values = {
-            "step": self.step,
-            "skipped": self._skipped,
-            "settings": self.settings.maths(),
-            "prompts": self.order.state_dict(),
-            "weights": self.weights.state_dict() if self.weights is not None else None,
-        }
-        return save_checkpoint(self.folder, self.step, parts, values, keep=self.settings.keep_checkpoints)
 
-    def resume(self) -> Path | None:
-        """Continues from the newest checkpoint in the folder, bit for bit; None if there is none.
+    def _values(self) -> dict[str, Any]:
+        weights = self.weights.state_dict() if self.weights is not None else None
+        return {"order": self.order.state_dict(), "weights": weights}
 
-        Raises CheckpointError if it is damaged or of a run with other settings.
-        """
-        there = list_checkpoints(self.folder) if self.folder is not None else []
-        if not there:
-            return None
-        self.load(there[-1])
-        return there[-1]
-
-    def load(self, path: Path | str) -> None:
-        """Continues from a checkpoint; see `resume`."""
-        parts, values = load_checkpoint(path)
-        _refuse_other_settings(path, values["settings"], self.settings.maths())
+    def _restore(self, parts: dict[str, dict[str, Tensor]], values: dict[str, Any]) -> None:
         load_parameters(self.student, parts["student"])
         load_parameters(self.critic, parts["critic"])
         self.ema.load_tensors(parts.get("ema", {}))
         load_optimizer_tensors(self.student_optimizer, parts.get("student_optimizer", {}))
         load_optimizer_tensors(self.critic_optimizer, parts.get("critic_optimizer", {}))
-        self.random.set_state(parts["random"]["trainer"])
-        torch.set_rng_state(parts["random"]["torch"])
-        self.order.load_state_dict(values["prompts"])
+        self.random.set_state(parts["draws"]["random"])
+        self.order.load_state_dict(values["order"])
         if self.weights is not None and values["weights"] is not None:
             self.weights.load_state_dict(values["weights"])
-        self.step = values["step"]
-        self._skipped = values["skipped"]
+
+    def _identity(self) -> dict[str, Any]:
+        return super()._identity() | {"prompts": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()}
 
     def export(self, folder: Path | str, *, ema: bool = True) -> None:
         """Writes the student as a diffusers folder, with its averaged weights if `ema` and there are some."""
@@ -365,26 +268,3 @@ class DistillTrainer:
                 self.student.save_pretrained(folder)
         else:
             self.student.save_pretrained(folder)
-
-
-def _adamw(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        model.parameters(),
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
-
-
-def _refuse_other_settings(path: Path | str, theirs: dict, ours: dict, at: str = "") -> None:
-    for key in sorted(theirs.keys() | ours.keys()):
-        a, b = theirs.get(key), ours.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            _refuse_other_settings(path, a, b, f"{at}{key}.")
-        elif a != b:
-            raise CheckpointError(
-                f"{path}: made with {at}{key} = {a!r}, this run has {b!r}: "
-                "resume with the same settings, or start anew"
-            )

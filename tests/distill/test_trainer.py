@@ -13,9 +13,10 @@ from torch import Tensor
 from toy_rewards import SmoothReward
 
 from stream_r1.distill.events import Saved, StepDone
+from stream_r1.distill.loop import DivergedError
 from stream_r1.distill.settings import DistillSettings
 from stream_r1.distill.state import CheckpointError, Ema, list_checkpoints, load_checkpoint, save_checkpoint
-from stream_r1.distill.trainer import DistillTrainer, DivergedError
+from stream_r1.distill.trainer import DistillTrainer
 
 MODES = ["uniform", "re-dmd", "spatial", "temporal", "no-balance", "full"]
 

@@ -1,0 +1,122 @@
+"""Training of a student's start: the trainer that ODE regression and teacher forcing share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from stream_r1.distill.events import Clock, StepDone
+from stream_r1.distill.loop import TrainingLoop, make_adamw
+from stream_r1.distill.noise import SampleNoise
+from stream_r1.distill.prompts import ShuffledOrder
+from stream_r1.distill.settings import InitSettings
+from stream_r1.distill.state import Ema, load_optimizer_tensors, load_parameters, optimizer_tensors
+from stream_r1.models.transformer import CausalWanTransformer
+
+
+class Objective(Protocol):
+    """What a student's start learns: data, and a loss on some of it."""
+
+    def __len__(self) -> int:
+        """How many samples there are."""
+        ...
+
+    def loss(self, student: CausalWanTransformer, indices: list[int], noise: SampleNoise) -> Tensor:
+        """A scalar, the mean over the samples named; what is random comes from `noise`, a stream a sample."""
+        ...
+
+
+class InitTrainer(TrainingLoop):
+    """Trains a causal student on an objective, resumable bit for bit.
+
+    for event in InitTrainer(settings, student, OdeRegression(pairs), folder="out/ode").run():
+        show(event)
+
+    Args:
+        settings: see `InitSettings`.
+        student: is trained in place.
+        objective: `OdeRegression` or `TeacherForcing`.
+        folder: where checkpoints go and come from; None keeps none.
+    """
+
+    def __init__(
+        self,
+        settings: InitSettings,
+        student: CausalWanTransformer,
+        objective: Objective,
+        *,
+        folder: Path | str | None = None,
+    ) -> None:
+        super().__init__(settings, folder)
+        self.settings = settings
+        self.student = student.train()
+        if settings.gradient_checkpointing:
+            student.enable_gradient_checkpointing()
+        self.objective = objective
+        self.device = next(student.parameters()).device
+        self.order = ShuffledOrder(len(objective), settings.seed)
+        self.random = torch.Generator().manual_seed(settings.seed)
+        self.optimizer = make_adamw(student, settings.optimizer)
+        self.ema = Ema(student, settings.ema.decay, settings.ema.start)
+
+    def train_step(self) -> StepDone:
+        clock, scalars, losses = Clock(), dict[str, float](), []
+        indices = self.order.draw(self.settings.batch)
+        seeds = torch.randint(2**62, (self.settings.batch,), generator=self.random).tolist()
+        size = self.settings.batch // self.settings.accumulation
+        for start in range(0, self.settings.batch, size):
+            noise = SampleNoise(seeds[start : start + size], self.device)
+            with clock.part("forward"):
+                loss = self.objective.loss(self.student, indices[start : start + size], noise)
+            with clock.part("backward"):
+                (loss / self.settings.accumulation).backward()
+            losses.append(loss.detach())
+        with clock.part("optimizer"):
+            lr = self.settings.optimizer.lr * min(1.0, (self.step + 1) / max(1, self.settings.warmup))
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self._descend("student", self.optimizer, losses, self.settings.optimizer.clip, scalars)
+            if not scalars["student/skipped"]:
+                self.ema.update(self.step)
+        self.step += 1
+        return StepDone(self.step, self.settings.steps, scalars, clock.seconds)
+
+    def export(self, folder: Path | str, *, ema: bool = True) -> None:
+        """Writes the student as a diffusers folder, with its averaged weights if `ema` and there are some."""
+        if ema:
+            with self.ema.applied():
+                self.student.save_pretrained(folder)
+        else:
+            self.student.save_pretrained(folder)
+
+    def _parts(self) -> dict[str, dict[str, Tensor]]:
+        return {
+            "student": dict(self.student.state_dict()),
+            "ema": self.ema.tensors(),
+            "optimizer": optimizer_tensors(self.optimizer),
+            "draws": {"random": self.random.get_state()},
+        }
+
+    def _values(self) -> dict[str, Any]:
+        return {"order": self.order.state_dict()}
+
+    def _restore(self, parts: dict[str, dict[str, Tensor]], values: dict[str, Any]) -> None:
+        load_parameters(self.student, parts["student"])
+        self.ema.load_tensors(parts.get("ema", {}))
+        load_optimizer_tensors(self.optimizer, parts.get("optimizer", {}))
+        self.random.set_state(parts["draws"]["random"])
+        self.order.load_state_dict(values["order"])
+
+    def _identity(self) -> dict[str, Any]:
+        return super()._identity() | {"objective": type(self.objective).__name__}
+
+
+def per_chunk(values: Tensor, student: CausalWanTransformer, frames: int) -> Tensor:
+    """One value a chunk [B, at least as many as there are] -> one a frame [B, frames]."""
+    config: Any = student.config
+    lead = config.frames_per_chunk - (config.first_chunk_frames or config.frames_per_chunk)
+    chunk = (torch.arange(frames, device=values.device) + lead) // config.frames_per_chunk
+    return values[:, chunk]

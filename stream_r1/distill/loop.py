@@ -1,0 +1,181 @@
+"""The loop around training steps: events, checkpoints, Ctrl-C, resuming, and updates that are not finite."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from stream_r1.distill.events import Event, Saved, StepDone
+from stream_r1.distill.settings import LoopSettings, OptimizerSettings
+from stream_r1.distill.state import (
+    CheckpointError,
+    StopRequest,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
+
+
+class DivergedError(RuntimeError):
+    """Too many updates in a row were not finite."""
+
+
+class TrainingLoop(ABC):
+    """A run that can be watched, stopped and resumed bit for bit.
+
+    A trainer gives `train_step` and says what of it is state; the loop counts the steps done in `step`.
+
+    Args:
+        settings: how many steps, and when to keep what.
+        folder: where checkpoints go and come from; None keeps none.
+    """
+
+    def __init__(self, settings: LoopSettings, folder: Path | str | None) -> None:
+        self._loop = settings
+        self.folder = Path(folder) if folder is not None else None
+        self.step = 0
+        self.stopped = False
+        self._stop = StopRequest()
+        self._skipped: dict[str, int] = {}  # updates in a row, a model
+
+    @abstractmethod
+    def train_step(self) -> StepDone:
+        """One step; leaves `step` one higher."""
+
+    @abstractmethod
+    def _parts(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors that the rest of the run depends on, by part and name."""
+
+    @abstractmethod
+    def _values(self) -> dict[str, Any]:
+        """The rest that it depends on, as JSON can hold it."""
+
+    @abstractmethod
+    def _restore(self, parts: dict[str, dict[str, Tensor]], values: dict[str, Any]) -> None:
+        """Takes back what `_parts` and `_values` gave."""
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to be of this run."""
+        return self._loop.maths()
+
+    def run(self) -> Iterator[Event]:
+        """Trains up to `settings.steps`, yielding an event a step.
+
+        The first Ctrl-C (or `stop()`) finishes the step under way, keeps a checkpoint and ends the
+        iteration, with `stopped` set; so does a consumer that leaves the loop. Raises DivergedError when too
+        many updates in a row were not finite; the last checkpoint is from before them.
+        """
+        self.stopped = False
+        with self._stop:
+            while self.step < self._loop.steps:
+                if self._stop:
+                    self.stopped = True
+                    yield from self._save("stopped")
+                    return
+                done = self.train_step()
+                try:
+                    yield done
+                except GeneratorExit:  # the consumer left; between two steps everything is whole
+                    self.save()
+                    raise
+                if self.step % self._loop.checkpoint_every == 0 and self.step < self._loop.steps:
+                    yield from self._save("interval")
+            yield from self._save("finished")
+
+    def stop(self) -> None:
+        """Asks a running `run` to stop after the step under way; from any thread."""
+        self._stop.request()
+
+    def save(self) -> Path | None:
+        """Writes a checkpoint of everything that the rest of the run depends on; None without a folder."""
+        if self.folder is None:
+            return None
+        values = {
+            "step": self.step,
+            "skipped": self._skipped,
+            "identity": self._identity(),
+            "own": self._values(),
+        }
+        parts = self._parts() | {"random": {"torch": torch.get_rng_state()}}
+        return save_checkpoint(self.folder, self.step, parts, values, keep=self._loop.keep_checkpoints)
+
+    def resume(self) -> Path | None:
+        """Continues from the newest checkpoint in the folder, bit for bit; None if there is none.
+
+        Raises CheckpointError if it is damaged or of a run with other settings.
+        """
+        there = list_checkpoints(self.folder) if self.folder is not None else []
+        if not there:
+            return None
+        self.load(there[-1])
+        return there[-1]
+
+    def load(self, path: Path | str) -> None:
+        """Continues from a checkpoint; see `resume`."""
+        parts, values = load_checkpoint(path)
+        _refuse_another_run(path, values["identity"], self._identity())
+        torch.set_rng_state(parts.pop("random")["torch"])
+        self._restore(parts, values["own"])
+        self.step = values["step"]
+        self._skipped = values["skipped"]
+
+    def _save(self, why: Literal["interval", "stopped", "finished"]) -> Iterator[Event]:
+        path = self.save()
+        if path is not None:
+            yield Saved(self.step, path, why)
+
+    def _descend(
+        self,
+        name: str,
+        optimizer: torch.optim.Optimizer,
+        losses: list[Tensor],
+        clip: float,
+        scalars: dict[str, float],
+    ) -> None:
+        """Clips and steps once for all micro-batches; skips the update if anything in it is not finite."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, clip)
+        loss = torch.stack(losses).mean()
+        numbers = torch.stack([loss.float(), norm.float()])
+        finite = bool(torch.isfinite(numbers).all())
+        if finite:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        scalars[f"{name}/loss"], scalars[f"{name}/grad_norm"] = numbers.tolist()
+        scalars[f"{name}/skipped"] = float(not finite)
+        self._skipped[name] = 0 if finite else self._skipped.get(name, 0) + 1
+        if self._skipped[name] >= self._loop.max_skipped:
+            raise DivergedError(
+                f"{self._skipped[name]} updates of the {name} in a row were not finite, the last at step "
+                f"{self.step + 1} (loss {numbers[0]:g}, gradient norm {numbers[1]:g}): lower its lr, "
+                "or resume from an earlier checkpoint"
+            )
+
+
+def make_adamw(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
+    """AdamW on all of a model's parameters."""
+    return torch.optim.AdamW(
+        model.parameters(),
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+
+def _refuse_another_run(path: Path | str, theirs: dict, ours: dict, at: str = "") -> None:
+    for key in sorted(theirs.keys() | ours.keys()):
+        a, b = theirs.get(key), ours.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            _refuse_another_run(path, a, b, f"{at}{key}.")
+        elif a != b:
+            raise CheckpointError(
+                f"{path}: made with {at}{key} = {a!r}, this run has {b!r}: "
+                "resume with the same settings, or start anew"
+            )

@@ -1,0 +1,212 @@
+"""ODE regression: a causal few-step student learns where the teacher's trajectories end.
+
+The teacher walks from noise to video by its probability-flow ODE; kept are its states at the student's
+timesteps and the end. The student, under the block-causal mask and with every chunk at a timestep of its own,
+predicts the end from such a state. Source: CausVid (2412.07772, section 4.3).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from stream_r1.distill.dmd import velocity
+from stream_r1.distill.initialise import per_chunk
+from stream_r1.distill.noise import SampleNoise
+from stream_r1.models.transformer import CausalWanTransformer
+from stream_r1.schedule import FlowSchedule
+
+
+@torch.no_grad()
+def ode_pairs(
+    teacher: nn.Module,
+    text: Tensor,
+    noise: Tensor,
+    *,
+    negative: Tensor,
+    schedule: FlowSchedule,
+    steps: Sequence[float] = (1000, 750, 500, 250),
+    solver_steps: int = 48,
+    guidance: float = 3.0,
+    order: int = 2,
+) -> Tensor:
+    """The teacher's trajectories from `noise`, at the student's timesteps and at the end.
+
+    Args:
+        teacher: a bidirectional model, see `velocity`.
+        text: [B, L, D]; negative [1, L, D]: where guidance comes from.
+        noise: [B, F, C, h, w], standard normal.
+        steps: the student's unshifted timesteps, the first of them 1000.
+        solver_steps: of the grid, uniform before the shift; `steps` that are not on it are added.
+        guidance: v = cond + guidance (cond - uncond); 0 saves half the work.
+        order: 1 is Euler; 2 is Adams-Bashforth, which costs the same and errs less.
+
+    Returns:
+        [B, K + 1, F, C, h, w] for K steps, noise first, x0 last.
+    """
+    if order not in (1, 2):
+        raise ValueError(f"ode_pairs: order must be 1 or 2, got {order}")
+    stops = schedule.denoising_steps(steps)
+    if stops[0] != 1000.0:
+        raise ValueError(f"ode_pairs: steps must begin at 1000, got {list(steps)}")
+    # Rounded, so that a stop and its grid point, equal up to rounding errors, are one.
+    grid = sorted({round(t, 6) for t in (*schedule.timesteps(solver_steps), *stops)}, reverse=True)
+    kept = {round(t, 6) for t in stops}
+    x, before, trajectory = noise.float(), None, []
+    for t, t_next in zip(grid, [*grid[1:], 0.0], strict=True):
+        if t in kept:
+            trajectory.append(x)
+        v = _guided(teacher, x, t, text, negative, guidance)
+        step = (t_next - t) / 1000
+        slope = v
+        if order == 2 and before is not None:
+            v_before, step_before = before
+            slope = v + (v - v_before) * (step / (2 * step_before))
+        x, before = x + step * slope, (v, step)
+    return torch.stack([*trajectory, x], dim=1)
+
+
+def _guided(
+    teacher: nn.Module, x: Tensor, t: float, text: Tensor, negative: Tensor, guidance: float
+) -> Tensor:
+    time = torch.full((len(x),), t, device=x.device)
+    if guidance == 0:
+        return velocity(teacher, x, time, text)
+    both = torch.cat([text, negative.to(text).expand_as(text)])
+    cond, uncond = velocity(teacher, torch.cat([x, x]), torch.cat([time, time]), both).chunk(2)
+    return cond + guidance * (cond - uncond)
+
+
+class OdePairs(NamedTuple):
+    """Trajectories of a teacher, ready to learn from."""
+
+    trajectories: Tensor  # [N, K + 1, F, C, h, w], noise first, x0 last
+    text_index: Tensor  # [N], which of `text` each belongs to
+    text: Tensor  # [P, L, D]
+    timesteps: Tensor  # [K], shifted, of all states but the last
+
+
+def make_ode_pairs(
+    teacher: nn.Module,
+    text: Tensor,
+    folder: Path | str,
+    *,
+    pairs: int,
+    latent_shape: Sequence[int],
+    negative: Tensor,
+    schedule: FlowSchedule,
+    steps: Sequence[float] = (1000, 750, 500, 250),
+    solver_steps: int = 48,
+    guidance: float = 3.0,
+    order: int = 2,
+    batch: int = 16,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float16,
+) -> Iterator[int]:
+    """Writes trajectories to `folder`, `batch` to a file, and yields how many there are after each.
+
+    Files that are there are kept, so a broken-off call is continued by the same call; a folder made with
+    other settings is refused. Pair i has text i modulo P and noise that depends on `seed` and i alone.
+    `load_ode_pairs` reads them.
+
+    Args:
+        text: [P, L, D]; negative [1, L, D].
+        pairs: how many trajectories.
+        latent_shape: (F, C, h, w).
+        dtype: of the trajectories on disk.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    device = next(teacher.parameters()).device
+    settings = repr(
+        {
+            "steps": list(map(float, steps)),
+            "solver_steps": solver_steps,
+            "guidance": guidance,
+            "order": order,
+            "seed": seed,
+            "batch": batch,
+            "texts": len(text),
+        }
+    )
+    for start in range(0, pairs, batch):
+        path = folder / f"pairs-{start:06d}.safetensors"
+        count = min(batch, pairs - start)
+        if _pairs_in(path, settings) < count:
+            index = torch.arange(start, start + count)
+            noise = SampleNoise([seed * 1_000_003 + i for i in index.tolist()], device).randn(*latent_shape)
+            words = text[index % len(text)].to(device, torch.float32)
+            found = ode_pairs(
+                teacher,
+                words,
+                noise,
+                negative=negative,
+                schedule=schedule,
+                steps=steps,
+                solver_steps=solver_steps,
+                guidance=guidance,
+                order=order,
+            )
+            partial = path.with_suffix(".partial")
+            tensors = {"trajectories": found.to("cpu", dtype).contiguous(), "text_index": index % len(text)}
+            tensors["timesteps"] = torch.tensor(schedule.denoising_steps(steps))
+            save_file(tensors, partial, metadata={"settings": settings})
+            os.replace(partial, path)
+        yield start + count
+
+
+def _pairs_in(path: Path, settings: str) -> int:
+    """How many pairs a file holds, 0 if it is not there. Raises ValueError if it was made otherwise."""
+    if not path.exists():
+        return 0
+    with safe_open(path, framework="pt") as file:
+        made_with = file.metadata()["settings"]
+        if made_with != settings:
+            raise ValueError(f"make_ode_pairs: {path} was made with {made_with}, expected {settings}")
+        return file.get_slice("text_index").get_shape()[0]
+
+
+def load_ode_pairs(folder: Path | str, text: Tensor) -> OdePairs:
+    """Reads what `make_ode_pairs` wrote for the same `text` [P, L, D]."""
+    files = [load_file(path) for path in sorted(Path(folder).glob("pairs-*.safetensors"))]
+    if not files:
+        raise FileNotFoundError(f"load_ode_pairs: no pairs-*.safetensors in {folder}")
+    trajectories = torch.cat([file["trajectories"] for file in files])
+    index = torch.cat([file["text_index"] for file in files])
+    return OdePairs(trajectories, index, text, files[0]["timesteps"])
+
+
+class OdeRegression:
+    """Learning the end of the teacher's trajectories; an objective for `InitTrainer`."""
+
+    def __init__(self, pairs: OdePairs) -> None:
+        shape, states = pairs.trajectories.shape, len(pairs.timesteps) + 1
+        if len(shape) != 6 or shape[1] != states or pairs.text_index.shape != shape[:1]:
+            raise ValueError(
+                f"OdeRegression: expected trajectories [N, {states}, F, C, h, w] and text_index [N], "
+                f"got {list(shape)} and {list(pairs.text_index.shape)}"
+            )
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs.trajectories)
+
+    def loss(self, student: CausalWanTransformer, indices: list[int], noise: SampleNoise) -> Tensor:
+        """mean (x0 predicted - x0 of the teacher)^2, every chunk from a random state of the trajectory."""
+        pairs, device = self.pairs, noise.device
+        trajectories = pairs.trajectories[indices].to(device, torch.float32)  # [B, K + 1, F, C, h, w]
+        text = pairs.text[pairs.text_index[indices]].to(device, torch.float32)
+        batch, _, frames = trajectories.shape[:3]
+        state = per_chunk(noise.randint(len(pairs.timesteps), frames), student, frames)  # [B, F]
+        rows = torch.arange(batch, device=device)[:, None]
+        x_t = trajectories[rows, state, torch.arange(frames, device=device)]  # [B, F, C, h, w]
+        t = pairs.timesteps.to(device)[state]
+        v = student(x_t, t, text, mask="causal")
+        return (FlowSchedule.x0_from_v(x_t, v, FlowSchedule.sigma(t)) - trajectories[:, -1]).square().mean()
