@@ -1,7 +1,7 @@
 """Builds the one extension, `stream_r1_kernels/_C`: ops registered with torch, no Python module.
 
-`csrc/ops.cpp` and `csrc/cpu/<op>.cpp` are compiled once. `csrc/cpu/<op>_kernel.cpp` are compiled once for every instruction set;
-the fastest that the machine has is picked at run time (csrc/cpu/isa.h).
+`csrc/ops.cpp` and `csrc/cpu/<op>.cpp` are compiled once. `csrc/cpu/<op>_kernel.cpp` are compiled once for
+every instruction set; the fastest that the machine has is picked at run time (csrc/cpu/isa.h).
 """
 
 import json
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from setuptools import setup
+from setuptools import Extension, setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).parent
@@ -41,10 +41,19 @@ def jobs() -> int:
 class BuildKernels(BuildExtension):
     """Compiles the kernel files once an instruction set and records what was built beside the extension."""
 
-    def build_extension(self, ext) -> None:
-        print(f"stream-r1: CPU kernels for {', '.join(ISA_FLAGS)}, against torch {torch.__version__}", file=sys.stderr)
+    def run(self) -> None:
+        print(
+            f"stream-r1: CPU kernels for {', '.join(ISA_FLAGS)}, against torch {torch.__version__}",
+            file=sys.stderr,
+        )
         for part, why in LEFT_OUT.items():
             print(f"stream-r1: left out: {part} ({why})", file=sys.stderr)
+        super().run()
+        package = (ROOT if self.inplace else Path(self.build_lib)) / "stream_r1_kernels"
+        record = {"torch": torch.__version__, "isa": list(ISA_FLAGS), "left_out": LEFT_OUT}
+        (package / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
+
+    def build_extension(self, ext: Extension) -> None:
         kernels = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*_kernel.cpp"))
         ext.extra_objects = [
             built
@@ -53,15 +62,31 @@ class BuildKernels(BuildExtension):
                 kernels,
                 output_dir=os.path.join(self.build_temp, isa),
                 include_dirs=ext.include_dirs,
+                macros=ext.define_macros,
                 extra_postargs=[*ext.extra_compile_args["cxx"], *flags, f"-DSTREAM_R1_ISA={isa}"],
-                depends=ext.depends,
             )
         ]
+        ext.extra_compile_args["cxx"] += ["-include", self.precompile_torch_headers(ext)]
         super().build_extension(ext)
-        record = {"torch": torch.__version__, "isa": list(ISA_FLAGS), "left_out": LEFT_OUT}
-        in_place = self.inplace or getattr(self, "editable_mode", False)
-        package = (ROOT if in_place else Path(self.build_lib)) / "stream_r1_kernels"
-        (package / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
+
+    def precompile_torch_headers(self, ext: Extension) -> str:
+        """Compile csrc/cpu/torch_headers.h with the ops' flags; the compiler finds the result beside the
+        path returned.
+
+        A compiler that can't use it reads the header itself: slower, not different.
+        """
+        header = Path(self.build_temp).resolve() / "torch_headers.h"
+        compiled = header.with_suffix(".h.gch")
+        source = ROOT / "csrc/cpu/torch_headers.h"
+        if not compiled.exists() or compiled.stat().st_mtime < source.stat().st_mtime:
+            header.parent.mkdir(parents=True, exist_ok=True)
+            header.write_text(source.read_text())
+            includes = [f"-I{path}" for path in (*ext.include_dirs, *self.compiler.include_dirs)]
+            defines = [f"-D{name}={value}" for name, value in ext.define_macros]
+            flags = [*self.compiler.compiler_so[1:], *defines, *includes, *ext.extra_compile_args["cxx"]]
+            compiler = os.environ.get("CXX", "c++")
+            self.spawn([compiler, *flags, "-x", "c++-header", str(header), "-o", str(compiled)])
+        return str(header)
 
 
 def extension() -> CppExtension:
@@ -73,7 +98,10 @@ def extension() -> CppExtension:
         depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")),
         define_macros=[(f"STREAM_R1_HAS_{isa.upper()}", "1") for isa in ISA_FLAGS],
         extra_compile_args={
-            "cxx": ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0"]
+            "cxx": [
+                *("-std=c++20", "-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"),
+                *("-fvisibility=hidden", "-g0", "-Winvalid-pch"),
+            ]
         },
         py_limited_api=True,
     )

@@ -1,17 +1,18 @@
 """Ops for streaming video diffusion and its distillation. Needs torch and nothing else.
 
 Attention (`[B, T, H, D]`):
-    ChunkMask, chunk_attention             all chunks at once, block-causal, with window, sink, teacher forcing
+    ChunkMask, chunk_attention             all chunks at once, block-causal; window, sink, teacher forcing
     Past, cached_chunk_attention           one chunk against what came before it
     ChunkCache, LayerCache                 sink and ring of past frames, one buffer a layer
-    RotaryGrid, qk_norm_rotary             positions without a table, and the fused norm + head split + rotary of q and k
+    RotaryGrid, qk_norm_rotary             positions without a table; norm, head split and rotary in one
 Around the matmuls (`[B, T, D]`):
     modulated_norm, gated_add              AdaLN with a modulation per frame
 Distillation (`[B, F, C, h, w]`):
     region_saliency, intra_weights         from a reward's pixel gradients to the weights of the latent cells
-    dmd_loss, dmd_gradient_                the weighted distribution-matching loss; its gradient, added to a buffer
+    dmd_loss, dmd_gradient_                the weighted DMD loss; its gradient, added to a buffer
 
-Every op takes `backend="auto" | "cpu" | "cuda" | "triton" | "reference"`; `python -m stream_r1_kernels.info` says what can run here.
+Every op takes `backend="auto" | "cpu" | "cuda" | "triton" | "reference"`;
+`python -m stream_r1_kernels.info` says what can run here.
 """
 
 from .attention import ChunkMask, Past, cached_chunk_attention, chunk_attention

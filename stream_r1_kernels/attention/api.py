@@ -22,7 +22,8 @@ def chunk_attention(
     Only visible blocks are computed. A query that sees nothing can't occur: a chunk always sees itself.
 
     Args:
-        q, k, v: `[B, T, H, D]`, T a whole number of frames (2 halves of them when the mask is teacher forcing); any strides.
+        q, k, v: `[B, T, H, D]`, T a whole number of frames (2 halves of them when the mask is teacher
+            forcing); any strides.
         scale: factor of the scores, default 1 / sqrt(D).
     Returns:
         `[B, T, H, D]` in q's dtype; sums are in float32.
@@ -90,10 +91,10 @@ def cached_chunk_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """One chunk attends to the past and to itself, without a mask.
 
-    past.holds_fresh = True (sampling): the fresh keys and values lie inside `past` already; `k` and `v` are not read and may be
-    None. No gradients: a q, k or v that requires grad is refused.
-    past.holds_fresh = False (training): the keys are [past | fresh]. q, k and v get gradients, the past never does.
-    past = None: the chunk sees itself alone.
+    past.holds_fresh = True (sampling): the fresh keys and values lie inside `past` already; `k` and `v` are
+    not read and may be None. No gradients: a q, k or v that requires grad is refused.
+    past.holds_fresh = False (training): the keys are [past | fresh]. q, k and v get gradients, the past
+    never does. past = None: the chunk sees itself alone.
 
     Args:
         q, k, v: the fresh chunk, `[B, T, H, D]`; k and v may have another T than q; any strides.
@@ -103,8 +104,8 @@ def cached_chunk_attention(
     Returns:
         `[B, T, H, D]` in q's dtype, and the log-sum-exp if asked. Without any key: zeros and -inf.
     Raises:
-        ValueError for shapes and for gradients that would be lost, TypeError for dtypes, RuntimeError for a backend that can't be
-        used here.
+        ValueError for shapes and for gradients that would be lost, TypeError for dtypes, RuntimeError for a
+        backend that can't be used here.
     """
     op = "cached_chunk_attention"
     past_k, past_v = (None, None) if past is None else (past.k, past.v)

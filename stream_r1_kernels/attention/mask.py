@@ -12,9 +12,10 @@ from torch import Tensor
 class ChunkMask:
     """Visibility between whole frames, block-causal by chunks.
 
-    A query in chunk c sees every frame up to the end of its chunk. With `window_frames` = W it sees the last W frames up to there,
-    its own chunk included, and with `sink_frames` = S also the first S frames (on top of the window).
-    Chunk 0 has `first_chunk_frames` frames (default: as the others), the last chunk may be cut short.
+    A query in chunk c sees every frame up to the end of its chunk. With `window_frames` = W it sees the last
+    W frames up to there, its own chunk included, and with `sink_frames` = S also the first S frames (on top
+    of the window). Chunk 0 has `first_chunk_frames` frames (default: as the others), the last chunk may be
+    cut short.
 
     Six frames, frames_per_chunk = 2:                window_frames = 2, sink_frames = 1:
 
@@ -25,15 +26,17 @@ class ChunkMask:
         1 1 1 1 1 1                                      1 0 0 0 1 1
         1 1 1 1 1 1                                      1 0 0 0 1 1
 
-    teacher_forcing: the sequence is [clean | noisy], each half with the same frames. Clean is as above; a noisy query of chunk c
-    sees the clean frames that a clean query of its chunk sees before chunk c, and its own noisy chunk:
+    teacher_forcing: the sequence is [clean | noisy], each half with the same frames. Clean is as above; a
+    noisy query of chunk c sees the clean frames that a clean query of its chunk sees before chunk c, and its
+    own noisy chunk:
 
         clean chunk 0 | 1 0   0 0
               chunk 1 | 1 1   0 0
         noisy chunk 0 | 0 0   1 0
               chunk 1 | 1 0   0 1
 
-    Raises ValueError for sizes out of range; a window smaller than a chunk is refused, as a chunk always sees all of itself.
+    Raises ValueError for sizes out of range; a window smaller than a chunk is refused, as a chunk always
+    sees all of itself.
     """
 
     tokens_per_frame: int
@@ -52,10 +55,13 @@ class ChunkMask:
             raise ValueError(f"ChunkMask: sink_frames: expected at least 0, got {self.sink_frames}")
         longest = max(self.frames_per_chunk, self.first_chunk_frames or 0)
         if self.window_frames is not None and self.window_frames < longest:
-            raise ValueError(f"ChunkMask: window_frames: expected at least a chunk ({longest} frames), got {self.window_frames}")
+            raise ValueError(
+                f"ChunkMask: window_frames: expected at least a chunk ({longest} frames), "
+                f"got {self.window_frames}"
+            )
 
     def frames(self, tokens: int) -> int:
-        """Frames in a sequence of `tokens` (of one half, when teacher forcing). Raises ValueError if that isn't whole."""
+        """Frames in a sequence of `tokens` (of one half, when teacher forcing), or ValueError."""
         unit = self.tokens_per_frame * (2 if self.teacher_forcing else 1)
         if tokens % unit:
             halves = "2 halves of whole frames" if self.teacher_forcing else "whole frames"
@@ -65,13 +71,16 @@ class ChunkMask:
     def chunks(self, num_frames: int) -> list[tuple[int, int]]:
         """(first frame, end frame) of every chunk."""
         first = self.first_chunk_frames or self.frames_per_chunk
-        ends = [min(first, num_frames), *range(first + self.frames_per_chunk, num_frames, self.frames_per_chunk)]
+        ends = [
+            min(first, num_frames),
+            *range(first + self.frames_per_chunk, num_frames, self.frames_per_chunk),
+        ]
         if ends[-1] < num_frames:
             ends.append(num_frames)
         return [(start, end) for start, end in zip([0, *ends], ends, strict=False) if end > start]
 
     def visible(self, num_frames: int) -> Tensor:
-        """True where a query frame (row) sees a key frame (column): bool `[F, F]`, or `[2F, 2F]` when teacher forcing."""
+        """True where a query frame (row) sees a key frame (column): `[F, F]`; teacher forcing `[2F, 2F]`."""
         seen = torch.zeros(num_frames, num_frames, dtype=torch.bool)
         own = torch.zeros_like(seen)
         for start, end in self.chunks(num_frames):

@@ -6,9 +6,11 @@ from torch import Tensor
 
 
 class Past(NamedTuple):
-    """Keys and values of earlier chunks, `[B, Tp, H, D]`, rotated and normalised, in any order. Never gets a gradient.
+    """Keys and values of earlier chunks, `[B, Tp, H, D]`, rotated and normalised, in any order. Never gets a
+    gradient.
 
-    holds_fresh: the fresh chunk's own keys and values already lie inside `k` and `v`, in the slot they will keep.
+    holds_fresh: the fresh chunk's own keys and values already lie inside `k` and `v`, in the slot they will
+        keep.
     """
 
     k: Tensor

@@ -8,7 +8,9 @@ from torch import Tensor
 from .mask import ChunkMask
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """softmax(scale q k^T) v in at least float32. A query that sees no key gives zeros and lse = -inf.
 
     Args:

@@ -19,7 +19,9 @@ def check_qkv(op: str, q: Tensor, **others: Tensor | None) -> None:
         if other is None:
             continue
         if other.dim() != 4 or other.shape[0] != batch or other.shape[2] != heads or other.shape[3] != width:
-            raise ValueError(f"{op}: {name}: expected [{batch}, T, {heads}, {width}] as q, got {tuple(other.shape)}")
+            raise ValueError(
+                f"{op}: {name}: expected [{batch}, T, {heads}, {width}] as q, got {tuple(other.shape)}"
+            )
         if other.dtype != q.dtype:
             raise TypeError(f"{op}: {name}: expected {q.dtype} as q, got {other.dtype}")
         if other.device != q.device:
@@ -41,16 +43,20 @@ def check_past(op: str, q: Tensor, k: Tensor | None, v: Tensor | None, past: Pas
     else:
         check_same_length(op, "past.v", past.v, "past.k", past.k)
         if not past.holds_fresh and k is None:
-            raise ValueError(f"{op}: k, v: expected the fresh keys and values, as past.holds_fresh is False; got None")
+            raise ValueError(
+                f"{op}: k, v: expected the fresh keys and values, as past.holds_fresh is False; got None"
+            )
         if torch.is_grad_enabled():
             _refuse_gradients(op, q, k, v, past)
 
 
 def _refuse_gradients(op: str, q: Tensor, k: Tensor | None, v: Tensor | None, past: Past) -> None:
     if past.k.requires_grad or past.v.requires_grad:
-        raise ValueError(f"{op}: past: expected tensors without requires_grad, as the past gets no gradient; detach them")
+        raise ValueError(
+            f"{op}: past: expected tensors without requires_grad, as the past gets no gradient; detach them"
+        )
     if past.holds_fresh and any(x is not None and x.requires_grad for x in (q, k, v)):
         raise ValueError(
-            f"{op}: past.holds_fresh: expected False where q, k or v require grad, got True: with the fresh keys inside the "
-            "past they would get no gradient. Pass them as k and v, or use torch.no_grad()"
+            f"{op}: past.holds_fresh: expected False where q, k or v require grad, got True: fresh keys "
+            "inside the past would get no gradient. Pass them as k and v, or use torch.no_grad()"
         )

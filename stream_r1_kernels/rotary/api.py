@@ -24,26 +24,32 @@ def qk_norm_rotary(
     k_out: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """RMSNorm of q and k over the full width, head split and interleaved-pair rotary in one pass. Forward and backward.
+    """RMSNorm of q and k over the full width, head split and interleaved-pair rotary, all in one pass.
+
+    Forward and backward.
 
     Args:
         q, k: `[B, T, H * D]`, last dimension contiguous, other strides free (slices of one fused projection).
         q_weight, k_weight: `[H * D]`, any floating-point dtype.
         cos, sin: float32 `[T, D / 2]`, as RotaryGrid.phases gives them; no gradient.
         num_heads: H.
-        k_out: `[B, T, H, D]` in k's dtype, last dimension contiguous: where the rotated keys go, e.g. a slot of a cache. Sampling
-            only: with gradients enabled, an input that requires grad is refused.
+        k_out: `[B, T, H, D]` in k's dtype, last dimension contiguous: where the rotated keys go, e.g. a slot
+            of a cache. Sampling only: with gradients enabled, an input that requires grad is refused.
     Returns:
         q and k, `[B, T, H, D]` in q's dtype; k is `k_out` if that was given. The norm is in float32.
     Raises:
-        ValueError for shapes and for gradients that would be lost, TypeError for dtypes, RuntimeError for a backend that can't be
-        used here.
+        ValueError for shapes and for gradients that would be lost, TypeError for dtypes, RuntimeError for a
+        backend that can't be used here.
     """
     _check(q, k, q_weight, k_weight, cos, sin, num_heads, k_out)
-    if k_out is not None and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, q_weight, k_weight)):
+    if (
+        k_out is not None
+        and torch.is_grad_enabled()
+        and any(x.requires_grad for x in (q, k, q_weight, k_weight))
+    ):
         raise ValueError(
-            f"{_OP}: k_out: expected None where q, k or a weight requires grad, got a buffer: the keys in it would carry no "
-            "gradient. Leave it out, or use torch.no_grad()"
+            f"{_OP}: k_out: expected None where q, k or a weight requires grad, got a buffer: the keys in it "
+            "would carry no gradient. Leave it out, or use torch.no_grad()"
         )
     if resolve(backend, _OP, q) == "reference":
         rotated_q = norm_rotary(q, q_weight, cos, sin, num_heads, eps)
@@ -51,7 +57,9 @@ def qk_norm_rotary(
         return rotated_q, rotated_k if k_out is None else k_out.copy_(rotated_k)
     if k_out is None:
         return torch.ops.stream_r1.qk_norm_rotary(q, k, q_weight, k_weight, cos, sin, num_heads, eps)
-    return torch.ops.stream_r1.qk_norm_rotary_into(q, k, q_weight, k_weight, cos, sin, num_heads, eps, k_out), k_out
+    return torch.ops.stream_r1.qk_norm_rotary_into(
+        q, k, q_weight, k_weight, cos, sin, num_heads, eps, k_out
+    ), k_out
 
 
 def _check(
@@ -70,7 +78,9 @@ def _check(
         raise TypeError(f"{_OP}: q: expected a floating-point dtype, got {q.dtype}")
     batch, tokens, width = q.shape
     if num_heads < 1 or width % (2 * num_heads):
-        raise ValueError(f"{_OP}: num_heads: expected a number of heads of even width in {width} channels, got {num_heads}")
+        raise ValueError(
+            f"{_OP}: num_heads: expected a number of heads of even width in {width} channels, got {num_heads}"
+        )
     head = width // num_heads
     shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
         "k": (k, (batch, tokens, width)),

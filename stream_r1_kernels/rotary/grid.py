@@ -12,9 +12,9 @@ from torch import Tensor
 class RotaryGrid:
     """The rotary embedding of a video transformer: a head's width is split over (frame, row, column).
 
-    A width D gives `D - 4 (D // 6)`, `2 (D // 6)` and `2 (D // 6)` channels to the three axes, as in Wan2.1 (128 = 44 + 42 + 42);
-    two neighbouring channels are a pair, rotated by position * theta^(-2 i / axis width). Phases are computed in float64 from the
-    position itself, so there is no longest video.
+    A width D gives `D - 4 (D // 6)`, `2 (D // 6)` and `2 (D // 6)` channels to the three axes, as in Wan2.1
+    (128 = 44 + 42 + 42); two neighbouring channels are a pair, rotated by position * theta^(-2 i / axis
+    width). Phases are computed in float64 from the position itself, so there is no longest video.
 
     Raises ValueError if head_dim is odd or not positive.
     """
@@ -35,7 +35,7 @@ class RotaryGrid:
     def phases(
         self, first_frame: int, frames: int, rows: int, columns: int, device: torch.device | str | None = None
     ) -> tuple[Tensor, Tensor]:
-        """cos and sin, float32 `[frames * rows * columns, D / 2]`, of the tokens of `frames` frames from `first_frame` on."""
+        """cos and sin, float32 `[frames * rows * columns, D / 2]`, of the tokens from `first_frame` on."""
         frame_axis, row_axis, column_axis = self.axes
         shape = (frames, rows, columns)
         angles = torch.cat(
@@ -48,8 +48,13 @@ class RotaryGrid:
         ).flatten(0, 2)
         return angles.cos().float(), angles.sin().float()
 
-    def temporal_shift(self, delta_frames: int, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
-        """cos and sin, float32 `[D / 2]`, that move rotated keys by `delta_frames` in time (rows and columns stay: cos 1, sin 0)."""
+    def temporal_shift(
+        self, delta_frames: int, device: torch.device | str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin, float32 `[D / 2]`, that move rotated keys by `delta_frames` in time.
+
+        Rows and columns stay: cos 1, sin 0.
+        """
         frame_axis, _, _ = self.axes
         angles = torch.zeros(self.head_dim // 2, dtype=torch.float64, device=device)
         angles[: frame_axis // 2] = self._angles(delta_frames, 1, frame_axis, device)[0]

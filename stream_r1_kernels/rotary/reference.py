@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate neighbouring channels of `x [B, T, H, D]` by phases `[T, D / 2]` or `[D / 2]`; in x's dtype, computed in float32."""
+    """Rotate neighbouring channels of x `[B, T, H, D]` by phases `[T, D / 2]` or `[D / 2]`, in float32."""
     exact = torch.promote_types(x.dtype, torch.float32)
     if cos.dim() == 2:
         cos, sin = cos[:, None], sin[:, None]  # [T, 1, D / 2]

@@ -1,0 +1,226 @@
+// chunk_attention and cached_chunk_attention: allocation, the blocks of work, and registration on the CPU. The loops are in
+// attention_kernel.cpp, autograd in attention_autograd.cpp.
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include "common/chunk_mask.h"
+#include "cpu/attention_kernel.h"
+#include "cpu/tensors.h"
+
+namespace stream_r1 {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kSmallWork = 1 << 17;  // multiply-adds that one thread does faster alone than with help
+
+Strides strides_of(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2)}; }
+
+// The same blocks, none longer than the kernel takes, and short enough that every thread finds some.
+std::vector<QueryBlock> split(const std::vector<QueryBlock>& blocks, int64_t heads_in_all, int64_t queries) {
+  const int64_t items_wanted = 2 * at::get_num_threads();
+  const int64_t fair = (heads_in_all * queries + items_wanted - 1) / items_wanted;
+  const int64_t longest = std::clamp<int64_t>((fair + 47) / 48 * 48, 48, kMostQueries);
+  std::vector<QueryBlock> pieces;
+  for (const QueryBlock& block : blocks)
+    for (int64_t begin = block.begin; begin < block.end; begin += longest) {
+      pieces.push_back(block);
+      pieces.back().begin = begin;
+      pieces.back().end = std::min(begin + longest, block.end);
+    }
+  return pieces;
+}
+
+int64_t pairs(const std::vector<QueryBlock>& blocks) {
+  int64_t total = 0;
+  for (const QueryBlock& block : blocks)
+    for (int r = 0; r < block.num_ranges; ++r)
+      total += (block.end - block.begin) * (block.ranges[r].end - block.ranges[r].begin);
+  return total;
+}
+
+// Tensors that the arguments of a kernel point into; kept alive while it runs.
+struct Prepared {
+  Tensor q, k[2], v[2];  // 0: the past, 1: the fresh keys
+  AttentionArgs args{};
+};
+
+void set_keys(const char* op, Prepared& p, int source_index, const Tensor& k, const Tensor& v) {
+  for (const Tensor& x : {k, v})
+    TORCH_CHECK_VALUE(x.dim() == 4 && x.size(0) == p.q.size(0) && x.size(1) == k.size(1) && x.size(2) == p.q.size(2) &&
+                          x.size(3) == p.q.size(3),
+                      op, ": keys and values: expected [", p.q.size(0), ", ", k.size(1), ", ", p.q.size(2), ", ",
+                      p.q.size(3), "], got ", x.sizes());
+  for (const Tensor& x : {k, v})
+    TORCH_CHECK_TYPE(x.scalar_type() == p.q.scalar_type(), op, ": keys and values: expected ", p.q.scalar_type(),
+                     " as q, got ", x.scalar_type());
+  p.k[source_index] = with_dense_rows(k);
+  p.v[source_index] = with_dense_rows(v);
+  p.args.keys[source_index] = {source(p.k[source_index]), source(p.v[source_index]), strides_of(p.k[source_index]),
+                               strides_of(p.v[source_index])};
+}
+
+Prepared prepare(const char* op, const Tensor& q, double scale) {
+  TORCH_CHECK_VALUE(q.dim() == 4, op, ": q: expected [B, T, H, D], got ", q.sizes());
+  Prepared p;
+  p.q = with_dense_rows(q);
+  p.args.heads = q.size(2);
+  p.args.head_dim = q.size(3);
+  p.args.queries = q.size(1);
+  p.args.scale = static_cast<float>(scale);
+  p.args.q = source(p.q);
+  p.args.q_strides = strides_of(p.q);
+  return p;
+}
+
+std::tuple<Tensor, Tensor> forward(Prepared& p, const std::vector<QueryBlock>& blocks) {
+  const Tensor& q = p.q;
+  Tensor out = at::empty(q.sizes(), q.options());
+  Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(at::kFloat));
+  const int64_t heads_in_all = q.size(0) * q.size(2);
+  if (out.numel() == 0) return {out, lse.fill_(-std::numeric_limits<float>::infinity())};
+  const std::vector<QueryBlock> pieces = split(blocks, heads_in_all, q.size(1));
+  p.args.blocks = pieces.data();
+  p.args.num_blocks = static_cast<int64_t>(pieces.size());
+  p.args.out = target(out);
+  p.args.out_strides = strides_of(out);
+  p.args.lse = lse.mutable_data_ptr<float>();
+  const int64_t items = heads_in_all * p.args.num_blocks;
+  auto* kernel = pick_attention_forward();
+  const bool small = heads_in_all * pairs(blocks) * q.size(3) < kSmallWork;
+  at::parallel_for(0, items, small ? items : 1, [&](int64_t begin, int64_t end) { kernel(p.args, begin, end); });
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(Prepared& p, const std::vector<QueryBlock>& blocks, const Tensor& grad_any,
+                                            const OptionalTensor& grad_lse_any, const Tensor& out_any,
+                                            const Tensor& lse_any) {
+  const Tensor &q = p.q, &k = p.k[1];
+  Tensor grad_q = at::empty(q.sizes(), q.options()), grad_k = at::empty(k.sizes(), k.options()),
+         grad_v = at::empty(k.sizes(), k.options());
+  const int64_t heads_in_all = q.size(0) * q.size(2);
+  if (heads_in_all * q.size(3) == 0) return {grad_q.zero_(), grad_k.zero_(), grad_v.zero_()};
+  const Tensor out = with_dense_rows(out_any), grad = with_dense_rows(grad_any.to(q.scalar_type())),
+               lse = lse_any.contiguous();
+  const Tensor grad_lse = grad_lse_any.has_value() ? grad_lse_any->to(at::kFloat).contiguous() : Tensor();
+  AttentionBackwardArgs args{};
+  args.forward = p.args;
+  args.forward.blocks = blocks.data();
+  args.forward.num_blocks = static_cast<int64_t>(blocks.size());
+  args.forward.lse = const_cast<float*>(lse.const_data_ptr<float>());
+  args.out = source(out);
+  args.out_strides = strides_of(out);
+  args.grad_out = source(grad);
+  args.grad_out_strides = strides_of(grad);
+  args.grad_lse = grad_lse.defined() ? grad_lse.const_data_ptr<float>() : nullptr;
+  args.grad_q = target(grad_q);
+  args.grad_k = target(grad_k);
+  args.grad_v = target(grad_v);
+  args.fresh = k.size(1);
+  auto* kernel = pick_attention_backward();
+  const bool small = heads_in_all * pairs(blocks) * q.size(3) < kSmallWork;
+  at::parallel_for(0, heads_in_all, small ? heads_in_all : 1,
+                   [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  return {grad_q, grad_k, grad_v};
+}
+
+// All queries see all keys: [past | fresh].
+std::vector<QueryBlock> dense_block(const Prepared& p) {
+  QueryBlock block{0, p.q.size(1), {}, 0};
+  for (int i = 0; i < 2; ++i)
+    if (p.k[i].defined() && p.k[i].size(1) > 0) block.ranges[block.num_ranges++] = {i, 0, p.k[i].size(1)};
+  return {block};
+}
+
+Prepared prepare_cached(const Tensor& q, const OptionalTensor& k, const OptionalTensor& v, const OptionalTensor& past_k,
+                        const OptionalTensor& past_v, double scale) {
+  const char* op = "cached_chunk_attention";
+  TORCH_CHECK_VALUE(k.has_value() == v.has_value(), op, ": k, v: expected both or neither");
+  TORCH_CHECK_VALUE(past_k.has_value() == past_v.has_value(), op, ": past: expected both k and v or neither");
+  TORCH_CHECK_VALUE(k.has_value() || past_k.has_value(), op, ": expected keys: fresh ones, a past, or both; got neither");
+  Prepared p = prepare(op, q, scale);
+  if (past_k.has_value()) set_keys(op, p, 0, *past_k, *past_v);
+  if (k.has_value()) set_keys(op, p, 1, *k, *v);
+  return p;
+}
+
+std::tuple<Tensor, Tensor> cached_chunk_attention(const Tensor& q, const OptionalTensor& k, const OptionalTensor& v,
+                                                  const OptionalTensor& past_k, const OptionalTensor& past_v,
+                                                  double scale) {
+  Prepared p = prepare_cached(q, k, v, past_k, past_v, scale);
+  return forward(p, dense_block(p));
+}
+
+std::tuple<Tensor, Tensor, Tensor> cached_chunk_attention_backward(const Tensor& grad_out, const OptionalTensor& grad_lse,
+                                                                   const Tensor& q, const Tensor& k, const Tensor& v,
+                                                                   const OptionalTensor& past_k,
+                                                                   const OptionalTensor& past_v, const Tensor& out,
+                                                                   const Tensor& lse, double scale) {
+  Prepared p = prepare_cached(q, k, v, past_k, past_v, scale);
+  return backward(p, dense_block(p), grad_out, grad_lse, out, lse);
+}
+
+std::vector<QueryBlock> masked_blocks(const Tensor& q, const ChunkMask& mask) {
+  const int64_t unit = mask.tokens_per_frame * (mask.teacher_forcing ? 2 : 1);
+  TORCH_CHECK_VALUE(unit > 0 && mask.frames_per_chunk > 0 && mask.first_chunk_frames > 0 && mask.window_frames >= 0 &&
+                        mask.sink_frames >= 0,
+                    "chunk_attention: mask: expected positive sizes");
+  TORCH_CHECK_VALUE(q.size(1) % unit == 0, "chunk_attention: q: expected a multiple of ", unit, " tokens, got ", q.size(1));
+  std::vector<QueryBlock> blocks;
+  for (const VisibleBlock& visible : visible_blocks(mask, q.size(1) / unit)) {
+    QueryBlock block{visible.begin, visible.end, {}, visible.num_ranges};
+    for (int r = 0; r < visible.num_ranges; ++r)
+      block.ranges[r] = {1, visible.ranges[r].begin, visible.ranges[r].end};
+    blocks.push_back(block);
+  }
+  return blocks;
+}
+
+Prepared prepare_chunks(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
+  Prepared p = prepare("chunk_attention", q, scale);
+  TORCH_CHECK_VALUE(k.dim() == 4 && k.size(1) == q.size(1), "chunk_attention: k: expected ", q.sizes(), " as q, got ",
+                    k.sizes());
+  set_keys("chunk_attention", p, 1, k, v);
+  return p;
+}
+
+ChunkMask chunk_mask(int64_t tokens_per_frame, int64_t frames_per_chunk, std::optional<int64_t> window_frames,
+                     int64_t sink_frames, std::optional<int64_t> first_chunk_frames, bool teacher_forcing) {
+  return {tokens_per_frame, frames_per_chunk,  window_frames.value_or(0),
+          sink_frames,      first_chunk_frames.value_or(frames_per_chunk), teacher_forcing};
+}
+
+std::tuple<Tensor, Tensor> chunk_attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t tokens_per_frame,
+                                           int64_t frames_per_chunk, std::optional<int64_t> window_frames,
+                                           int64_t sink_frames, std::optional<int64_t> first_chunk_frames,
+                                           bool teacher_forcing, double scale) {
+  Prepared p = prepare_chunks(q, k, v, scale);
+  return forward(p, masked_blocks(q, chunk_mask(tokens_per_frame, frames_per_chunk, window_frames, sink_frames,
+                                                first_chunk_frames, teacher_forcing)));
+}
+
+std::tuple<Tensor, Tensor, Tensor> chunk_attention_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k,
+                                                            const Tensor& v, const Tensor& out, const Tensor& lse,
+                                                            int64_t tokens_per_frame, int64_t frames_per_chunk,
+                                                            std::optional<int64_t> window_frames, int64_t sink_frames,
+                                                            std::optional<int64_t> first_chunk_frames,
+                                                            bool teacher_forcing, double scale) {
+  Prepared p = prepare_chunks(q, k, v, scale);
+  return backward(p,
+                  masked_blocks(q, chunk_mask(tokens_per_frame, frames_per_chunk, window_frames, sink_frames,
+                                              first_chunk_frames, teacher_forcing)),
+                  grad_out, std::nullopt, out, lse);
+}
+
+}  // namespace
+}  // namespace stream_r1
+
+TORCH_LIBRARY_IMPL(stream_r1, CPU, m) {
+  m.impl("cached_chunk_attention", stream_r1::cached_chunk_attention);
+  m.impl("cached_chunk_attention_backward", stream_r1::cached_chunk_attention_backward);
+  m.impl("chunk_attention", stream_r1::chunk_attention);
+  m.impl("chunk_attention_backward", stream_r1::chunk_attention_backward);
+}
