@@ -129,6 +129,8 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.proj_out = nn.Linear(dim, out_channels * patch_rows * patch_columns)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.gradient_checkpointing = False
+        # Settings that no cache could follow are refused here, not when the first stream begins.
+        self._make_cache(1, 0, 1, 1, frames_per_chunk, torch.float32, torch.device("meta"))
 
     def encode_text(self, embeds: Tensor) -> TextContext:
         """Cross-attention keys and values of a prompt, for every layer: once a prompt, not once a step.
@@ -280,13 +282,25 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             max_frames: latent frames the stream can get to; needed by a model without a window, else ignored.
             dtype: of the keys and values; None: that in which the model computes, autocast included.
         """
+        rows, columns = self._grid("new_cache", height, width)
         if dtype is None:
             autocast = torch.is_autocast_enabled(self.device.type)
             dtype = torch.get_autocast_dtype(self.device.type) if autocast else self.dtype
-        rows, columns = self._grid("new_cache", height, width)
+        return self._make_cache(len(self.blocks), batch, rows, columns, max_frames, dtype, self.device)
+
+    def _make_cache(
+        self,
+        layers: int,
+        batch: int,
+        rows: int,
+        columns: int,
+        max_frames: int | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> ChunkCache:
         config = self.config
         return ChunkCache(
-            len(self.blocks),
+            layers,
             batch,
             config["num_attention_heads"],
             self.rotary,
@@ -300,7 +314,7 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             max_frames=max_frames,
             first_chunk_frames=config["first_chunk_frames"],
             dtype=dtype,
-            device=self.device,
+            device=device,
         )
 
     def causal_mask(self, tokens_per_frame: int, *, teacher_forcing: bool = False) -> ChunkMask:

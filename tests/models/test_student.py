@@ -224,6 +224,9 @@ def test_empty_batch():
         ({"added_kv_proj_dim": 32}, "added_kv_proj_dim must be None"),
         ({"image_dim": 32}, "image_dim must be None"),
         ({"patch_size": (2, 2, 2)}, "patch_size"),
+        ({"window_frames": 8, "sink_frames": 3}, "window_frames - sink_frames"),
+        ({"positions": "relative"}, "positions must be one of absolute, window"),
+        ({"frames_per_chunk": 0}, "frames_per_chunk must be at least 1"),
     ],
 )
 def test_settings_it_has_no_use_for_are_refused(settings, message):
