@@ -11,7 +11,7 @@ from torch import Tensor
 from stream_r1.distill.events import Clock, StepDone
 from stream_r1.distill.loop import TrainingLoop, make_adamw
 from stream_r1.distill.noise import SampleNoise
-from stream_r1.distill.prompts import ShuffledOrder
+from stream_r1.distill.order import ShuffledOrder
 from stream_r1.distill.settings import InitSettings
 from stream_r1.distill.state import Ema, load_optimizer_tensors, load_parameters, optimizer_tensors
 from stream_r1.models.transformer import CausalWanTransformer

@@ -16,11 +16,12 @@ from stream_r1.distill.dmd import DistributionMatching
 from stream_r1.distill.events import Clock, Preview, StepDone
 from stream_r1.distill.loop import TrainingLoop, make_adamw
 from stream_r1.distill.noise import SampleNoise
-from stream_r1.distill.prompts import PromptEmbeddings, ShuffledOrder, TextEncoder
+from stream_r1.distill.order import ShuffledOrder
 from stream_r1.distill.rollout import self_rollout
 from stream_r1.distill.settings import DistillSettings
 from stream_r1.distill.state import Ema, load_optimizer_tensors, load_parameters, optimizer_tensors
 from stream_r1.distill.weighting import StreamR1Weights
+from stream_r1.models.text import TextEncoder
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.rewards.base import Reward
 from stream_r1.schedule import FlowSchedule
@@ -60,7 +61,7 @@ class DistillTrainer(TrainingLoop):
         student: is trained in place.
         teacher: is frozen in place.
         prompts: the data.
-        text_encoder: `encode(prompts) -> [B, L, D]`.
+        text_encoder: `encode(prompts) -> [B, L, D]`; it should remember prompts, they come again.
         folder: where checkpoints go and come from; None keeps none.
         critic: is trained in place; None starts from a copy of the teacher.
         vae, reward: needed by every weighting but "uniform", where a reward is only reported.
@@ -97,7 +98,7 @@ class DistillTrainer(TrainingLoop):
 
         self.prompts = list(prompts)
         self.order = ShuffledOrder(len(self.prompts), settings.seed)
-        self.embed = PromptEmbeddings(text_encoder, self.device)
+        self.text_encoder = text_encoder
         self.random = torch.Generator().manual_seed(settings.seed)
 
         self.vae = vae
@@ -107,7 +108,7 @@ class DistillTrainer(TrainingLoop):
         self.matching = DistributionMatching(
             self.teacher,
             self.critic,
-            negative if negative is not None else self.embed([settings.matching.negative_prompt]),
+            negative if negative is not None else self._embed([settings.matching.negative_prompt]),
             schedule=self.schedule,
             guidance=settings.matching.guidance,
         )
@@ -134,7 +135,7 @@ class DistillTrainer(TrainingLoop):
         preview, losses, scores, logs = None, [], [], []
         for micro in draw.split(parts):
             noise = SampleNoise(micro.seeds, self.device)
-            text = self.embed(micro.prompts)
+            text = self._embed(micro.prompts)
             with clock.part("rollout"):
                 x = self._rollout(text, noise, micro.exit_step, grad=True)
             with clock.part("reward"):
@@ -164,7 +165,7 @@ class DistillTrainer(TrainingLoop):
         losses = []
         for micro in draw.split(parts):
             noise = SampleNoise(micro.seeds, self.device)
-            text = self.embed(micro.prompts)
+            text = self._embed(micro.prompts)
             with clock.part("critic rollout"):
                 x = self._rollout(text, noise, micro.exit_step, grad=False)
             with clock.part("critic"):
@@ -174,6 +175,9 @@ class DistillTrainer(TrainingLoop):
             losses.append(loss.detach())
         with clock.part("optimizer"):
             self._descend("critic", self.critic_optimizer, losses, self.settings.critic.clip, scalars)
+
+    def _embed(self, prompts: list[str]) -> Tensor:
+        return self.text_encoder.encode(prompts).to(self.device, torch.float32)
 
     def _draw(self) -> _Draw:
         batch = self.settings.batch

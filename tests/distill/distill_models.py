@@ -35,6 +35,8 @@ def tiny_teacher(seed: int = 1) -> WanTransformer3DModel:
 class LetterEncoder:
     """Embeds a prompt by its letters: nothing random, different for different prompts."""
 
+    text_len, dim = 8, 16
+
     def encode(self, prompts: list[str]) -> Tensor:
         out = torch.zeros(len(prompts), 8, 16)
         for row, prompt in zip(out, prompts, strict=True):

@@ -34,7 +34,7 @@ class GaussianTeacher(nn.Module):
 
 
 def test_trajectories_of_an_exact_teacher() -> None:
-    """With a normal distribution the ODE has a closed solution: (1 - sigma) mean + deviation(sigma) * noise."""
+    """A normal distribution has a closed solution: (1 - sigma) mean + deviation(sigma) * noise."""
     noise = torch.randn(2, 3, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     text, negative = torch.tensor([[[0.3]], [[-0.2]]]), torch.tensor([[[0.1]]])
     errors = {}

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from stream_r1.distill.noise import SampleNoise
 from stream_r1.distill.rollout import self_rollout
+from stream_r1.sampling.noise import StreamNoise
+from stream_r1.sampling.sampler import Sampler
 from stream_r1.schedule import FlowSchedule
 
 SCHEDULE = FlowSchedule(5.0)
@@ -68,25 +70,13 @@ def test_rollout_is_the_masked_model_on_clean_chunks(exit_step: int) -> None:
 
 @pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)
 def test_rollout_with_the_last_exit_is_sampling(cache: dict) -> None:
-    """Spelled out as a stream: everything without grad, every chunk through its slot, five passes a chunk."""
-    student, text, start = tiny_student(**cache).eval(), texts(), noise(15)
-    with torch.no_grad():
-        context, stream, again = (
-            student.encode_text(text),
-            student.new_cache(2, 4, 6, max_frames=15),
-            renoiser(),
-        )
-        chunks = []
-        for x in start.split(3, dim=1):
-            stream.begin_chunk()
-            for k, t in enumerate(STEPS):
-                x0 = x - SIGMAS[k] * student.forward_chunk(x, torch.full((2,), t), context, stream)
-                if k < 3:
-                    x = (1 - SIGMAS[k + 1]) * x0 + SIGMAS[k + 1] * again(x0)
-            student.forward_chunk(x0, torch.zeros(2), context, stream)
-            stream.commit()
-            chunks.append(x0)
+    student, text, noises = tiny_student(**cache).eval(), texts(), StreamNoise(7, 2)
+    stream = Sampler(student, None, SCHEDULE, latent_size=LATENT[1:]).stream(text, seed=7, chunks=5)
+    sampled = torch.cat([chunk.latents for chunk in stream], dim=1)
+    shape = (3, *LATENT)
+    start = torch.cat([noises.draw(chunk, 0, shape, torch.device("cpu")) for chunk in range(5)], dim=1)
     for grad in (True, False):
+        fresh = iter([(chunk, step) for chunk in range(5) for step in (1, 2, 3)])
         got = self_rollout(
             student,
             student.encode_text(text),
@@ -94,11 +84,11 @@ def test_rollout_with_the_last_exit_is_sampling(cache: dict) -> None:
             schedule=SCHEDULE,
             steps=STEPS,
             exit_step=3,
-            renoise=renoiser(),
+            renoise=lambda x, fresh=fresh: noises.draw(*next(fresh), shape, x.device),
             grad=grad,
         )
         assert got.requires_grad is grad
-        torch.testing.assert_close(got.detach(), torch.cat(chunks, dim=1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got.detach(), sampled, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)

@@ -1,19 +1,8 @@
-"""The training data of distillation: prompts in an endless shuffled order, and their text embeddings."""
+"""The order in which data is seen: endless, shuffled, and described by two numbers."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Protocol
-
 import torch
-from torch import Tensor
-
-
-class TextEncoder(Protocol):
-    def encode(self, prompts: list[str]) -> Tensor:
-        """Embeddings [B, L, D] of B prompts."""
-        ...
 
 
 class ShuffledOrder:
@@ -57,35 +46,3 @@ class ShuffledOrder:
             raise ValueError(f"ShuffledOrder: state is for {state['count']} items, expected {self.count}")
         self.epoch, self.position = state["epoch"], state["position"]
         self._shuffle()
-
-
-class PromptEmbeddings:
-    """Encodes prompts, and remembers the `remember` last used.
-
-    Args:
-        encoder: a text encoder.
-        device: where embeddings go.
-        remember: prompts kept in memory, on `device`.
-    """
-
-    def __init__(self, encoder: TextEncoder, device: torch.device | str = "cpu", remember: int = 512) -> None:
-        self.encoder = encoder
-        self.device = torch.device(device)
-        self.remember = remember
-        self._known: OrderedDict[str, Tensor] = OrderedDict()
-
-    @torch.no_grad()
-    def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings [B, L, D], float32, data."""
-        # One at a time: a prompt's embedding must not depend on its neighbours, by a rounding error or by
-        # padding.
-        embedded = [self._one(prompt) for prompt in prompts]
-        while len(self._known) > self.remember:
-            self._known.popitem(last=False)
-        return torch.stack(embedded)
-
-    def _one(self, prompt: str) -> Tensor:
-        if prompt not in self._known:
-            self._known[prompt] = self.encoder.encode([prompt])[0].detach().float().to(self.device)
-        self._known.move_to_end(prompt)
-        return self._known[prompt]
