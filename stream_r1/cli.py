@@ -77,12 +77,16 @@ def sample(
     out: Annotated[Path, typer.Option(help="The mp4; several prompts are numbered.")] = Path(
         "out/sample.mp4"
     ),
-    models: Annotated[Path, typer.Option(help="Folder with student/ and vae/.")] = Path("assets/tiny"),
-    student: Annotated[
+    models: Annotated[
+        str, typer.Option(help="Folder with student/ and vae/, or a diffusers folder or hub repository.")
+    ] = "assets/tiny",
+    checkpoint: Annotated[
         Path | None, typer.Option(help="Another student: a folder, .safetensors or .pt.")
     ] = None,
-    text: Annotated[str, typer.Option(help="Text encoder: minilm, or a folder of UMT5.")] = "minilm",
-    size: Annotated[str, typer.Option(help="Height x width in pixels.")] = "64x112",
+    preset: Annotated[
+        str | None, typer.Option(help="How it streams: stream-r1, reward-forcing or self-forcing.")
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="Height x width in pixels, as 480x832.")] = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="Length; Ctrl-C ends it earlier.")] = 5.0,
     forever: Annotated[bool, typer.Option("--forever", help="Until Ctrl-C.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same video, bit for bit.")] = 0,
@@ -99,8 +103,8 @@ def sample(
         prompts,
         output,
         models=models,
-        student=student,
-        text=text,
+        checkpoint=checkpoint,
+        preset=preset,
         size=size,
         seconds=length,
         seed=seed,

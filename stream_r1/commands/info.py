@@ -39,7 +39,7 @@ def _machine(console: Console) -> None:
     console.print()
     from stream_r1_kernels import info
 
-    console.print(info.report(), highlight=False, soft_wrap=True)
+    console.print(info.describe(), highlight=False, soft_wrap=True)
 
 
 def _isa() -> str:

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from stream_r1.distill.trainer import Event, Saved, StepDone
+from stream_r1.distill.events import Event, Saved, StepDone
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _REMEMBER = 400

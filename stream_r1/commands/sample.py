@@ -14,14 +14,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from stream_r1.models.checkpoints import load_student
-from stream_r1.models.text import load_text_encoder
-from stream_r1.models.vae import VideoVAE
 from stream_r1.recipe import locate
-from stream_r1.sampling.sampler import Sampler, Stream
+from stream_r1.sampling.pipeline import StreamR1Pipeline
+from stream_r1.sampling.sampler import Stream
 from stream_r1.sampling.video import VideoWriter, contact_sheet, read_video
 
-FPS = 24
 _SHEET_FRAMES = 240  # kept in memory for the contact sheet, however long the stream
 
 
@@ -46,10 +43,10 @@ def run(
     prompts: list[str],
     output: Output,
     *,
-    models: Path,
-    student: Path | None,
-    text: str,
-    size: str,
+    models: str,
+    checkpoint: Path | None,
+    preset: str | None,
+    size: str | None,
     seconds: float | None,
     seed: int,
     start: Path | None,
@@ -57,26 +54,19 @@ def run(
     """Stream `seconds` (None: until Ctrl-C) of every prompt, and say how fast it was."""
     console = Console()
     files = output.files(len(prompts))
-    height, width = _size(size)
+    wanted = None if size is None else _size(size)
     with console.status("loading the models"):
-        vae = VideoVAE.from_pretrained(locate(models / "vae"))
-        _, rows, columns = vae.latent_shape(1, height, width)
-        sampler = Sampler(
-            load_student(locate(student or models / "student")),
-            vae,
-            text_encoder=load_text_encoder(text if text == "minilm" else locate(text)),
-            latent_size=(rows, columns),
-        )
-    chunks = None if seconds is None else _chunks(sampler, vae, seconds, start is not None)
-    given = None if start is None else _start(sampler, vae, start, height, width)
-    stream = sampler.stream(prompts, seed=seed, chunks=chunks, first_frames=given)
+        pipeline = StreamR1Pipeline.from_pretrained(locate(models), checkpoint, preset, size=wanted)
+    chunks = None if seconds is None else _chunks(pipeline, seconds, start is not None)
+    given = None if start is None else _start(pipeline, start)
+    stream = pipeline.stream(prompts, seed, chunks, first_frames=given)
     stopped = False
     frames: list[Tensor] = []
     with ExitStack() as stack:
-        writers = [stack.enter_context(VideoWriter(file, FPS, scale=output.scale)) for file in files]
+        writers = [stack.enter_context(VideoWriter(file, pipeline.fps, scale=output.scale)) for file in files]
         status = stack.enter_context(console.status("streaming; Ctrl-C ends it"))
         try:
-            _write(stream, writers, frames, status.update)
+            _write(stream, pipeline.fps, writers, frames, status.update)
         except KeyboardInterrupt:
             stopped = True
     timings = stream.timings
@@ -87,7 +77,7 @@ def run(
         contact_sheet(list(torch.cat(frames, 1)), labels=prompts, scale=2, enlarge="bicubic").save(picture)
         console.print(str(picture), soft_wrap=True, highlight=False)
     console.print(
-        f"{timings.frames / FPS:.1f} s of video, {timings.fps:.1f} frames a second, "
+        f"{timings.frames / pipeline.fps:.1f} s of video, {timings.fps:.1f} frames a second, "
         f"first frame after {1000 * timings.first_frame:.0f} ms",
         highlight=False,
     )
@@ -96,7 +86,11 @@ def run(
 
 
 def _write(
-    stream: Stream, writers: list[VideoWriter], frames: list[Tensor], tell: Callable[[str], object]
+    stream: Stream,
+    fps: float,
+    writers: list[VideoWriter],
+    frames: list[Tensor],
+    tell: Callable[[str], object],
 ) -> None:
     kept = 0
     for chunk in stream:
@@ -107,7 +101,7 @@ def _write(
             frames.append(chunk.frames)
             kept += chunk.frames.shape[1]
         tell(
-            f"{stream.timings.frames / FPS:.1f} s at {stream.timings.fps:.1f} frames a second; Ctrl-C ends it"
+            f"{stream.timings.frames / fps:.1f} s at {stream.timings.fps:.1f} frames a second; Ctrl-C ends it"
         )
 
 
@@ -118,28 +112,26 @@ def _size(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _chunks(sampler: Sampler, vae: VideoVAE, seconds: float, goes_on: bool) -> int:
+def _chunks(pipeline: StreamR1Pipeline, seconds: float, goes_on: bool) -> int:
     """Chunks that hold `seconds`; the first one of a video is shorter, for the decoder is causal."""
-    config = sampler.student.config
+    config, vae = pipeline.student.config, pipeline.vae
     each = config.frames_per_chunk * vae.temporal_factor
     first = each if goes_on else vae.frames(config.first_chunk_frames or config.frames_per_chunk)
-    return 1 + max(0, math.ceil((round(seconds * FPS) - first) / each))
+    return 1 + max(0, math.ceil((round(seconds * pipeline.fps) - first) / each))
 
 
-def _start(sampler: Sampler, vae: VideoVAE, path: Path, height: int, width: int) -> Tensor:
-    """The end of a video, as many frames as whole chunks have: [1, T, 3, H, W]."""
+def _start(pipeline: StreamR1Pipeline, path: Path) -> Tensor:
+    """The end of a video, as many frames as whole chunks of the student's window have: [1, T, 3, H, W]."""
     video, _ = read_video(path)
-    if tuple(video.shape[-2:]) != (height, width):
-        got = f"{video.shape[-2]}x{video.shape[-1]}"
-        raise ValueError(f"--start: expected a video of {height}x{width} (see --size), got {got}")
-    config = sampler.student.config
-    first = config.first_chunk_frames or config.frames_per_chunk
-    count = first
+    if tuple(video.shape[-2:]) != pipeline.size:
+        expected, got = (f"{height}x{width}" for height, width in (pipeline.size, video.shape[-2:]))
+        raise ValueError(f"--start: expected a video of {expected} (see --size), got {got}")
+    config, vae = pipeline.student.config, pipeline.vae
+    count = config.first_chunk_frames or config.frames_per_chunk
     limit = config.window_frames or math.inf
-    while count + config.frames_per_chunk <= limit and vae.frames(count + config.frames_per_chunk) <= len(
-        video
-    ):
-        count += config.frames_per_chunk
+    more = config.frames_per_chunk
+    while count + more <= limit and vae.frames(count + more) <= len(video):
+        count += more
     if vae.frames(count) > len(video):
         raise ValueError(f"--start: expected at least {vae.frames(count)} frames, got {len(video)}")
     return video[-vae.frames(count) :][None]

@@ -15,7 +15,7 @@ from stream_r1 import recipe as recipes
 from stream_r1.recipe import Recipe
 
 if TYPE_CHECKING:
-    from stream_r1.distill.trainer import StepDone
+    from stream_r1.distill.events import StepDone
 
 HISTORY = "history.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -49,7 +49,7 @@ def run(path: Path, overrides: list[str], *, check: bool, fresh: bool) -> None:
     (out / "recipe.yaml").write_text(recipe.as_yaml(), encoding="utf-8")
     _forget_after(out / HISTORY, trainer.step)
     from stream_r1.commands.progress import DistillationDisplay
-    from stream_r1.distill.trainer import StepDone
+    from stream_r1.distill.events import StepDone
 
     with (
         (out / HISTORY).open("a", encoding="utf-8") as history,

@@ -78,8 +78,8 @@ def _label(name: str, record: Record) -> str:
 
 
 def _summary(record: Record) -> str:
-    seconds = record.stages.get("distil", 0.0)
-    spent = f"{len(record.steps)} steps ({_duration(seconds)})" if record.steps else "No step yet"
+    seconds = record.stages.get("distilling", 0.0)
+    spent = f"{_steps(record)} ({_duration(seconds)})" if record.steps else "No step yet"
     return (
         "A small video diffusion model that needs many steps and sees the whole clip at once is distilled "
         f"into one that needs {_WORDS.get(record.denoising_steps, record.denoising_steps)}, and makes video "
@@ -88,13 +88,18 @@ def _summary(record: Record) -> str:
     )
 
 
+def _steps(record: Record) -> str:
+    count = len(record.steps)
+    return "1 student step" if count == 1 else f"{count} student steps"
+
+
 def _banner(record: Record) -> str | None:
     if record.finished:
         return None
     if record.stopped:
-        planned = f" of {record.planned_steps}" if record.planned_steps else ""
+        planned = f" (step {record.critic_steps} of {record.planned_steps})" if record.planned_steps else ""
         return (
-            f"This run was stopped after {len(record.steps)}{planned} student steps. "
+            f"This run was stopped after {_steps(record)}{planned}. "
             "Run it again: it goes on from here. What it has so far is below."
         )
     return "This run is not finished: what it has so far is below."
@@ -112,7 +117,7 @@ def _key_numbers(record: Record) -> list[dict[str, str]]:
             {
                 "value": str(len(record.steps)),
                 "unit": "",
-                "label": f"student steps in {_duration(record.stages.get('distil', 0.0))}",
+                "label": f"student steps in {_duration(record.stages.get('distilling', 0.0))}",
             }
         )
     rewards = [row.values for row in measures.reward_rows(record)]
@@ -215,10 +220,10 @@ def _charts(record: Record) -> list[dict[str, Any]]:
 
 
 def _steps_note(record: Record) -> str:
-    parts = [f"{len(record.steps)} student steps"]
+    parts = [_steps(record)]
     if record.critic_steps:
         parts.append(f"{record.critic_steps} critic steps")
-    text = " and ".join(parts) + f" in {_duration(record.stages.get('distil', 0.0))}"
+    text = " and ".join(parts) + f" in {_duration(record.stages.get('distilling', 0.0))}"
     if record.step_seconds:
         text += f"; a student step with its critic steps took {record.step_seconds:.2f} s, "
         text += "and the time budget decided how many there were"
@@ -277,13 +282,17 @@ def _measures(record: Record) -> list[dict[str, Any]]:
 
 def _measure_row(row: measures.Row, columns: list[str]) -> dict[str, Any]:
     direction = "near the film's is better" if row.better == "near reference" else f"{row.better} is better"
-    change = row.change
+    change, shown = row.change, ""
+    if change is not None:
+        shown = f"{'▲' if change > 0 else '▼'} {_number(abs(change))}"
+        if not shown.strip("▲▼ 0."):
+            shown, change = "0", None  # nothing that the digits show
     return {
         "name": row.name,
         "meaning": f"{row.meaning}; {direction}",
         "cells": [_number(row.values.get(name)) for name in columns],
-        "change": f"{'▲' if change > 0 else '▼'} {_number(abs(change))}" if change else "",
-        "verdict": row.verdict,
+        "change": shown,
+        "verdict": row.verdict if change is not None else "",
     }
 
 

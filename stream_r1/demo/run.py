@@ -24,7 +24,8 @@ from stream_r1.assembly import Models, load_models, make_trainer, require_models
 from stream_r1.demo import stages
 from stream_r1.demo.record import Record, StepPoint
 from stream_r1.demo.settings import DemoSettings, seconds_to_distil, steps_in
-from stream_r1.distill.trainer import DistillTrainer, Event, StepDone
+from stream_r1.distill.events import Event, StepDone
+from stream_r1.distill.trainer import DistillTrainer
 from stream_r1.evaluation import Reference
 from stream_r1.models.checkpoints import load_student
 from stream_r1.recipe import Recipe, locate
@@ -178,13 +179,14 @@ class Demo:
                 if len(durations) % period:
                     continue
                 left = seconds - (now - started)
-                planned = min(self.recipe.steps, event.step + steps_in(left, durations, period))
+                more = steps_in(left, durations, period)
+                planned = min(self.recipe.steps, event.step + more)
                 watcher.plan(planned, left)
                 record.planned_steps = planned
                 counted = durations[period:] or durations
                 record.step_seconds = period * sum(counted) / len(counted)
                 record.save(self.folder)
-                if planned - event.step < period and not used:
+                if more < period and not used:
                     used = True
                     trainer.stop()
         return used

@@ -6,15 +6,15 @@ import itertools
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from stream_r1.distill.dmd import ScoreModel, velocity
+from stream_r1.distill.dmd import velocity
 from stream_r1.schedule import FlowSchedule
 
 
 @torch.no_grad()
 def teacher_sample(
-    teacher: ScoreModel,
+    teacher: nn.Module,
     text: Tensor,
     negative: Tensor,
     shape: Sequence[int],

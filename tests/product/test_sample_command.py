@@ -16,7 +16,9 @@ def run(*arguments) -> int:
 def test_two_prompts_twice(world, tmp_path, capsys):
     sizes = ("--models", world, "--size", "32x48", "--seconds", 0.8)
     for name in ("a", "b"):
-        assert run("sample", "a rabbit", "an apple", *sizes, "--out", tmp_path / name / "it.mp4", "--sheet") == 0
+        assert (
+            run("sample", "a rabbit", "an apple", *sizes, "--out", tmp_path / name / "it.mp4", "--sheet") == 0
+        )
     told = capsys.readouterr().out
     assert "frames a second" in told
     videos = {}
@@ -39,9 +41,10 @@ def test_two_prompts_twice(world, tmp_path, capsys):
     ("arguments", "told"),
     [
         (("--size", "32"), "--size: expected height x width"),
-        (("--size", "30x48"), "multiples of 8"),
+        (("--size", "30x48"), "multiples of (16, 16)"),
         (("--out", "it.avi"), "ends in .mp4"),
-        (("--student", "nowhere"), "nowhere"),
+        (("--checkpoint", "nowhere"), "nowhere"),
+        (("--preset", "reward"), "reward-forcing"),
     ],
 )
 def test_refuses(world, capsys, arguments, told):

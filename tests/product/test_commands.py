@@ -1,0 +1,79 @@
+"""The command line itself: quick help, replay's exit codes, info, and errors as one line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stream_r1.cli import main
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+
+
+def run(*arguments) -> int:
+    with pytest.raises(SystemExit) as end:
+        main([str(a) for a in arguments])
+    return end.value.code or 0
+
+
+def test_help_imports_nothing_heavy():
+    script = (
+        "import sys\n"
+        "from stream_r1.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "sys.exit(', '.join({'torch', 'diffusers', 'matplotlib', 'av'} & set(sys.modules)) or None)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for command in ("demo", "train", "sample", "replay", "data", "info"):
+        assert command in done.stdout
+
+
+def test_replay_says_how_far_apart_and_exits_by_the_tolerance(capsys):
+    files = [GOLDEN / "stream_absolute_sink.safetensors", GOLDEN / "train_block_causal.safetensors"]
+    assert run("replay", *files) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("ok") == 2
+    assert run("replay", files[0], "--tolerance", "1e-12") == 1
+    assert "past 1e-12" in capsys.readouterr().out
+
+
+def test_replay_of_something_else_is_an_error(tmp_path, capsys):
+    (tmp_path / "it.safetensors").write_bytes(b"nothing")
+    assert run("replay", tmp_path / "it.safetensors") == 2
+    assert run("replay", tmp_path / "there-is-none.safetensors") == 2
+    shown = capsys.readouterr().err
+    assert "no such recording" in shown
+    assert "Traceback" not in shown
+
+
+def test_info_of_machine_models_and_recipe(world, tmp_path, capsys):
+    assert run("info") == 0
+    assert "torch" in capsys.readouterr().out
+    assert run("info", world, world / "recipe.yaml", world / "reference.safetensors") == 0
+    shown = capsys.readouterr().out
+    for part in ("CausalWanTransformer", "window_frames", "critic_updates: 2", "tensors"):
+        assert part in shown
+    assert run("info", tmp_path) == 2
+    assert run("info", tmp_path / "nowhere") == 2
+    shown = capsys.readouterr().err
+    assert "neither a model folder" in shown
+    assert "nowhere: no such file or folder" in shown
+
+
+def test_data_lists_the_shots(capsys):
+    assert run("data", "shots") == 0
+    assert len(capsys.readouterr().out.splitlines()) > 100
+
+
+def test_debug_shows_where(tmp_path):
+    with pytest.raises(ValueError, match="no such recipe"):
+        main(["train", str(tmp_path / "none.yaml"), "--debug"])
+
+
+def test_python_m_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "stream_r1", "nonsense"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "No such command" in done.stderr
