@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -158,6 +163,30 @@ def test_sums_do_not_depend_on_the_number_of_threads():
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+ROUNDING = """
+import torch
+from stream_r1_kernels import gated_add
+torch.manual_seed(0)
+values = torch.randn(1, 1, 4099) * 10 ** (torch.rand(1, 1, 4099) * 14 - 9)
+values[..., :5] = torch.tensor([torch.nan, torch.inf, -torch.inf, 65519.9, 65520.0])
+for dtype in (torch.bfloat16, torch.float16):
+    one, zero = torch.ones(1, 1, 4099, dtype=dtype), torch.zeros(1, 1, 4099, dtype=dtype)
+    rounded = gated_add(zero, one, values, backend="cpu")
+    torch.testing.assert_close(rounded, values.to(dtype), rtol=0, atol=0, equal_nan=True)
+    widened = gated_add(torch.zeros(1, 1, 4099), rounded, torch.ones(1, 1, 4099), backend="cpu")
+    torch.testing.assert_close(widened, rounded.float(), rtol=0, atol=0, equal_nan=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "isa", ["baseline", "avx512"]
+)  # the best that the machine has, if it lacks the one named
+def test_conversions_are_torchs_in_every_instruction_set(isa):
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"STREAM_R1_ISA": isa, "PYTHONPATH": str(root)}
+    subprocess.run([sys.executable, "-c", ROUNDING], env=environment, check=True)
 
 
 def test_opcheck():
