@@ -70,7 +70,7 @@ class FilmReward(nn.Module):
     """A `Reward` with the axes VQ, MQ and TA, for small videos (the heads are trained at 64 x 112, 24 fps).
 
     Scores are normalised over clean and corrupted clips together, half each: a clean clip with its own
-    caption scores about +1 an axis, a badly corrupted one about -1 or less, so that `exp(2 r)` stays within
+    caption scores about +0.7 an axis, a badly corrupted one about -1 or less, so that `exp(2 r)` stays within
     a few powers of e.
 
     Args:

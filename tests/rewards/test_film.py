@@ -109,7 +109,7 @@ class TestFiles:
 class TestTrainedOrder:
     """Held-out clips; the full figures are in metrics.json."""
 
-    def test_clean_clips_score_about_plus_one(self, reward, clean_clips):
+    def test_clean_clips_score_above_the_middle(self, reward, clean_clips):
         with torch.no_grad():
             scores = reward.score(*clean_clips)
         assert ((scores[:, :2] > 0) & (scores[:, :2] < 2.5)).all(), scores
