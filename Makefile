@@ -36,8 +36,14 @@ lint: $(VENV)/.tools
 	$(BIN)/mypy stream_r1 stream_r1_kernels
 	find csrc -name '*.cpp' -o -name '*.h' | xargs -r $(BIN)/clang-format --dry-run --Werror
 
+# The tiny world from the film on; each step resumes where it was stopped.
 assets: $(VENV)/.built
 	$(BIN)/stream-r1 data fetch
+	$(BIN)/python -m stream_r1.tiny_world vae recipes/tiny/assets/vae.yaml
+	$(BIN)/python -m stream_r1.tiny_world teacher recipes/tiny/assets/teacher.yaml
+	$(BIN)/python -m stream_r1.tiny_world student recipes/tiny/assets/student.yaml
+	$(BIN)/python -m stream_r1.rewards.film_training
+	$(BIN)/stream-r1 data reference
 
 clean:
 	rm -rf build out *.egg-info

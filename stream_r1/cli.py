@@ -158,6 +158,22 @@ def data_sheet(
     sheet(out, cache)
 
 
+@data_app.command("reference")
+def data_reference(
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path(
+        "assets/tiny/reference/statistics.safetensors"
+    ),
+    prompts: Annotated[str, typer.Option(help="Captions of the shots to take, one a line, or film.")] = (
+        "recipes/tiny/prompts.txt"
+    ),
+    cache: Annotated[Path | None, typer.Option(help="Folder the film is kept in.")] = None,
+) -> None:
+    """Write the film's statistics that the independent measures compare with (fetches the film)."""
+    from stream_r1.commands.data import reference
+
+    reference(out, prompts, cache)
+
+
 @app.command()
 def info(
     paths: Annotated[

@@ -8,6 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from stream_r1.data import film
+from stream_r1.recipe import read_prompts
+
+_CLIP_FRAMES = 33
+_CLIPS_PER_SHOT = 4
 
 
 def fetch(cache: Path | None) -> None:
@@ -55,3 +59,29 @@ def sheet(out: Path, cache: Path | None) -> None:
     figure.savefig(out)
     plt.close(figure)
     console.print(str(out))
+
+
+def reference(out: Path, prompts: str, cache: Path | None) -> None:
+    """Fit and write what the measures need to know of the film's own shots with these captions."""
+    import torch
+
+    from stream_r1.evaluation import Reference
+    from stream_r1.tiny_world.clips import clip_starts
+
+    console = Console()
+    captions = read_prompts(prompts)
+    with console.status("reading the film"):
+        frames = film.load_film(cache)
+    videos, owners = [], []
+    for shot in film.load_shots():
+        if shot.held_out or shot.caption not in captions:
+            continue
+        for start in clip_starts(shot, _CLIP_FRAMES, _CLIPS_PER_SHOT):
+            clip = torch.from_numpy(frames[start : start + _CLIP_FRAMES].copy())
+            videos.append(clip.movedim(-1, 1).float() / 255)  # [T, 3, H, W]
+            owners.append(shot.caption)
+    if not videos:
+        raise ValueError(f"{prompts}: no caption of a training shot of the film")
+    with console.status(f"measuring {len(videos)} clips"):
+        Reference.fit(videos, owners).save(out)
+    console.print(f"{out} ({out.stat().st_size / 2**10:.0f} KB, {len(videos)} clips)", soft_wrap=True)

@@ -17,10 +17,10 @@ class DemoSettings(Settings):
     budget: Annotated[float, Field(ge=20)] = 330.0
     """Seconds for everything, from loading the models to the report."""
     prompts: tuple[str, ...] = (
-        "a fat rabbit smells a white flower",
-        "a pink butterfly flies around a rabbit seen from above",
-        "a flying squirrel on a branch looks down at the meadow",
-        "a rabbit in a meadow looks at a red apple",
+        "close up of a smiling fat rabbit under a tree",
+        "a flying squirrel glides through a blue sky",
+        "a purple bird sits on a tree branch at dawn",
+        "a fat rabbit in a sunny meadow holds a red apple",
     )
     chunks: Count = 6
     """Chunks that are streamed for each prompt."""
