@@ -1,5 +1,5 @@
-// Every op of stream_r1_kernels. Implementations register themselves where they live: csrc/cpu/<op>.cpp for the CPU and
-// autograd, Python for fake tensors. Attention is laid out [B, T, H, D], latents [B, F, C, h, w].
+// Every op of stream_r1_kernels. Implementations register themselves where they live: csrc/cpu/<op>.cpp for
+// the CPU and autograd, Python for fake tensors. Attention is laid out [B, T, H, D], latents [B, F, C, h, w].
 
 #include <torch/library.h>
 
@@ -9,8 +9,8 @@ TORCH_LIBRARY(stream_r1, m) {
   // The instruction set that the CPU kernels run with on this machine.
   m.def("cpu_isa() -> str", tags);
 
-  // Attention of a chunk to the past and to itself, without any mask: the keys are [past | fresh], either may be absent.
-  // out [B, T, H, D], lse [B, H, T] float32. The past gets no gradient.
+  // Attention of a chunk to the past and to itself, without any mask: the keys are [past | fresh], either may
+  // be absent. out [B, T, H, D], lse [B, H, T] float32. The past gets no gradient.
   m.def(
       "cached_chunk_attention(Tensor q, Tensor? k, Tensor? v, Tensor? past_k, Tensor? past_v, float scale)"
       " -> (Tensor out, Tensor lse)",
@@ -22,18 +22,22 @@ TORCH_LIBRARY(stream_r1, m) {
 
   // Attention over all chunks at once; work outside the visible blocks is skipped.
   m.def(
-      "chunk_attention(Tensor q, Tensor k, Tensor v, int tokens_per_frame, int frames_per_chunk, int? window_frames,"
-      " int sink_frames, int? first_chunk_frames, bool teacher_forcing, float scale) -> (Tensor out, Tensor lse)",
+      "chunk_attention(Tensor q, Tensor k, Tensor v, int tokens_per_frame, int frames_per_chunk, int? "
+      "window_frames,"
+      " int sink_frames, int? first_chunk_frames, bool teacher_forcing, float scale) -> (Tensor out, Tensor "
+      "lse)",
       tags);
   m.def(
       "chunk_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
-      " int tokens_per_frame, int frames_per_chunk, int? window_frames, int sink_frames, int? first_chunk_frames,"
+      " int tokens_per_frame, int frames_per_chunk, int? window_frames, int sink_frames, int? "
+      "first_chunk_frames,"
       " bool teacher_forcing, float scale) -> (Tensor, Tensor, Tensor)",
       tags);
 
   // RMSNorm over the full width, head split and rotary: [B, T, H * D] -> [B, T, H, D].
   m.def(
-      "qk_norm_rotary(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, int num_heads,"
+      "qk_norm_rotary(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, int "
+      "num_heads,"
       " float eps) -> (Tensor, Tensor)",
       tags);
   m.def(
@@ -41,13 +45,15 @@ TORCH_LIBRARY(stream_r1, m) {
       " int num_heads, float eps, Tensor(a!) k_out) -> Tensor",
       tags);
   m.def(
-      "qk_norm_rotary_backward(Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, Tensor q_weight, Tensor k_weight,"
+      "qk_norm_rotary_backward(Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, Tensor q_weight, Tensor "
+      "k_weight,"
       " Tensor cos, Tensor sin, int num_heads, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
       tags);
 
   // Adaptive layer norm per frame: x [B, T, D]; shift, scale, gate [B, F, D]; mean, rstd [B, T] float32.
   m.def(
-      "modulated_norm(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor out, Tensor mean, Tensor rstd)",
+      "modulated_norm(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor out, Tensor mean, Tensor "
+      "rstd)",
       tags);
   m.def(
       "modulated_norm_backward(Tensor grad_out, Tensor x, Tensor scale, Tensor mean, Tensor rstd)"
@@ -56,23 +62,28 @@ TORCH_LIBRARY(stream_r1, m) {
   m.def("gated_add(Tensor x, Tensor y, Tensor gate) -> Tensor", tags);
   m.def("gated_add_backward(Tensor grad_out, Tensor y, Tensor gate) -> (Tensor, Tensor)", tags);
 
-  // Pixel gradients [M, B, T, 3, H, W] -> [M, B, F, h, w] float32: channel norm, mean over a latent cell's own pixels.
+  // Pixel gradients [M, B, T, 3, H, W] -> [M, B, F, h, w] float32: channel norm, mean over a latent cell's
+  // own pixels.
   m.def("region_saliency(Tensor pixel_grads, int frames, int rows, int columns) -> Tensor", tags);
 
   // Saliency [M, B, F, h, w] and scores [B, M] -> weights [B, F, 1, h, w] float32, mean 1 a sample.
   m.def(
-      "intra_weights(Tensor saliency, Tensor scores, float temperature, float spatial_floor, float temporal_floor,"
+      "intra_weights(Tensor saliency, Tensor scores, float temperature, float spatial_floor, float "
+      "temporal_floor,"
       " float spatial_strength, float temporal_strength, bool use_spatial, bool use_temporal) -> Tensor",
       tags);
 
-  // The weighted DMD loss; all x0-predictions are [B, F, C, h, w]. Its gradient by x is factor [B] times direction.
+  // The weighted DMD loss; all x0-predictions are [B, F, C, h, w]. Its gradient by x is factor [B] times
+  // direction.
   m.def(
-      "dmd_loss(Tensor x, Tensor fake, Tensor real_cond, Tensor? real_uncond, float guidance, Tensor? w_intra,"
+      "dmd_loss(Tensor x, Tensor fake, Tensor real_cond, Tensor? real_uncond, float guidance, Tensor? "
+      "w_intra,"
       " Tensor? w_inter, Tensor? mask) -> (Tensor loss, Tensor direction, Tensor factor)",
       tags);
   m.def("dmd_loss_backward(Tensor grad_loss, Tensor direction, Tensor factor) -> Tensor", tags);
   m.def(
-      "dmd_gradient_(Tensor(a!) buffer, Tensor x, Tensor fake, Tensor real_cond, Tensor? real_uncond, float guidance,"
+      "dmd_gradient_(Tensor(a!) buffer, Tensor x, Tensor fake, Tensor real_cond, Tensor? real_uncond, float "
+      "guidance,"
       " Tensor? w_intra, Tensor? w_inter, Tensor? mask, float scale) -> ()",
       tags);
 }

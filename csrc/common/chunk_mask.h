@@ -1,5 +1,5 @@
-// Which keys a chunk of queries sees, as ranges of tokens: the mask's arithmetic, without tensors. Plain C++, shared by CPU and CUDA.
-// The meaning is that of stream_r1_kernels.ChunkMask.
+// Which keys a chunk of queries sees, as ranges of tokens: the mask's arithmetic, without tensors. Plain C++,
+// shared by CPU and CUDA. The meaning is that of stream_r1_kernels.ChunkMask.
 
 #pragma once
 

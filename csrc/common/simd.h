@@ -1,5 +1,5 @@
-// Vectors of floats in the width of the instruction set a kernel file is compiled for (GCC and Clang vector extensions).
-// Only for kernel files (see cpu/isa.h).
+// Vectors of floats in the width of the instruction set a kernel file is compiled for (GCC and Clang vector
+// extensions). Only for kernel files (see cpu/isa.h).
 
 #pragma once
 
@@ -52,7 +52,8 @@ inline float max(Vec v) {
 inline Vec exp(Vec x) {
   const Vec lowest = splat(-87.3f);
   const Vec bounded = x < lowest ? lowest : x;  // not a number stays what it is
-  const Vec shifted = bounded * 1.44269504f + 12582912.0f;  // the nearest integer, in the low bits of the mantissa
+  const Vec shifted =
+      bounded * 1.44269504f + 12582912.0f;  // the nearest integer, in the low bits of the mantissa
   const Vec n = shifted - 12582912.0f;
   const Vec r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
   Vec p = splat(1.9875691500e-4f);
@@ -74,7 +75,8 @@ inline Vec exp(Vec x) {
 class Scratch {
  public:
   explicit Scratch(int64_t floats)
-      : data_(static_cast<float*>(std::aligned_alloc(64, (static_cast<size_t>(floats) * 4 + 63) / 64 * 64))) {}
+      : data_(static_cast<float*>(std::aligned_alloc(64, (static_cast<size_t>(floats) * 4 + 63) / 64 * 64))) {
+  }
   ~Scratch() { std::free(data_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;

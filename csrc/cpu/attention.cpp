@@ -1,5 +1,5 @@
-// chunk_attention and cached_chunk_attention: allocation, the blocks of work, and registration on the CPU. The loops are in
-// attention_kernel.cpp, autograd in attention_autograd.cpp.
+// chunk_attention and cached_chunk_attention: allocation, the blocks of work, and registration on the CPU.
+// The loops are in attention_kernel.cpp, autograd in attention_autograd.cpp.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -50,17 +50,17 @@ struct Prepared {
 
 void set_keys(const char* op, Prepared& p, int source_index, const Tensor& k, const Tensor& v) {
   for (const Tensor& x : {k, v})
-    TORCH_CHECK_VALUE(x.dim() == 4 && x.size(0) == p.q.size(0) && x.size(1) == k.size(1) && x.size(2) == p.q.size(2) &&
-                          x.size(3) == p.q.size(3),
-                      op, ": keys and values: expected [", p.q.size(0), ", ", k.size(1), ", ", p.q.size(2), ", ",
-                      p.q.size(3), "], got ", x.sizes());
+    TORCH_CHECK_VALUE(x.dim() == 4 && x.size(0) == p.q.size(0) && x.size(1) == k.size(1) &&
+                          x.size(2) == p.q.size(2) && x.size(3) == p.q.size(3),
+                      op, ": keys and values: expected [", p.q.size(0), ", ", k.size(1), ", ", p.q.size(2),
+                      ", ", p.q.size(3), "], got ", x.sizes());
   for (const Tensor& x : {k, v})
-    TORCH_CHECK_TYPE(x.scalar_type() == p.q.scalar_type(), op, ": keys and values: expected ", p.q.scalar_type(),
-                     " as q, got ", x.scalar_type());
+    TORCH_CHECK_TYPE(x.scalar_type() == p.q.scalar_type(), op, ": keys and values: expected ",
+                     p.q.scalar_type(), " as q, got ", x.scalar_type());
   p.k[source_index] = with_dense_rows(k);
   p.v[source_index] = with_dense_rows(v);
-  p.args.keys[source_index] = {source(p.k[source_index]), source(p.v[source_index]), strides_of(p.k[source_index]),
-                               strides_of(p.v[source_index])};
+  p.args.keys[source_index] = {source(p.k[source_index]), source(p.v[source_index]),
+                               strides_of(p.k[source_index]), strides_of(p.v[source_index])};
 }
 
 Prepared prepare(const char* op, const Tensor& q, double scale) {
@@ -91,13 +91,14 @@ std::tuple<Tensor, Tensor> forward(Prepared& p, const std::vector<QueryBlock>& b
   const int64_t items = heads_in_all * p.args.num_blocks;
   auto* kernel = pick_attention_forward();
   const bool small = heads_in_all * pairs(blocks) * q.size(3) < kSmallWork;
-  at::parallel_for(0, items, small ? items : 1, [&](int64_t begin, int64_t end) { kernel(p.args, begin, end); });
+  at::parallel_for(0, items, small ? items : 1,
+                   [&](int64_t begin, int64_t end) { kernel(p.args, begin, end); });
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(Prepared& p, const std::vector<QueryBlock>& blocks, const Tensor& grad_any,
-                                            const OptionalTensor& grad_lse_any, const Tensor& out_any,
-                                            const Tensor& lse_any) {
+std::tuple<Tensor, Tensor, Tensor> backward(Prepared& p, const std::vector<QueryBlock>& blocks,
+                                            const Tensor& grad_any, const OptionalTensor& grad_lse_any,
+                                            const Tensor& out_any, const Tensor& lse_any) {
   const Tensor &q = p.q, &k = p.k[1];
   Tensor grad_q = at::empty(q.sizes(), q.options()), grad_k = at::empty(k.sizes(), k.options()),
          grad_v = at::empty(k.sizes(), k.options());
@@ -135,40 +136,41 @@ std::vector<QueryBlock> dense_block(const Prepared& p) {
   return {block};
 }
 
-Prepared prepare_cached(const Tensor& q, const OptionalTensor& k, const OptionalTensor& v, const OptionalTensor& past_k,
-                        const OptionalTensor& past_v, double scale) {
+Prepared prepare_cached(const Tensor& q, const OptionalTensor& k, const OptionalTensor& v,
+                        const OptionalTensor& past_k, const OptionalTensor& past_v, double scale) {
   const char* op = "cached_chunk_attention";
   TORCH_CHECK_VALUE(k.has_value() == v.has_value(), op, ": k, v: expected both or neither");
   TORCH_CHECK_VALUE(past_k.has_value() == past_v.has_value(), op, ": past: expected both k and v or neither");
-  TORCH_CHECK_VALUE(k.has_value() || past_k.has_value(), op, ": expected keys: fresh ones, a past, or both; got neither");
+  TORCH_CHECK_VALUE(k.has_value() || past_k.has_value(), op,
+                    ": expected keys: fresh ones, a past, or both; got neither");
   Prepared p = prepare(op, q, scale);
   if (past_k.has_value()) set_keys(op, p, 0, *past_k, *past_v);
   if (k.has_value()) set_keys(op, p, 1, *k, *v);
   return p;
 }
 
-std::tuple<Tensor, Tensor> cached_chunk_attention(const Tensor& q, const OptionalTensor& k, const OptionalTensor& v,
-                                                  const OptionalTensor& past_k, const OptionalTensor& past_v,
-                                                  double scale) {
+std::tuple<Tensor, Tensor> cached_chunk_attention(const Tensor& q, const OptionalTensor& k,
+                                                  const OptionalTensor& v, const OptionalTensor& past_k,
+                                                  const OptionalTensor& past_v, double scale) {
   Prepared p = prepare_cached(q, k, v, past_k, past_v, scale);
   return forward(p, dense_block(p));
 }
 
-std::tuple<Tensor, Tensor, Tensor> cached_chunk_attention_backward(const Tensor& grad_out, const OptionalTensor& grad_lse,
-                                                                   const Tensor& q, const Tensor& k, const Tensor& v,
-                                                                   const OptionalTensor& past_k,
-                                                                   const OptionalTensor& past_v, const Tensor& out,
-                                                                   const Tensor& lse, double scale) {
+std::tuple<Tensor, Tensor, Tensor> cached_chunk_attention_backward(
+    const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
+    const OptionalTensor& past_k, const OptionalTensor& past_v, const Tensor& out, const Tensor& lse,
+    double scale) {
   Prepared p = prepare_cached(q, k, v, past_k, past_v, scale);
   return backward(p, dense_block(p), grad_out, grad_lse, out, lse);
 }
 
 std::vector<QueryBlock> masked_blocks(const Tensor& q, const ChunkMask& mask) {
   const int64_t unit = mask.tokens_per_frame * (mask.teacher_forcing ? 2 : 1);
-  TORCH_CHECK_VALUE(unit > 0 && mask.frames_per_chunk > 0 && mask.first_chunk_frames > 0 && mask.window_frames >= 0 &&
-                        mask.sink_frames >= 0,
+  TORCH_CHECK_VALUE(unit > 0 && mask.frames_per_chunk > 0 && mask.first_chunk_frames > 0 &&
+                        mask.window_frames >= 0 && mask.sink_frames >= 0,
                     "chunk_attention: mask: expected positive sizes");
-  TORCH_CHECK_VALUE(q.size(1) % unit == 0, "chunk_attention: q: expected a multiple of ", unit, " tokens, got ", q.size(1));
+  TORCH_CHECK_VALUE(q.size(1) % unit == 0, "chunk_attention: q: expected a multiple of ", unit,
+                    " tokens, got ", q.size(1));
   std::vector<QueryBlock> blocks;
   for (const VisibleBlock& visible : visible_blocks(mask, q.size(1) / unit)) {
     QueryBlock block{visible.begin, visible.end, {}, visible.num_ranges};
@@ -181,33 +183,37 @@ std::vector<QueryBlock> masked_blocks(const Tensor& q, const ChunkMask& mask) {
 
 Prepared prepare_chunks(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
   Prepared p = prepare("chunk_attention", q, scale);
-  TORCH_CHECK_VALUE(k.dim() == 4 && k.size(1) == q.size(1), "chunk_attention: k: expected ", q.sizes(), " as q, got ",
-                    k.sizes());
+  TORCH_CHECK_VALUE(k.dim() == 4 && k.size(1) == q.size(1), "chunk_attention: k: expected ", q.sizes(),
+                    " as q, got ", k.sizes());
   set_keys("chunk_attention", p, 1, k, v);
   return p;
 }
 
 ChunkMask chunk_mask(int64_t tokens_per_frame, int64_t frames_per_chunk, std::optional<int64_t> window_frames,
                      int64_t sink_frames, std::optional<int64_t> first_chunk_frames, bool teacher_forcing) {
-  return {tokens_per_frame, frames_per_chunk,  window_frames.value_or(0),
-          sink_frames,      first_chunk_frames.value_or(frames_per_chunk), teacher_forcing};
+  return {tokens_per_frame,
+          frames_per_chunk,
+          window_frames.value_or(0),
+          sink_frames,
+          first_chunk_frames.value_or(frames_per_chunk),
+          teacher_forcing};
 }
 
-std::tuple<Tensor, Tensor> chunk_attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t tokens_per_frame,
-                                           int64_t frames_per_chunk, std::optional<int64_t> window_frames,
-                                           int64_t sink_frames, std::optional<int64_t> first_chunk_frames,
-                                           bool teacher_forcing, double scale) {
+std::tuple<Tensor, Tensor> chunk_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                           int64_t tokens_per_frame, int64_t frames_per_chunk,
+                                           std::optional<int64_t> window_frames, int64_t sink_frames,
+                                           std::optional<int64_t> first_chunk_frames, bool teacher_forcing,
+                                           double scale) {
   Prepared p = prepare_chunks(q, k, v, scale);
-  return forward(p, masked_blocks(q, chunk_mask(tokens_per_frame, frames_per_chunk, window_frames, sink_frames,
-                                                first_chunk_frames, teacher_forcing)));
+  return forward(p, masked_blocks(q, chunk_mask(tokens_per_frame, frames_per_chunk, window_frames,
+                                                sink_frames, first_chunk_frames, teacher_forcing)));
 }
 
-std::tuple<Tensor, Tensor, Tensor> chunk_attention_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k,
-                                                            const Tensor& v, const Tensor& out, const Tensor& lse,
-                                                            int64_t tokens_per_frame, int64_t frames_per_chunk,
-                                                            std::optional<int64_t> window_frames, int64_t sink_frames,
-                                                            std::optional<int64_t> first_chunk_frames,
-                                                            bool teacher_forcing, double scale) {
+std::tuple<Tensor, Tensor, Tensor> chunk_attention_backward(
+    const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+    const Tensor& lse, int64_t tokens_per_frame, int64_t frames_per_chunk,
+    std::optional<int64_t> window_frames, int64_t sink_frames, std::optional<int64_t> first_chunk_frames,
+    bool teacher_forcing, double scale) {
   Prepared p = prepare_chunks(q, k, v, scale);
   return backward(p,
                   masked_blocks(q, chunk_mask(tokens_per_frame, frames_per_chunk, window_frames, sink_frames,

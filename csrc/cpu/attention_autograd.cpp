@@ -23,11 +23,12 @@ using CachedForward = std::tuple<Tensor, Tensor>(const Tensor&, const OptionalTe
                                                  const OptionalTensor&, const OptionalTensor&, double);
 using CachedBackward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const OptionalTensor&, const Tensor&,
                                                           const Tensor&, const Tensor&, const OptionalTensor&,
-                                                          const OptionalTensor&, const Tensor&, const Tensor&, double);
+                                                          const OptionalTensor&, const Tensor&, const Tensor&,
+                                                          double);
 
-std::tuple<Tensor, Tensor> cached_below_autograd(const Tensor& q, const OptionalTensor& k, const OptionalTensor& v,
-                                                 const OptionalTensor& past_k, const OptionalTensor& past_v,
-                                                 double scale) {
+std::tuple<Tensor, Tensor> cached_below_autograd(const Tensor& q, const OptionalTensor& k,
+                                                 const OptionalTensor& v, const OptionalTensor& past_k,
+                                                 const OptionalTensor& past_v, double scale) {
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   static const auto op = registered<CachedForward>("stream_r1::cached_chunk_attention");
   return op.call(q, k, v, past_k, past_v, scale);
@@ -52,41 +53,44 @@ class CachedChunkAttention : public torch::autograd::Function<CachedChunkAttenti
     const variable_list saved = context->get_saved_variables();
     const Tensor grad_out = grads[0].defined() ? grads[0] : at::zeros_like(saved[5]);
     auto [grad_q, grad_k, grad_v] =
-        op.call(grad_out, if_defined(grads[1]), saved[0], saved[1], saved[2], if_defined(saved[3]), if_defined(saved[4]),
-                saved[5], saved[6], context->saved_data["scale"].toDouble());
+        op.call(grad_out, if_defined(grads[1]), saved[0], saved[1], saved[2], if_defined(saved[3]),
+                if_defined(saved[4]), saved[5], saved[6], context->saved_data["scale"].toDouble());
     return {grad_q, grad_k, grad_v, Tensor(), Tensor(), Tensor()};
   }
 };
 
 bool wants_grad(const OptionalTensor& x) { return x.has_value() && x->requires_grad(); }
 
-std::tuple<Tensor, Tensor> cached_chunk_attention(const Tensor& q, const OptionalTensor& k, const OptionalTensor& v,
-                                                  const OptionalTensor& past_k, const OptionalTensor& past_v,
-                                                  double scale) {
+std::tuple<Tensor, Tensor> cached_chunk_attention(const Tensor& q, const OptionalTensor& k,
+                                                  const OptionalTensor& v, const OptionalTensor& past_k,
+                                                  const OptionalTensor& past_v, double scale) {
   const bool fresh_wants = q.requires_grad() || wants_grad(k) || wants_grad(v);
   const bool past_wants = wants_grad(past_k) || wants_grad(past_v);
   if (!at::GradMode::is_enabled() || !(fresh_wants || past_wants))
     return cached_below_autograd(q, k, v, past_k, past_v, scale);
-  TORCH_CHECK_VALUE(!past_wants, "cached_chunk_attention: past: expected tensors without requires_grad; the past gets no "
-                                 "gradient");
-  TORCH_CHECK_VALUE(k.has_value() && v.has_value(), "cached_chunk_attention: k, v: expected tensors where q requires grad, "
-                                                    "got none");
+  TORCH_CHECK_VALUE(!past_wants,
+                    "cached_chunk_attention: past: expected tensors without requires_grad; the past gets no "
+                    "gradient");
+  TORCH_CHECK_VALUE(k.has_value() && v.has_value(),
+                    "cached_chunk_attention: k, v: expected tensors where q requires grad, "
+                    "got none");
   const variable_list out = CachedChunkAttention::apply(q, *k, *v, past_k, past_v, scale);
   return {out[0], out[1]};
 }
 
 using ChunkForward = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t,
-                                                std::optional<int64_t>, int64_t, std::optional<int64_t>, bool, double);
-using ChunkBackward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                                         const Tensor&, const Tensor&, int64_t, int64_t,
-                                                         std::optional<int64_t>, int64_t, std::optional<int64_t>, bool,
-                                                         double);
+                                                std::optional<int64_t>, int64_t, std::optional<int64_t>, bool,
+                                                double);
+using ChunkBackward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
+                                                         const Tensor&, const Tensor&, const Tensor&, int64_t,
+                                                         int64_t, std::optional<int64_t>, int64_t,
+                                                         std::optional<int64_t>, bool, double);
 
 std::tuple<Tensor, Tensor> chunk_below_autograd(const Tensor& q, const Tensor& k, const Tensor& v,
                                                 int64_t tokens_per_frame, int64_t frames_per_chunk,
                                                 std::optional<int64_t> window_frames, int64_t sink_frames,
-                                                std::optional<int64_t> first_chunk_frames, bool teacher_forcing,
-                                                double scale) {
+                                                std::optional<int64_t> first_chunk_frames,
+                                                bool teacher_forcing, double scale) {
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   static const auto op = registered<ChunkForward>("stream_r1::chunk_attention");
   return op.call(q, k, v, tokens_per_frame, frames_per_chunk, window_frames, sink_frames, first_chunk_frames,
@@ -96,11 +100,12 @@ std::tuple<Tensor, Tensor> chunk_below_autograd(const Tensor& q, const Tensor& k
 class ChunkAttention : public torch::autograd::Function<ChunkAttention> {
  public:
   static variable_list forward(AutogradContext* context, const Tensor& q, const Tensor& k, const Tensor& v,
-                               int64_t tokens_per_frame, int64_t frames_per_chunk, std::optional<int64_t> window_frames,
-                               int64_t sink_frames, std::optional<int64_t> first_chunk_frames, bool teacher_forcing,
+                               int64_t tokens_per_frame, int64_t frames_per_chunk,
+                               std::optional<int64_t> window_frames, int64_t sink_frames,
+                               std::optional<int64_t> first_chunk_frames, bool teacher_forcing,
                                double scale) {
-    auto [out, lse] = chunk_below_autograd(q, k, v, tokens_per_frame, frames_per_chunk, window_frames, sink_frames,
-                                           first_chunk_frames, teacher_forcing, scale);
+    auto [out, lse] = chunk_below_autograd(q, k, v, tokens_per_frame, frames_per_chunk, window_frames,
+                                           sink_frames, first_chunk_frames, teacher_forcing, scale);
     context->save_for_backward({q, k, v, out, lse});
     context->mark_non_differentiable({lse});
     auto& saved = context->saved_data;
@@ -119,10 +124,11 @@ class ChunkAttention : public torch::autograd::Function<ChunkAttention> {
     const variable_list tensors = context->get_saved_variables();
     auto& saved = context->saved_data;
     auto [grad_q, grad_k, grad_v] =
-        op.call(grads[0], tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], saved["tokens_per_frame"].toInt(),
-                saved["frames_per_chunk"].toInt(), saved["window_frames"].toOptional<int64_t>(),
-                saved["sink_frames"].toInt(), saved["first_chunk_frames"].toOptional<int64_t>(),
-                saved["teacher_forcing"].toBool(), saved["scale"].toDouble());
+        op.call(grads[0], tensors[0], tensors[1], tensors[2], tensors[3], tensors[4],
+                saved["tokens_per_frame"].toInt(), saved["frames_per_chunk"].toInt(),
+                saved["window_frames"].toOptional<int64_t>(), saved["sink_frames"].toInt(),
+                saved["first_chunk_frames"].toOptional<int64_t>(), saved["teacher_forcing"].toBool(),
+                saved["scale"].toDouble());
     variable_list result(10);
     result[0] = grad_q;
     result[1] = grad_k;
@@ -131,15 +137,16 @@ class ChunkAttention : public torch::autograd::Function<ChunkAttention> {
   }
 };
 
-std::tuple<Tensor, Tensor> chunk_attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t tokens_per_frame,
-                                           int64_t frames_per_chunk, std::optional<int64_t> window_frames,
-                                           int64_t sink_frames, std::optional<int64_t> first_chunk_frames,
-                                           bool teacher_forcing, double scale) {
+std::tuple<Tensor, Tensor> chunk_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                           int64_t tokens_per_frame, int64_t frames_per_chunk,
+                                           std::optional<int64_t> window_frames, int64_t sink_frames,
+                                           std::optional<int64_t> first_chunk_frames, bool teacher_forcing,
+                                           double scale) {
   if (!needs_graph({q, k, v}))
     return chunk_below_autograd(q, k, v, tokens_per_frame, frames_per_chunk, window_frames, sink_frames,
                                 first_chunk_frames, teacher_forcing, scale);
-  const variable_list out = ChunkAttention::apply(q, k, v, tokens_per_frame, frames_per_chunk, window_frames, sink_frames,
-                                                  first_chunk_frames, teacher_forcing, scale);
+  const variable_list out = ChunkAttention::apply(q, k, v, tokens_per_frame, frames_per_chunk, window_frames,
+                                                  sink_frames, first_chunk_frames, teacher_forcing, scale);
   return {out[0], out[1]};
 }
 

@@ -1,5 +1,5 @@
-// Attention in tiles with a running softmax. Scores are kept transposed, [keys, queries]: the queries are transposed once an
-// item and no key ever is, and the softmax runs along vectors of queries.
+// Attention in tiles with a running softmax. Scores are kept transposed, [keys, queries]: the queries are
+// transposed once an item and no key ever is, and the softmax runs along vectors of queries.
 
 #include "cpu/attention_kernel.h"
 
@@ -13,8 +13,8 @@
 namespace stream_r1::STREAM_R1_ISA {
 namespace {
 
-constexpr int64_t kKeys = 96;      // keys of a tile
-constexpr int64_t kQueries = 48;   // queries of a tile
+constexpr int64_t kKeys = 96;     // keys of a tile
+constexpr int64_t kQueries = 48;  // queries of a tile
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Tokens [begin, begin + n) of one head as float rows, times `scale`, padded with zeros: to [n, width].
@@ -38,8 +38,8 @@ void transpose(const float* rows, int64_t n, int64_t width, int64_t depth, float
     for (int64_t i = n; i < columns; ++i) to[d * columns + i] = 0.0f;
 }
 
-// scores [n, columns] -> exp(scores - new maximum), and for each query the maximum and sum so far; `decay` is what sums made
-// with the old maximum have to be multiplied by.
+// scores [n, columns] -> exp(scores - new maximum), and for each query the maximum and sum so far; `decay` is
+// what sums made with the old maximum have to be multiplied by.
 void softmax_step(float* scores, int64_t n, int64_t columns, float* maximum, float* sum, float* decay) {
   for (int64_t j = 0; j < columns; j += kLanes) {
     Vec top = load(maximum + j);
@@ -67,12 +67,12 @@ void forward_item(const AttentionArgs& a, const Item& item, float* memory) {
   const int64_t n = item.block->end - item.block->begin;
   const int64_t columns = padded(kQueries);  // of a tile of queries
   const int64_t tiles = (n + kQueries - 1) / kQueries;
-  float* keys = memory;                      // [kKeys, width]
-  float* values = keys + kKeys * width;      // [kKeys, width]
-  float* scores = values + kKeys * width;    // [kKeys, columns]
-  float* rows = scores + kKeys * columns;    // [kQueries, width]
-  float* decay = rows + kQueries * width;    // [columns]
-  float* queries = decay + columns;          // [tiles, head_dim, columns]
+  float* keys = memory;                                  // [kKeys, width]
+  float* values = keys + kKeys * width;                  // [kKeys, width]
+  float* scores = values + kKeys * width;                // [kKeys, columns]
+  float* rows = scores + kKeys * columns;                // [kQueries, width]
+  float* decay = rows + kQueries * width;                // [columns]
+  float* queries = decay + columns;                      // [tiles, head_dim, columns]
   float* sums = queries + tiles * a.head_dim * columns;  // [n, width]
   float* maximum = sums + n * width;                     // [tiles, columns]
   float* total = maximum + tiles * columns;              // [tiles, columns]
@@ -95,14 +95,15 @@ void forward_item(const AttentionArgs& a, const Item& item, float* memory) {
       copy_rows(from.v, from.v_strides, b, h, key, seen, a.head_dim, 1.0f, values, width);
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t first = tile * kQueries, count = std::min(kQueries, n - first), wide = padded(count);
-        product<Rows::as_they_lie, false>(seen, wide, a.head_dim, keys, width, queries + tile * a.head_dim * columns,
-                                          columns, scores, columns);
+        product<Rows::as_they_lie, false>(seen, wide, a.head_dim, keys, width,
+                                          queries + tile * a.head_dim * columns, columns, scores, columns);
         float* top = maximum + tile * columns;
         softmax_step(scores, seen, columns, top, total + tile * columns, decay);
         float* out = sums + first * width;
         for (int64_t i = 0; i < count; ++i)
           if (decay[i] != 1.0f)
-            for (int64_t d = 0; d < width; d += kLanes) store(out + i * width + d, load(out + i * width + d) * decay[i]);
+            for (int64_t d = 0; d < width; d += kLanes)
+              store(out + i * width + d, load(out + i * width + d) * decay[i]);
         product<Rows::transposed, true>(count, width, seen, scores, columns, values, width, out, width);
       }
     }
@@ -115,7 +116,8 @@ void forward_item(const AttentionArgs& a, const Item& item, float* memory) {
     float* out = row_to_write(a.out, offset, rows);
     for (int64_t d = 0; d < a.head_dim; ++d) out[d] = sums[i * width + d] * factor;
     write_row(a.out, offset, a.head_dim, out);
-    a.lse[(b * a.heads + h) * a.queries + t] = total[slot] == 0.0f ? -kInfinity : maximum[slot] + std::log(total[slot]);
+    a.lse[(b * a.heads + h) * a.queries + t] =
+        total[slot] == 0.0f ? -kInfinity : maximum[slot] + std::log(total[slot]);
   }
 }
 
@@ -124,8 +126,8 @@ void forward_item(const AttentionArgs& a, const Item& item, float* memory) {
 void attention_forward(const AttentionArgs& args, int64_t begin, int64_t end) {
   const int64_t width = padded(args.head_dim), columns = padded(kQueries);
   const int64_t tiles = (kMostQueries + kQueries - 1) / kQueries;
-  Scratch memory(kKeys * (2 * width + columns) + kQueries * width + columns + tiles * columns * (args.head_dim + 2) +
-                 kMostQueries * width);
+  Scratch memory(kKeys * (2 * width + columns) + kQueries * width + columns +
+                 tiles * columns * (args.head_dim + 2) + kMostQueries * width);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t head = item / args.num_blocks;
     forward_item(args, {head / args.heads, head % args.heads, args.blocks + item % args.num_blocks}, memory);
@@ -152,20 +154,20 @@ struct BackwardMemory {
         grad_keys(args.fresh * width),
         grad_values(args.fresh * width) {}
 
-  Scratch keys, values;               // [kKeys, width]
-  Scratch weights, grad_scores;       // [kKeys, columns], transposed as in the forward
-  Scratch queries, queries_t;         // [kQueries, width] and [width, columns], scaled
-  Scratch grads, grads_t;             // of the output, the same
-  Scratch grad_queries;               // [kQueries, width]
-  Scratch lse, delta;                 // [columns]
-  Scratch row;                        // [width]
-  Scratch grad_keys, grad_values;     // [fresh, width]
+  Scratch keys, values;            // [kKeys, width]
+  Scratch weights, grad_scores;    // [kKeys, columns], transposed as in the forward
+  Scratch queries, queries_t;      // [kQueries, width] and [width, columns], scaled
+  Scratch grads, grads_t;          // of the output, the same
+  Scratch grad_queries;            // [kQueries, width]
+  Scratch lse, delta;              // [columns]
+  Scratch row;                     // [width]
+  Scratch grad_keys, grad_values;  // [fresh, width]
 };
 
-// Queries [first, first + count) of one head: lse, and delta = sum_d grad_out * out - grad_lse, padded so that the weights
-// of padding are zero.
-void read_statistics(const AttentionBackwardArgs& args, const Item& item, int64_t first, int64_t count, int64_t columns,
-                     int64_t width, BackwardMemory& m) {
+// Queries [first, first + count) of one head: lse, and delta = sum_d grad_out * out - grad_lse, padded so
+// that the weights of padding are zero.
+void read_statistics(const AttentionBackwardArgs& args, const Item& item, int64_t first, int64_t count,
+                     int64_t columns, int64_t width, BackwardMemory& m) {
   const int64_t line = (item.b * args.forward.heads + item.h) * args.forward.queries + first;
   float* lse = m.lse;
   float* delta = m.delta;
@@ -197,8 +199,8 @@ void softmax_backward(int64_t seen, int64_t wide, int64_t columns, BackwardMemor
   }
 }
 
-void write_rows(const float* rows, int64_t n, int64_t width, const AttentionArgs& a, const Item& item, int64_t tokens,
-                int64_t first, float scale, const Target& to, float* buffer) {
+void write_rows(const float* rows, int64_t n, int64_t width, const AttentionArgs& a, const Item& item,
+                int64_t tokens, int64_t first, float scale, const Target& to, float* buffer) {
   for (int64_t i = 0; i < n; ++i) {
     const int64_t offset = ((item.b * tokens + first + i) * a.heads + item.h) * a.head_dim;
     float* out = row_to_write(to, offset, buffer);
@@ -207,12 +209,13 @@ void write_rows(const float* rows, int64_t n, int64_t width, const AttentionArgs
   }
 }
 
-void backward_tile(const AttentionBackwardArgs& args, const Item& item, int64_t first, int64_t count, int64_t width,
-                   BackwardMemory& m) {
+void backward_tile(const AttentionBackwardArgs& args, const Item& item, int64_t first, int64_t count,
+                   int64_t width, BackwardMemory& m) {
   const AttentionArgs& a = args.forward;
   const int64_t columns = padded(kQueries), wide = padded(count);
   copy_rows(a.q, a.q_strides, item.b, item.h, first, count, a.head_dim, a.scale, m.queries, width);
-  copy_rows(args.grad_out, args.grad_out_strides, item.b, item.h, first, count, a.head_dim, 1.0f, m.grads, width);
+  copy_rows(args.grad_out, args.grad_out_strides, item.b, item.h, first, count, a.head_dim, 1.0f, m.grads,
+            width);
   transpose(m.queries, count, width, a.head_dim, m.queries_t, columns);
   transpose(m.grads, count, width, a.head_dim, m.grads_t, columns);
   read_statistics(args, item, first, count, columns, width, m);
@@ -224,11 +227,13 @@ void backward_tile(const AttentionBackwardArgs& args, const Item& item, int64_t 
       const int64_t seen = std::min(kKeys, range.end - key);
       copy_rows(from.k, from.k_strides, item.b, item.h, key, seen, a.head_dim, 1.0f, m.keys, width);
       copy_rows(from.v, from.v_strides, item.b, item.h, key, seen, a.head_dim, 1.0f, m.values, width);
-      product<Rows::as_they_lie, false>(seen, wide, a.head_dim, m.keys, width, m.queries_t, columns, m.weights, columns);
-      product<Rows::as_they_lie, false>(seen, wide, a.head_dim, m.values, width, m.grads_t, columns, m.grad_scores,
-                                        columns);
+      product<Rows::as_they_lie, false>(seen, wide, a.head_dim, m.keys, width, m.queries_t, columns,
+                                        m.weights, columns);
+      product<Rows::as_they_lie, false>(seen, wide, a.head_dim, m.values, width, m.grads_t, columns,
+                                        m.grad_scores, columns);
       softmax_backward(seen, wide, columns, m);
-      product<Rows::transposed, true>(count, width, seen, m.grad_scores, columns, m.keys, width, m.grad_queries, width);
+      product<Rows::transposed, true>(count, width, seen, m.grad_scores, columns, m.keys, width,
+                                      m.grad_queries, width);
       if (range.source == 1) {
         product<Rows::as_they_lie, true>(seen, width, count, m.weights, columns, m.grads, width,
                                          m.grad_values + key * width, width);

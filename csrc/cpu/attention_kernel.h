@@ -56,9 +56,9 @@ struct AttentionBackwardArgs {
   AttentionArgs forward;  // out is not written, lse is read
   Source out, grad_out;
   Strides out_strides, grad_out_strides;
-  const float* grad_lse;           // [B, H, T] or null
-  Target grad_q, grad_k, grad_v;   // contiguous [B, T, H, D]
-  int64_t fresh;                   // tokens of keys[1]
+  const float* grad_lse;          // [B, H, T] or null
+  Target grad_q, grad_k, grad_v;  // contiguous [B, T, H, D]
+  int64_t fresh;                  // tokens of keys[1]
 };
 
 // Work items [begin, end): item = b * H + h.

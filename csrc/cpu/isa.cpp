@@ -11,8 +11,8 @@ namespace {
 
 Isa best_isa() {
 #if defined(__x86_64__) && defined(STREAM_R1_HAS_AVX512)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
     return Isa::avx512;
 #endif
 #if defined(__x86_64__) && defined(STREAM_R1_HAS_AVX2)

@@ -1,13 +1,14 @@
-// Kernel files (<op>_kernel.cpp) are compiled once for every instruction set, with STREAM_R1_ISA naming the namespace that
-// the copy lives in. This header is how a copy is declared, defined and picked.
+// Kernel files (<op>_kernel.cpp) are compiled once for every instruction set, with STREAM_R1_ISA naming the
+// namespace that the copy lives in. This header is how a copy is declared, defined and picked.
 //
 //   <op>_kernel.h     struct FooArgs {...};                       plain C++, no torch headers
 //                     STREAM_R1_KERNEL(foo, void(const FooArgs&, int64_t begin, int64_t end));
-//   <op>_kernel.cpp   namespace stream_r1::STREAM_R1_ISA { void foo(const FooArgs& args, int64_t begin, int64_t end) {...} }
-//   <op>.cpp          auto* foo = pick_foo();  at::parallel_for(0, n, grain, [&](int64_t b, int64_t e) { foo(args, b, e); });
+//   <op>_kernel.cpp   namespace stream_r1::STREAM_R1_ISA { void foo(const FooArgs& args, int64_t begin,
+//   int64_t end) {...} } <op>.cpp          auto* foo = pick_foo();  at::parallel_for(0, n, grain, [&](int64_t
+//   b, int64_t e) { foo(args, b, e); });
 //
-// Helpers inside a kernel file belong into the same namespace: an inline function outside it would exist once an instruction
-// set under one name, and the linker keeps only one of them.
+// Helpers inside a kernel file belong into the same namespace: an inline function outside it would exist once
+// an instruction set under one name, and the linker keeps only one of them.
 
 #pragma once
 
@@ -17,7 +18,8 @@ namespace stream_r1 {
 
 enum class Isa { baseline, avx2, avx512 };
 
-// The best instruction set that was built and that this machine has; the environment variable STREAM_R1_ISA lowers it.
+// The best instruction set that was built and that this machine has; the environment variable STREAM_R1_ISA
+// lowers it.
 Isa cpu_isa();
 const char* isa_name(Isa isa);
 
@@ -29,8 +31,8 @@ struct KernelSignature {
 }  // namespace stream_r1
 
 #ifdef STREAM_R1_HAS_AVX2
-#define STREAM_R1_DECLARE_AVX2(name, ...) \
-  namespace avx2 {                        \
+#define STREAM_R1_DECLARE_AVX2(name, ...)  \
+  namespace avx2 {                         \
   KernelSignature<__VA_ARGS__>::type name; \
   }
 #define STREAM_R1_PICK_AVX2(name) \
@@ -43,7 +45,7 @@ struct KernelSignature {
 #ifdef STREAM_R1_HAS_AVX512
 #define STREAM_R1_DECLARE_AVX512(name, ...) \
   namespace avx512 {                        \
-  KernelSignature<__VA_ARGS__>::type name;   \
+  KernelSignature<__VA_ARGS__>::type name;  \
   }
 #define STREAM_R1_PICK_AVX512(name) \
   if (isa == Isa::avx512) return &avx512::name;
@@ -52,18 +54,18 @@ struct KernelSignature {
 #define STREAM_R1_PICK_AVX512(name)
 #endif
 
-// Declares `name` in every instruction set's namespace, and pick_name(), which returns the one to call. Use at namespace
-// scope inside `namespace stream_r1`.
-#define STREAM_R1_KERNEL(name, ...)                                   \
-  namespace baseline {                                                \
-  KernelSignature<__VA_ARGS__>::type name;                            \
-  }                                                                   \
-  STREAM_R1_DECLARE_AVX2(name, __VA_ARGS__)                           \
-  STREAM_R1_DECLARE_AVX512(name, __VA_ARGS__)                         \
-  inline KernelSignature<__VA_ARGS__>::type* pick_##name() {          \
-    [[maybe_unused]] const Isa isa = cpu_isa();                       \
-    STREAM_R1_PICK_AVX2(name)                                         \
-    STREAM_R1_PICK_AVX512(name)                                       \
-    return &baseline::name;                                           \
-  }                                                                   \
+// Declares `name` in every instruction set's namespace, and pick_name(), which returns the one to call. Use
+// at namespace scope inside `namespace stream_r1`.
+#define STREAM_R1_KERNEL(name, ...)                          \
+  namespace baseline {                                       \
+  KernelSignature<__VA_ARGS__>::type name;                   \
+  }                                                          \
+  STREAM_R1_DECLARE_AVX2(name, __VA_ARGS__)                  \
+  STREAM_R1_DECLARE_AVX512(name, __VA_ARGS__)                \
+  inline KernelSignature<__VA_ARGS__>::type* pick_##name() { \
+    [[maybe_unused]] const Isa isa = cpu_isa();              \
+    STREAM_R1_PICK_AVX2(name)                                \
+    STREAM_R1_PICK_AVX512(name)                              \
+    return &baseline::name;                                  \
+  }                                                          \
   static_assert(true)

@@ -2,8 +2,8 @@
 
 #include <cmath>
 
-#include "cpu/rows.h"
 #include "common/simd.h"
+#include "cpu/rows.h"
 
 namespace stream_r1::STREAM_R1_ISA {
 namespace {
@@ -71,7 +71,8 @@ void norm_rotary_backward(const NormRotaryArgs& a, int64_t begin, int64_t end, f
     const float* x = read_row(a.x, b * a.x_batch + t * a.x_token, width, input);
     const float scale = inverse_rms(x, width, a.eps);
     for (int64_t h = 0; h < a.heads; ++h) {
-      const float* y = read_row(a.grad_out, b * a.y_batch + t * a.y_token + h * a.y_head, a.head_dim, incoming);
+      const float* y =
+          read_row(a.grad_out, b * a.y_batch + t * a.y_token + h * a.y_head, a.head_dim, incoming);
       rotate_back(y, pairs, a.cos + t * pairs, a.sin + t * pairs, grad + h * a.head_dim);
     }
     float *n = normed, *g = grad;

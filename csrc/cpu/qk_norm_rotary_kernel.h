@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-#include "cpu/views.h"
 #include "cpu/isa.h"
+#include "cpu/views.h"
 
 namespace stream_r1 {
 
@@ -15,10 +15,10 @@ struct NormRotaryArgs {
   float eps;
   Source x;  // [B, T, H * D]
   int64_t x_batch, x_token;
-  const float* weight;             // [H * D]
-  const float *cos, *sin;          // [T, D / 2]
-  Target out;                      // forward: y [B, T, H, D];  backward: grad_x [B, T, H * D], contiguous
-  Source grad_out;                 // backward: [B, T, H, D]
+  const float* weight;               // [H * D]
+  const float *cos, *sin;            // [T, D / 2]
+  Target out;                        // forward: y [B, T, H, D];  backward: grad_x [B, T, H * D], contiguous
+  Source grad_out;                   // backward: [B, T, H, D]
   int64_t y_batch, y_token, y_head;  // of out (forward) or grad_out (backward)
 };
 

@@ -1,5 +1,5 @@
-// Rows of any element type as rows of float32: kernels compute in float32 on a row that fits the L1 cache, so that one loop
-// serves every combination of types. Only for kernel files (see isa.h).
+// Rows of any element type as rows of float32: kernels compute in float32 on a row that fits the L1 cache, so
+// that one loop serves every combination of types. Only for kernel files (see isa.h).
 
 #pragma once
 
@@ -55,7 +55,8 @@ inline uint16_t to_float16(float value) {
   return sign | uint16_t((magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13);
 }
 
-// n elements from `offset` on as float32: the tensor's own memory if it is float32, else converted into `buffer`.
+// n elements from `offset` on as float32: the tensor's own memory if it is float32, else converted into
+// `buffer`.
 inline const float* read_row(const Source& source, int64_t offset, int64_t n, float* buffer) {
   if (source.element == Element::float32) return static_cast<const float*>(source.data) + offset;
   const uint16_t* row = static_cast<const uint16_t*>(source.data) + offset;
@@ -73,7 +74,8 @@ inline const float* read_row(const Source& source, int64_t offset, int64_t n, fl
   return buffer;
 }
 
-// Where to compute the elements that belong at `offset`: the tensor's own memory if it is float32, else `buffer`.
+// Where to compute the elements that belong at `offset`: the tensor's own memory if it is float32, else
+// `buffer`.
 inline float* row_to_write(const Target& target, int64_t offset, float* buffer) {
   return target.element == Element::float32 ? static_cast<float*>(target.data) + offset : buffer;
 }

@@ -39,12 +39,15 @@ inline at::Tensor with_dense_rows(const at::Tensor& tensor, int64_t last_dims = 
 
 // Does autograd have to record an op with these inputs? Recording costs as much as a small op itself.
 inline bool needs_graph(at::TensorList inputs) {
-  return at::GradMode::is_enabled() &&
-         std::any_of(inputs.begin(), inputs.end(), [](const at::Tensor& input) { return input.requires_grad(); });
+  return at::GradMode::is_enabled() && std::any_of(inputs.begin(), inputs.end(), [](const at::Tensor& input) {
+           return input.requires_grad();
+         });
 }
 
-// Units of work for one task of at::parallel_for: a task smaller than some ten thousand elements costs more to hand over
-// than to do.
-inline int64_t grain(int64_t elements_a_unit) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, elements_a_unit)); }
+// Units of work for one task of at::parallel_for: a task smaller than some ten thousand elements costs more
+// to hand over than to do.
+inline int64_t grain(int64_t elements_a_unit) {
+  return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, elements_a_unit));
+}
 
 }  // namespace stream_r1

@@ -14,8 +14,8 @@ inline int64_t padded(int64_t columns) { return (columns + kTileColumns - 1) / k
 enum class Rows { as_they_lie, transposed };
 
 template <int kRows, Rows kLayout, bool kAdd>
-inline void product_tile(int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
-                         int64_t c_stride) {
+inline void product_tile(int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+                         float* c, int64_t c_stride) {
   Vec sums[kRows][2];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
@@ -38,17 +38,17 @@ inline void product_tile(int64_t depth, const float* a, int64_t a_stride, const 
   }
 }
 
-// c [rows, columns] = a [rows, depth] b [depth, columns], or += with kAdd. columns is a multiple of kTileColumns. With
-// Rows::transposed, `a` lies in memory as [depth, rows].
+// c [rows, columns] = a [rows, depth] b [depth, columns], or += with kAdd. columns is a multiple of
+// kTileColumns. With Rows::transposed, `a` lies in memory as [depth, rows].
 template <Rows kLayout, bool kAdd>
-inline void product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_stride, const float* b,
-                    int64_t b_stride, float* c, int64_t c_stride) {
+inline void product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_stride,
+                    const float* b, int64_t b_stride, float* c, int64_t c_stride) {
   const int64_t a_step = kLayout == Rows::transposed ? 1 : a_stride;
   for (int64_t j = 0; j < columns; j += kTileColumns) {
     int64_t i = 0;
     for (; i + kTileRows <= rows; i += kTileRows)
-      product_tile<kTileRows, kLayout, kAdd>(depth, a + i * a_step, a_stride, b + j, b_stride, c + i * c_stride + j,
-                                             c_stride);
+      product_tile<kTileRows, kLayout, kAdd>(depth, a + i * a_step, a_stride, b + j, b_stride,
+                                             c + i * c_stride + j, c_stride);
     const float* a_rest = a + i * a_step;
     float* c_rest = c + i * c_stride + j;
     switch (rows - i) {

@@ -1,6 +1,5 @@
-// What the op files need of torch. It costs a compiler longer to read than the ops themselves, so setup.py precompiles it.
-
-#pragma once
+// What the op files need of torch. It costs a compiler longer to read than the ops themselves, so setup.py
+// precompiles it and puts it in front of every op file; nothing else includes it, hence no guard.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>

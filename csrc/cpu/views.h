@@ -1,4 +1,5 @@
-// What a kernel is told about a tensor whose element type it learns at run time; plain C++, for op files and kernel files.
+// What a kernel is told about a tensor whose element type it learns at run time; plain C++, for op files and
+// kernel files.
 
 #pragma once
 
