@@ -1,8 +1,6 @@
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ from distill_models import LetterEncoder, StretchDecoder, tiny_student, tiny_tea
 from torch import Tensor
 from toy_rewards import SmoothReward
 
+from stream_r1.distill import state
 from stream_r1.distill.events import Saved, StepDone
 from stream_r1.distill.loop import DivergedError
 from stream_r1.distill.settings import DistillSettings
@@ -236,24 +235,28 @@ def test_export_writes_the_averaged_student(tmp_path: Path) -> None:
         torch.testing.assert_close(p, run.ema.tensors()[name], rtol=0, atol=0)
 
 
-KILLED_AMID_SAVING = """
-import os, sys, torch
-from stream_r1.distill import state
-real = state.save_file
-def slow(tensors, path, metadata):
-    real(tensors, path, metadata)
-    with open(path, "r+b") as file:
-        file.truncate(os.path.getsize(path) // 2)
-    os.kill(os.getpid(), 9)
-state.save_checkpoint(sys.argv[1], 1, {"a": {"x": torch.ones(9)}}, {"n": 1})
-state.save_file = slow
-state.save_checkpoint(sys.argv[1], 2, {"a": {"x": torch.zeros(9)}}, {"n": 2})
-"""
+def _die_amid_saving(folder: Path) -> None:
+    """Half of the file is on the disk when the process is killed."""
+    write = state.save_file
+
+    def write_half(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        write(tensors, path, metadata)
+        os.truncate(path, path.stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    state.save_file = write_half
+    save_checkpoint(folder, 2, {"a": {"x": torch.zeros(9)}}, {"n": 2})
 
 
 def test_a_process_killed_amid_saving_leaves_the_checkpoint_before(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED_AMID_SAVING, str(tmp_path)], check=False)
-    assert done.returncode == -signal.SIGKILL
+    save_checkpoint(tmp_path, 1, {"a": {"x": torch.ones(9)}}, {"n": 1})
+    child = os.fork()
+    if child == 0:
+        try:
+            _die_amid_saving(tmp_path)
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     (path,) = list_checkpoints(tmp_path)
     parts, values = load_checkpoint(path)
     assert values == {"n": 1}
