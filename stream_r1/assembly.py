@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from diffusers import WanTransformer3DModel
+from torch import nn
 
 from stream_r1.config import SettingsError
 from stream_r1.distill.trainer import DistillTrainer
@@ -23,8 +24,8 @@ class Models:
     """Everything a recipe names, float32, on one device."""
 
     student: CausalWanTransformer
-    teacher: WanTransformer3DModel
-    critic: WanTransformer3DModel | None
+    teacher: nn.Module
+    critic: nn.Module | None
     vae: VideoVAE
     reward: Reward
     text: TextEncoder
@@ -79,5 +80,6 @@ def require_models(recipe: Recipe) -> None:
         raise SettingsError("\n  ".join(["models are missing", *missing]))
 
 
-def _score_model(path: str, device: str) -> WanTransformer3DModel:
-    return WanTransformer3DModel.from_pretrained(locate(path), torch_dtype=torch.float32).to(device)
+def _score_model(path: str, device: str) -> nn.Module:
+    model: nn.Module = WanTransformer3DModel.from_pretrained(locate(path), torch_dtype=torch.float32)
+    return model.to(device)

@@ -234,7 +234,9 @@ def _kind(value: Any) -> str:
         return repr(value)
     if isinstance(value, str):
         return f"the text {value!r}"
-    return {dict: "keys and values", list: "a list"}.get(type(value), type(value).__name__)
+    if isinstance(value, dict):
+        return "keys and values"
+    return "a list" if isinstance(value, list) else type(value).__name__
 
 
 def _field_model(owner: type[BaseModel], name: str) -> type[BaseModel] | None:

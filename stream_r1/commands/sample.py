@@ -115,8 +115,8 @@ def _size(text: str) -> tuple[int, int]:
 def _chunks(pipeline: StreamR1Pipeline, seconds: float, goes_on: bool) -> int:
     """Chunks that hold `seconds`; the first one of a video is shorter, for the decoder is causal."""
     config, vae = pipeline.student.config, pipeline.vae
-    each = config.frames_per_chunk * vae.temporal_factor
-    first = each if goes_on else vae.frames(config.first_chunk_frames or config.frames_per_chunk)
+    each = config["frames_per_chunk"] * vae.temporal_factor
+    first = each if goes_on else vae.frames(config["first_chunk_frames"] or config["frames_per_chunk"])
     return 1 + max(0, math.ceil((round(seconds * pipeline.fps) - first) / each))
 
 
@@ -127,9 +127,9 @@ def _start(pipeline: StreamR1Pipeline, path: Path) -> Tensor:
         expected, got = (f"{height}x{width}" for height, width in (pipeline.size, video.shape[-2:]))
         raise ValueError(f"--start: expected a video of {expected} (see --size), got {got}")
     config, vae = pipeline.student.config, pipeline.vae
-    count = config.first_chunk_frames or config.frames_per_chunk
-    limit = config.window_frames or math.inf
-    more = config.frames_per_chunk
+    count = config["first_chunk_frames"] or config["frames_per_chunk"]
+    limit = config["window_frames"] or math.inf
+    more = config["frames_per_chunk"]
     while count + more <= limit and vae.frames(count + more) <= len(video):
         count += more
     if vae.frames(count) > len(video):

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 INK = "#010203"
 """Stands for the page's text colour; replaced by ``currentColor`` in the SVG."""
 COLOURS = ("#2f81d6", "#d9822b", "#3fa66b", "#a05cc5", "#c94f5d")
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,
@@ -45,7 +45,7 @@ def smooth(values: Sequence[float], span: int) -> NDArray[np.float64]:
 
 
 def curve(
-    lines: dict[str, tuple[Sequence[float], Sequence[float]]],
+    lines: dict[str, list[tuple[int, float]]],
     *,
     ylabel: str,
     log: bool = False,
@@ -53,11 +53,12 @@ def curve(
     height: float = 2.2,
     xlabel: str = "student step",
 ) -> str:
-    """Lines ``name -> (x, y)``, each thin as measured under its running mean; an ``<svg>`` element."""
+    """Points ``(x, y)`` by name, each line thin as measured under its running mean; an ``<svg>``."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         axes = figure.add_subplot()
-        for (name, (x, y)), colour in zip(lines.items(), COLOURS, strict=False):
+        for (name, points), colour in zip(lines.items(), COLOURS, strict=False):
+            x, y = [point[0] for point in points], [point[1] for point in points]
             span = max(1, len(y) // 12)
             axes.plot(x, y, color=colour, alpha=0.25, linewidth=0.8)
             axes.plot(x, smooth(y, span), color=colour, linewidth=1.8, label=name)

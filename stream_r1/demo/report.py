@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from numpy.typing import NDArray
 
 from stream_r1.demo import figures, measures
 from stream_r1.demo.record import Record
@@ -185,7 +186,7 @@ def _charts(record: Record) -> list[dict[str, Any]]:
         return []
     charts = []
     scores = {axis: [(p.step, p.scores[axis]) for p in steps if axis in p.scores] for axis in record.axes}
-    lines = {axis: tuple(zip(*points, strict=True)) for axis, points in scores.items() if len(points) > 1}
+    lines = {axis: points for axis, points in scores.items() if len(points) > 1}
     if lines:
         names = ", ".join(f"{axis}: {measures.AXES[axis]}" for axis in lines if axis in measures.AXES)
         charts.append(
@@ -214,8 +215,7 @@ def _charts(record: Record) -> list[dict[str, Any]]:
     ):
         points = [(p.step, value) for p in steps if (value := getattr(p, attribute)) is not None]
         if len(points) > 1:
-            svg = figures.curve({label: tuple(zip(*points, strict=True))}, ylabel=label)
-            charts.append({"svg": Markup(svg), "caption": caption})
+            charts.append({"svg": Markup(figures.curve({label: points}, ylabel=label)), "caption": caption})
     return charts
 
 
@@ -238,45 +238,35 @@ def _maps(record: Record, folder: Path) -> dict[str, Any] | None:
         prompt = str(data["prompt"])
     count = len(frames)
     shown = np.unique(np.linspace(0, count - 1, min(count, _MAP_COLUMNS)).round().astype(int))
-    strips = [
-        {"name": "Frames", "note": "the student's video", "picture": figures.frame_strip(frames[shown])}
-    ]
+    strips = [_strip("Frames", "the student's video", figures.frame_strip(frames[shown]))]
     for axis, values, score in zip(record.axes, saliency, scores, strict=True):
-        heat = figures.unit_range(values)
+        picture = figures.heat_strip(frames[shown], figures.unit_range(values)[shown])
         note = f"{measures.AXES.get(axis, '')}, score {score:+.2f}".lstrip(", ")
-        strips.append(
-            {
-                "name": f"Saliency, {axis}",
-                "note": note,
-                "picture": figures.heat_strip(frames[shown], heat[shown]),
-            }
-        )
-    spread = f"{weights.min():.2f} to {weights.max():.2f}"
-    heat = figures.heat_strip(frames[shown], figures.unit_range(weights)[shown], cmap="viridis")
-    strips.append({"name": "Weights", "note": f"in the loss: {spread}", "picture": heat})
+        strips.append(_strip(f"Saliency, {axis}", note, picture))
+    picture = figures.heat_strip(frames[shown], figures.unit_range(weights)[shown], cmap="viridis")
+    strips.append(_strip("Weights", f"in the loss: {weights.min():.2f} to {weights.max():.2f}", picture))
     return {
         "prompt": prompt,
         "frames": count,
-        "strips": [
-            {"name": s["name"], "note": s["note"], "data": _base64(figures.png(s["picture"]))} for s in strips
-        ],
+        "strips": strips,
         "profile": Markup(figures.profile_bars(weights.mean((1, 2)).tolist())),
     }
 
 
+def _strip(name: str, note: str, picture: NDArray[np.uint8]) -> dict[str, str]:
+    return {"name": name, "note": note, "data": _base64(figures.png(picture))}
+
+
 def _measures(record: Record) -> list[dict[str, Any]]:
     columns = measures.columns(record)
-    groups = [
-        {
-            "title": "Independent: the distillation never sees these",
-            "rows": measures.independent_rows(record),
-        },
-        {"title": "The reward that guides it", "rows": measures.reward_rows(record)},
-    ]
+    groups = {
+        "Independent: the distillation never sees these": measures.independent_rows(record),
+        "The reward that guides it": measures.reward_rows(record),
+    }
     return [
-        {"title": group["title"], "rows": [_measure_row(row, columns) for row in group["rows"]]}
-        for group in groups
-        if group["rows"]
+        {"title": title, "rows": [_measure_row(row, columns) for row in rows]}
+        for title, rows in groups.items()
+        if rows
     ]
 
 

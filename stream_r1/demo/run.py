@@ -247,7 +247,7 @@ class Demo:
         record, shape, vae = self.record, self.recipe.rollout, models.vae
         record.axes = list(models.reward.axes)
         record.size = (shape.height * vae.spatial_factor, shape.width * vae.spatial_factor)
-        record.chunk_frames = models.student.config.frames_per_chunk * vae.temporal_factor
+        record.chunk_frames = models.student.config["frames_per_chunk"] * vae.temporal_factor
         frames = vae.frames(shape.frames)
         record.evaluated = (
             f"Means over {self.settings.evaluated_videos} videos of {frames} frames, captions and seeds the "

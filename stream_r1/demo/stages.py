@@ -81,7 +81,7 @@ def sample_teacher(models: Models, recipe: Recipe, settings: DemoSettings, folde
         models.teacher,
         models.text.encode(list(settings.prompts)).float(),
         models.text.encode([recipe.matching.negative_prompt]).float(),
-        (shape.frames, models.student.config.in_channels, shape.height, shape.width),
+        (shape.frames, models.student.config["in_channels"], shape.height, shape.width),
         schedule=FlowSchedule(shape.shift),
         steps=settings.teacher_steps,
         guidance=recipe.matching.guidance,
@@ -164,8 +164,8 @@ def look(sampler: Sampler, models: Models, recipe: Recipe, settings: DemoSetting
 
 def _chunks(student: CausalWanTransformer, frames: int) -> int:
     config = student.config
-    first = config.first_chunk_frames or config.frames_per_chunk
-    return 1 + (frames - first) // config.frames_per_chunk
+    first = config["first_chunk_frames"] or config["frames_per_chunk"]
+    return 1 + (frames - first) // config["frames_per_chunk"]
 
 
 def _clip(prompt: str, name: str, index: int) -> Clip:
