@@ -8,7 +8,7 @@ TORCH       := 2.13.0
 TORCH_INDEX ?=
 VENV        := .venv
 BIN         := $(VENV)/bin
-PIP         := $(BIN)/python -m pip --disable-pip-version-check -q
+PIP         := $(BIN)/python -m pip --disable-pip-version-check -qq
 SOURCES     := $(shell find csrc -type f 2>/dev/null)
 
 .DELETE_ON_ERROR:

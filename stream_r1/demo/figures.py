@@ -51,7 +51,7 @@ def curve(
     log: bool = False,
     width: float = 4.4,
     height: float = 2.2,
-    xlabel: str = "student step",
+    xlabel: str = "step",
 ) -> str:
     """Points ``(x, y)`` by name, each line thin as measured under its running mean; an ``<svg>``."""
     with matplotlib.rc_context(_STYLE):
