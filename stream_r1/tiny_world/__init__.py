@@ -1,1 +1,1 @@
-"""How the tiny world's weights are made: VAE, teacher, student start, reward heads, each a resumable command."""
+"""How the tiny world's weights are made: autoencoder, teacher and student start, each a resumable command."""

@@ -1,4 +1,4 @@
-"""``python -m stream_r1.tiny_world vae|teacher|student``: train one of the tiny world's models by its recipe."""
+"""``python -m stream_r1.tiny_world vae|teacher|student``: train a model of the tiny world by its recipe."""
 
 from __future__ import annotations
 

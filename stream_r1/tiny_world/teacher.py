@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class TeacherSettings(Settings):
-    """The teacher and its training. frames: pixel frames of a clip. shift: of the timesteps it is trained at."""
+    """The teacher and its training. frames: pixel frames of a clip. shift: of the training's timesteps."""
 
     out: str
     work: str

@@ -33,6 +33,8 @@ class VaeSettings(Settings):
 
     out: str
     work: str
+    start: str | None = None
+    """A folder to go on from; None: new weights."""
     base_dim: int = 32
     latent_channels: int = 48
     blocks: int = 1
@@ -77,23 +79,24 @@ def new_autoencoder(settings: VaeSettings) -> AutoencoderKLWan:
 def train_vae(settings: VaeSettings, cache: Path | None = None) -> None:
     """Train, or go on training, and write the averaged model to ``settings.out`` with ``metrics.json``."""
     torch.manual_seed(settings.training.seed)
-    frames = torch.from_numpy(load_film(cache))
+    frames = torch.from_numpy(load_film(cache).copy())
     shots = [shot for shot in load_shots() if shot.frames >= 17]
-    train = [shot for shot in shots if not shot.held_out]
-    out = Path(settings.out)
-    resumed = settings.decoder_only and (out / "config.json").exists()
-    model = AutoencoderKLWan.from_pretrained(out) if resumed else new_autoencoder(settings)
+    train = [shot for shot in shots if not shot.held_out and shot.frames >= settings.crop[0]]
+    if settings.start is None:
+        model = new_autoencoder(settings)
+    else:
+        model = AutoencoderKLWan.from_pretrained(settings.start, torch_dtype=torch.float32)
     model.train()
     if settings.decoder_only:
         model.encoder.requires_grad_(False)
         model.quant_conv.requires_grad_(False)
     loop = Loop(model, settings.training, Path(settings.work) / "vae.pt", _is_matrix)
-    weights = torch.tensor([float(min(shot.frames - settings.crop[0], 240)) for shot in train])
+    weights = torch.tensor([float(min(shot.frames - settings.crop[0] + 1, 240)) for shot in train])
     codec = _Codec(model)
 
     def loss() -> tuple[Tensor, dict[str, float]]:
         whole = loop.step >= settings.training.steps * (1 - settings.full_share)
-        x = _batch(frames, train, weights, settings, loop.generator, whole)
+        x = _batch(frames, train, weights, settings, loop.generator, whole=whole)
         z = codec.encode(x)
         noise = torch.randn(z.shape, generator=loop.generator) * settings.noise
         error = codec.decode(z + noise) - x
@@ -107,8 +110,9 @@ def train_vae(settings: VaeSettings, cache: Path | None = None) -> None:
     model.eval()
     if not settings.decoder_only:
         _normalise(model, codec, frames, train)
-    model.save_pretrained(out)
     metrics = {"psnr_held_out": held_out_psnr(model, frames, shots), "steps": loop.step}
+    out = Path(settings.out)
+    model.half().save_pretrained(out)
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     log.info("%s: %s", out, metrics)
 
@@ -134,7 +138,7 @@ class _Codec:
 
 
 def _is_matrix(name: str, p: Tensor) -> bool:
-    """What Muon trains: the kernels inside; the first, the last and the 1 x 1 around the latents are AdamW's."""
+    """What Muon trains: the kernels inside; the outermost and those around the latents are AdamW's."""
     outer = ("conv_in", "conv_out", "quant")
     return p.ndim >= 4 and p.shape[0] >= 12 and not any(part in name for part in outer)
 
@@ -183,7 +187,10 @@ def _normalise(model: AutoencoderKLWan, codec: _Codec, frames: Tensor, shots: li
 
 @torch.no_grad()
 def held_out_psnr(model: AutoencoderKLWan, frames: Tensor, shots: list[Shot]) -> float:
-    """Mean PSNR in dB over the middle 17 frames of each held-out shot, whole pictures."""
+    """Mean PSNR in dB over the middle 17 frames of each held-out shot, whole pictures.
+
+    More than the networks' causal memory: a decoder that has only seen the beginnings of videos fails later.
+    """
     codec, figures = _Codec(model), []
     for shot in (shot for shot in shots if shot.held_out):
         start = shot.start + (shot.frames - 17) // 2
