@@ -168,6 +168,7 @@ class Demo:
         durations: list[float] = []
         used = False
         with self.watcher.distillation(record.planned_steps or self.recipe.steps, trainer.step) as watcher:
+            watcher.plan(record.planned_steps or self.recipe.steps, seconds)
             for event in trainer.run():
                 watcher.show(event)
                 if not isinstance(event, StepDone):
