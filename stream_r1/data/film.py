@@ -70,7 +70,8 @@ def fetch_film(cache: Path | None = None) -> Path:
         digest = hashlib.sha256(archive.read_bytes()).hexdigest()
         if digest != DISTRIBUTION_SHA256:
             raise FilmError(
-                f"{archive.name}: expected SHA-256 {DISTRIBUTION_SHA256}, got {digest}; delete it and try again"
+                f"{archive.name}: expected SHA-256 {DISTRIBUTION_SHA256}, got {digest}; "
+                "delete it and try again"
             )
         with tarfile.open(archive) as outer:
             member = outer.extractfile(_OUTER)

@@ -35,11 +35,11 @@ def motion_figures(video: Tensor) -> MotionFigures:
         cv2.resize(frame, None, fx=_ENLARGE, fy=_ENLARGE, interpolation=cv2.INTER_CUBIC) for frame in pixels
     ]
     greys = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
-    flow_finder = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    flow_finder = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     errors, lengths = [], []
     for now in range(len(frames) - 1):
-        forward = flow_finder.calc(greys[now], greys[now + 1], None)  # [h, w, 2]
-        backward = flow_finder.calc(greys[now + 1], greys[now], None)
+        forward = flow_finder.calc(greys[now], greys[now + 1], None)  # type: ignore[call-overload]  # [h, w, 2]
+        backward = flow_finder.calc(greys[now + 1], greys[now], None)  # type: ignore[call-overload]
         back_there = _sample(backward, forward)
         mismatch = np.square(forward + back_there).sum(-1)
         visible = mismatch < 0.01 * (np.square(forward).sum(-1) + np.square(back_there).sum(-1)) + 0.5

@@ -1,1 +1,1 @@
-"""The networks: the causal student, the video autoencoder, the text encoders, and the formats their weights come in."""
+"""The networks: the causal student, the video autoencoder, the text encoders; and the formats of their weights."""

@@ -167,7 +167,7 @@ def rewind(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     """Time jumps back every few frames and runs the same way again."""
     period = int(rng.integers(3, 6))
     back = max(1, round(strength * (period - 1)))
-    index, now = [], 0
+    index, now = list[int](), 0
     while len(index) < len(clip):
         index += range(now, now + period)
         now += period - back

@@ -37,6 +37,9 @@ class EfficientNetLite(nn.Module):
             x 3 (11..15).
     """
 
+    _mean: Tensor
+    _std: Tensor
+
     def __init__(self, variant: str, weights: dict[str, Tensor], taps: Sequence[int]):
         super().__init__()
         if variant not in _BLOCKS_PER_STAGE:
@@ -66,7 +69,7 @@ class EfficientNetLite(nn.Module):
         self.register_buffer("_mean", torch.tensor(_IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("_std", torch.tensor(_IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
         self.eval().requires_grad_(False)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @property
     def channels(self) -> tuple[int, ...]:

@@ -322,14 +322,14 @@ def _report(
     summary = {}
     for axis in AXES[:2]:
         for name, was_seen in (("seen", True), ("unseen", False)):
-            rows = [row for row in by_kind.values() if row["axis"] == axis and row["seen"] == was_seen]
+            kinds = [row for row in by_kind.values() if row["axis"] == axis and row["seen"] == was_seen]
             for figure in (
                 "clean_above_weak",
                 "clean_above_strong",
                 "weak_above_strong",
                 "any_clean_above_strong",
             ):
-                summary[f"{axis}_{name}_{figure}"] = round(float(np.mean([row[figure] for row in rows])), 3)
+                summary[f"{axis}_{name}_{figure}"] = round(float(np.mean([row[figure] for row in kinds])), 3)
     for name, aligned in alignment.items():
         summary[f"TA_{name}_right_above_wrong"] = _share(aligned.right_of_wrong > aligned.wrong)
     right, wrong = ((side - normal_mean[2]) / normal_std[2] for side in alignment["held_out"][:2])

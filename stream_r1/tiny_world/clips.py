@@ -31,16 +31,14 @@ class LatentClips:
     text: Tensor
     empty: Tensor
 
-    def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A batch: every caption equally often, then any of its clips. x0 float32 [B, F, C, h, w], text [B,
-        L, D].
-        """
+    def draw(self, batch: int, generator: torch.Generator) -> list[int]:
+        """Rows of a batch: every caption equally often, then any of its clips."""
         chosen = torch.randint(len(self.text), (batch,), generator=generator)
         rows = []
         for caption in chosen.tolist():
             own = (self.caption == caption).nonzero().flatten()
             rows.append(int(own[torch.randint(len(own), (1,), generator=generator)]))
-        return self.latents[rows].float(), self.text[chosen]
+        return rows
 
 
 def clip_starts(shot: Shot, frames: int, most: int) -> list[int]:
@@ -85,7 +83,10 @@ def encode_clips(
         vae, film, parts = VideoVAE.from_pretrained(vae_folder), load_film(cache), []
         for index in range(0, len(starts), 4):
             clips = torch.stack(
-                [torch.from_numpy(film[start : start + frames]) for start, _ in starts[index : index + 4]]
+                [
+                    torch.from_numpy(film[start : start + frames].copy())
+                    for start, _ in starts[index : index + 4]
+                ]
             )
             with torch.no_grad():
                 parts.append(vae.encode(clips.movedim(-1, 2).float() / 255).half())

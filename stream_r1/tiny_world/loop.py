@@ -87,8 +87,8 @@ class Loop:
         """Train until `steps`; yields the step number after each. ``loss`` draws its batch from
         ``generator``.
         """
-        settings, shown, started = self.settings, {}, time.monotonic()
-        saved, first = started, self.step
+        settings, started, first = self.settings, time.monotonic(), self.step
+        saved, shown = started, dict[str, float]()
         while self.step < settings.steps:
             value, figures = loss()
             if not torch.isfinite(value):
@@ -119,14 +119,9 @@ class Loop:
         for name, p in zip(self._names, self._parameters, strict=True):
             self.average[name].lerp_(p.detach(), 1 - keep)
 
-    def averaged(self) -> nn.Module:
-        """The model with the averaged weights in it; call at the end, or :meth:`swap` back."""
-        self.swap()
-        return self.model
-
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange the model's weights and their average."""
+        """Exchange the model's weights and their average: once at the end, or twice around a look."""
         for name, p in zip(self._names, self._parameters, strict=True):
             kept = p.detach().clone()
             p.copy_(self.average[name])

@@ -12,10 +12,12 @@ import logging
 from pathlib import Path
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from pydantic import Field
 from torch import Tensor
 
+from stream_r1.distill.noise import SampleNoise
+from stream_r1.distill.teacher_forcing import TeacherForcing
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.schedule import FlowSchedule
 from stream_r1.tiny_world.clips import LatentClips
@@ -62,22 +64,21 @@ def train_student(settings: StudentSettings, cache: Path | None = None) -> None:
     torch.manual_seed(settings.training.seed)
     model = new_student(settings, clips).train()
     loop = Loop(model, settings.training, Path(settings.work) / "student.pt", is_hidden_matrix)
-    schedule = FlowSchedule(settings.step_shift)
-    timesteps = torch.tensor(schedule.denoising_steps(settings.steps))
-    _, rows, columns = model.config["patch_size"]
-    tokens = (clips.latents.shape[3] // rows) * (clips.latents.shape[4] // columns)
-    mask = model.causal_mask(tokens, teacher_forcing=True)
+    objective = TeacherForcing(
+        clips.latents,
+        clips.text,
+        clips.caption,
+        schedule=FlowSchedule(settings.step_shift),
+        steps=settings.steps,
+    )
 
     def loss() -> tuple[Tensor, dict[str, float]]:
-        x0, text = clips.draw(settings.batch, loop.generator)
-        chunks = x0.shape[1] // settings.frames_per_chunk
-        chosen = torch.randint(len(timesteps), (len(x0), chunks), generator=loop.generator)
-        t = timesteps[chosen].repeat_interleave(settings.frames_per_chunk, dim=1)  # [B, F]
-        eps = torch.randn(x0.shape, generator=loop.generator)
-        v = model(schedule.add_noise(x0, eps, t / 1000), t, text, mask=mask, clean_x=x0)
-        return (v - schedule.velocity(x0, eps)).square().mean(), {}
+        seeds = torch.randint(2**62, (settings.batch,), generator=loop.generator).tolist()
+        rows = clips.draw(settings.batch, loop.generator)
+        return objective.loss(model, rows, SampleNoise(seeds)), {}
 
     for _ in loop.run(loss):
         pass
-    loop.averaged().half().save_pretrained(settings.out)
+    loop.swap()
+    model.half().save_pretrained(settings.out)
     log.info("%s: %d steps on %d clips", settings.out, loop.step, len(clips.latents))

@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from pydantic import Field
 from torch import Tensor
 
@@ -74,7 +74,8 @@ def train_teacher(settings: TeacherSettings, cache: Path | None = None) -> None:
     schedule = FlowSchedule(settings.shift)
 
     def loss() -> tuple[Tensor, dict[str, float]]:
-        x0, text = clips.draw(settings.batch, loop.generator)
+        rows = clips.draw(settings.batch, loop.generator)
+        x0, text = clips.latents[rows].float(), clips.text[clips.caption[rows]]
         u = torch.rand(settings.batch, generator=loop.generator)
         drop = torch.rand(settings.batch, generator=loop.generator) < settings.drop_caption
         eps = torch.randn(x0.shape, generator=loop.generator)
@@ -86,7 +87,8 @@ def train_teacher(settings: TeacherSettings, cache: Path | None = None) -> None:
 
     for _ in loop.run(loss):
         pass
-    loop.averaged().half().save_pretrained(settings.out)
+    loop.swap()
+    model.half().save_pretrained(settings.out)
     log.info("%s: %d steps on %d clips", settings.out, loop.step, len(clips.latents))
 
 

@@ -12,8 +12,7 @@ import math
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, patchify, unpatchify
 from pydantic import Field
 from torch import Tensor
 
@@ -106,7 +105,7 @@ def train_vae(settings: VaeSettings, cache: Path | None = None) -> None:
 
     for _ in loop.run(loss):
         pass
-    loop.averaged()
+    loop.swap()
     model.eval()
     if not settings.decoder_only:
         _normalise(model, codec, frames, train)
@@ -127,14 +126,14 @@ class _Codec:
 
     def encode(self, x: Tensor) -> Tensor:
         """The posterior's mean."""
-        patches = patchify(x, self.model.config.patch_size)
+        patches = patchify(x, self.model.config["patch_size"])
         moments = self.model.quant_conv(encode_piece(self.model.encoder, patches, Past(), first=True))
-        return moments[:, : self.model.config.z_dim]
+        return moments[:, : self.model.config["z_dim"]]
 
     def decode(self, z: Tensor) -> Tensor:
         """Pixels, not clamped."""
         y = decode_piece(self.model.decoder, self.model.post_quant_conv(z), Past(), first=True)
-        return unpatchify(y, self.model.config.patch_size)
+        return unpatchify(y, self.model.config["patch_size"])
 
 
 def _is_matrix(name: str, p: Tensor) -> bool:
