@@ -16,7 +16,7 @@ from stream_r1.models.text import TextEncoder, load_text_encoder
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.models.vae import VideoVAE
 from stream_r1.recipe import Recipe, locate, read_prompts
-from stream_r1.rewards.base import Reward, load_reward
+from stream_r1.rewards import Reward, load_reward
 
 
 @dataclass

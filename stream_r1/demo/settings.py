@@ -31,7 +31,7 @@ class DemoSettings(Settings):
     evaluated_batch: Count = 8
     timed_chunks: Count = 8
     teacher_steps: Annotated[int, Field(ge=0)] = 24
-    """Euler steps of the teacher's own samples; 0 leaves them out."""
+    """Solver steps of the teacher's own samples; 0 leaves them out."""
     finish: float = 12.0
     """Seconds kept for what comes after the second evaluation: timing, maps, report."""
     least_distillation: float = 10.0

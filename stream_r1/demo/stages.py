@@ -15,7 +15,7 @@ from stream_r1.assembly import Models
 from stream_r1.data.film import FPS, default_cache, load_shots
 from stream_r1.demo.record import Clip, Timing
 from stream_r1.demo.settings import DemoSettings
-from stream_r1.demo.teacher import teacher_sample
+from stream_r1.distill.ode import ode_pairs
 from stream_r1.distill.weighting import StreamR1Weights
 from stream_r1.evaluation import Reference, evaluate_videos
 from stream_r1.models.transformer import CausalWanTransformer
@@ -77,18 +77,23 @@ def write_clips(folder: Path, name: str, prompts: Sequence[str], videos: Sequenc
 def sample_teacher(models: Models, recipe: Recipe, settings: DemoSettings, folder: Path) -> list[Clip]:
     """The teacher's samples for the prompts, as long as a rollout."""
     shape = recipe.rollout
-    latents = teacher_sample(
+    channels = models.student.config["in_channels"]
+    noise = torch.randn(
+        (len(settings.prompts), shape.frames, channels, shape.height, shape.width),
+        generator=torch.Generator().manual_seed(settings.seed),
+    )
+    trajectories = ode_pairs(
         models.teacher,
         models.text.encode(list(settings.prompts)).float(),
-        models.text.encode([recipe.matching.negative_prompt]).float(),
-        (shape.frames, models.student.config["in_channels"], shape.height, shape.width),
+        noise,
+        negative=models.text.encode([recipe.matching.negative_prompt]).float(),
         schedule=FlowSchedule(shape.shift),
-        steps=settings.teacher_steps,
+        steps=shape.steps,
+        solver_steps=settings.teacher_steps,
         guidance=recipe.matching.guidance,
-        seed=settings.seed,
     )
     with torch.no_grad():
-        return write_clips(folder, "teacher", settings.prompts, list(models.vae.decode(latents)))
+        return write_clips(folder, "teacher", settings.prompts, list(models.vae.decode(trajectories[:, -1])))
 
 
 def film_clips(settings: DemoSettings, folder: Path, size: tuple[int, int], frames: int) -> list[Clip]:

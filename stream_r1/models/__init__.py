@@ -1,1 +1,1 @@
-"""The networks: the causal student, the video autoencoder, the text encoders; and the formats of their weights."""
+"""The networks (causal student, video autoencoder, text encoders) and the formats of their weights."""
