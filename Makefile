@@ -40,6 +40,7 @@ lint: $(VENV)/.tools
 assets: $(VENV)/.built
 	$(BIN)/stream-r1 data fetch
 	$(BIN)/python -m stream_r1.tiny_world vae recipes/tiny/assets/vae.yaml
+	$(BIN)/python -m stream_r1.tiny_world vae recipes/tiny/assets/vae-long.yaml
 	$(BIN)/python -m stream_r1.tiny_world teacher recipes/tiny/assets/teacher.yaml
 	$(BIN)/python -m stream_r1.tiny_world student recipes/tiny/assets/student.yaml
 	$(BIN)/python -m stream_r1.rewards.film_training
