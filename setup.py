@@ -29,13 +29,15 @@ LEFT_OUT = {"cuda": "this version has no CUDA kernels yet"}
 
 
 def jobs() -> int:
-    """Compiler processes that fit the cores this process may use and the memory that is free."""
+    """Compiler processes that fit the cores this process may use and the memory that is there."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    except (ValueError, OSError):
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
         return cores
-    return max(1, min(cores, int(free / GIGABYTES_PER_JOB)))
+    # MemAvailable, not MemFree: a page cache full of what pip has just unpacked is free for the taking
+    sizes = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    available = int(sizes["MemAvailable"].split()[0]) / 2**20  # kB -> GB
+    return max(1, min(cores, int(available / GIGABYTES_PER_JOB)))
 
 
 class BuildKernels(BuildExtension):
