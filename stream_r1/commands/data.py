@@ -66,7 +66,6 @@ def reference(out: Path, prompts: str, cache: Path | None) -> None:
     import torch
 
     from stream_r1.evaluation import Reference
-    from stream_r1.tiny_world.clips import clip_starts
 
     console = Console()
     captions = read_prompts(prompts)
@@ -76,7 +75,7 @@ def reference(out: Path, prompts: str, cache: Path | None) -> None:
     for shot in film.load_shots():
         if shot.held_out or shot.caption not in captions:
             continue
-        for start in clip_starts(shot, _CLIP_FRAMES, _CLIPS_PER_SHOT):
+        for start in film.spread_clip_starts(shot, _CLIP_FRAMES, _CLIPS_PER_SHOT):
             clip = torch.from_numpy(frames[start : start + _CLIP_FRAMES].copy())
             videos.append(clip.movedim(-1, 1).float() / 255)  # [T, 3, H, W]
             owners.append(shot.caption)

@@ -134,3 +134,12 @@ def load_shots() -> list[Shot]:
 def clip_starts(shot: Shot, length: int, stride: int) -> list[int]:
     """First frames of the clips of ``length`` frames inside a shot, ``stride`` apart."""
     return list(range(shot.start, shot.end - length + 1, stride))
+
+
+def spread_clip_starts(shot: Shot, length: int, most: int) -> list[int]:
+    """At most ``most`` evenly spaced first frames of clips within a shot; none where it is too short."""
+    last = shot.end - length
+    if last < shot.start:
+        return []
+    count = min(most, (last - shot.start) // 2 + 1)
+    return np.linspace(shot.start, last, count).astype(int).tolist()

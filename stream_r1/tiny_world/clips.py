@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stream_r1.config import SettingsError
-from stream_r1.data.film import Shot, load_film, load_shots
+from stream_r1.data.film import load_film, load_shots, spread_clip_starts
 from stream_r1.models.text import load_text_encoder
 from stream_r1.models.vae import VideoVAE
 
@@ -41,15 +41,6 @@ class LatentClips:
         return rows
 
 
-def clip_starts(shot: Shot, frames: int, most: int) -> list[int]:
-    """At most ``most`` evenly spaced first frames of clips within a shot; none where it is too short."""
-    last = shot.end - frames
-    if last < shot.start:
-        return []
-    count = min(most, (last - shot.start) // 2 + 1)
-    return torch.linspace(shot.start, last, count).long().tolist()
-
-
 def encode_clips(
     vae_folder: Path,
     prompts: Sequence[str],
@@ -67,7 +58,7 @@ def encode_clips(
     starts = [
         (start, prompts.index(shot.caption))
         for shot in shots
-        for start in clip_starts(shot, frames, most_per_shot)
+        for start in spread_clip_starts(shot, frames, most_per_shot)
     ]
     missing = [
         prompt for index, prompt in enumerate(prompts) if index not in {caption for _, caption in starts}

@@ -4,9 +4,8 @@ import itertools
 
 import pytest
 
-from stream_r1.data.film import FRAMES, FilmError, fetch_film, load_shots
+from stream_r1.data.film import FRAMES, FilmError, fetch_film, load_shots, spread_clip_starts
 from stream_r1.recipe import read_prompts
-from stream_r1.tiny_world.clips import clip_starts
 
 
 def test_shots_lie_within_the_film_in_order_and_do_not_overlap():
@@ -21,14 +20,14 @@ def test_shots_lie_within_the_film_in_order_and_do_not_overlap():
 def test_some_shots_are_held_out_and_every_prompt_of_the_tiny_world_has_a_training_shot():
     shots = load_shots()
     assert 0.1 < sum(shot.held_out for shot in shots) / len(shots) < 0.3
-    training = {shot.caption for shot in shots if not shot.held_out and clip_starts(shot, 33, 12)}
+    training = {shot.caption for shot in shots if not shot.held_out and spread_clip_starts(shot, 33, 12)}
     assert set(read_prompts("recipes/tiny/prompts.txt")) <= training
 
 
 @pytest.mark.parametrize("most", [1, 3, 12])
 def test_clips_lie_within_their_shot(most):
     for shot in load_shots():
-        starts = clip_starts(shot, 33, most)
+        starts = spread_clip_starts(shot, 33, most)
         assert len(starts) <= most
         assert all(shot.start <= start and start + 33 <= shot.end for start in starts)
         assert len(set(starts)) == len(starts)
