@@ -101,6 +101,13 @@ def oversharpen(clip: Tensor, strength: float, rng: np.random.Generator) -> Tens
     return (clip + strength * rng.uniform(1.5, 3.0) * (clip - _gaussian(clip, 1.2))).clamp(0, 1)
 
 
+def bleed(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
+    """Colour runs over edges that brightness keeps."""
+    grey = clip.mean(1, keepdim=True)
+    colour = _gaussian(clip - grey, strength * rng.uniform(4.0, 8.0))
+    return (grey + colour).clamp(0, 1)
+
+
 # Motion quality: each frame is a good picture (but for ghosts), time is wrong.
 
 
@@ -110,6 +117,12 @@ def stutter(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     offset = int(rng.integers(hold))
     index = (np.arange(len(clip)) + offset) // hold * hold - offset
     return clip[index.clip(0)]
+
+
+def freeze(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
+    """The picture stands still from some frame on: at full strength from one of the first few."""
+    moving = max(1, round((1 - strength * rng.uniform(0.8, 1.0)) * len(clip)))
+    return clip[np.arange(len(clip)).clip(0, moving - 1)]
 
 
 def shuffle(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
@@ -180,9 +193,9 @@ def colour_drift(clip: Tensor, strength: float, rng: np.random.Generator) -> Ten
     return (clip + offsets).clamp(0, 1)
 
 
-VISUAL = {f.__name__: f for f in (blur, pixelate, noise, blotches, compression, colour_shift)}
-VISUAL_UNSEEN = {f.__name__: f for f in (posterise, seams, smear, oversharpen)}
-MOTION = {f.__name__: f for f in (stutter, shuffle, jitter, flicker, ghost, wobble)}
+VISUAL = {f.__name__: f for f in (blur, oversharpen, pixelate, noise, blotches, compression, colour_shift)}
+VISUAL_UNSEEN = {f.__name__: f for f in (posterise, seams, smear, bleed)}
+MOTION = {f.__name__: f for f in (stutter, freeze, shuffle, jitter, flicker, ghost, wobble)}
 MOTION_UNSEEN = {f.__name__: f for f in (swap, hold, rewind, colour_drift)}
 
 NOT_NEUTRAL = frozenset({"ghost", "wobble"})

@@ -44,11 +44,11 @@ class FilmTrainingSettings:
     clip_frames: int = 21
     clip_stride: int = 36
     clips_per_shot: int = 4
-    kinds_per_clip: int = 2  # corruptions an axis that each training clip is spoilt by
+    kinds_per_clip: int = 3  # corruptions an axis that each training clip is spoilt by
     held_out_clips: int = 24
     weak: tuple[float, float] = (0.25, 0.5)  # range of the strength of "a little"; "much" is twice as strong
     least_change: float = 1 / 255  # a corruption that changes the clip less (mean absolute) proves nothing
-    steps: int = 500
+    steps: int = 800
     batch: int = 48
     learning_rate: float = 1e-3
     weight_decay: float = 0.1

@@ -12,7 +12,7 @@ EVERY = {
     **corruptions.MOTION,
     **corruptions.MOTION_UNSEEN,
 }
-REORDERING = ("stutter", "shuffle", "swap", "hold", "rewind")
+REORDERING = ("stutter", "freeze", "shuffle", "swap", "hold", "rewind")
 
 
 def moving_clip(frames=21, height=36, width=52):
@@ -52,6 +52,20 @@ def test_reordering_keeps_whole_frames(name):
     spoilt = EVERY[name](clip, 1.0, np.random.default_rng(2))
     distance = (spoilt[:, None] - clip[None]).abs().amax((2, 3, 4))  # [T, T]
     assert torch.equal(distance.min(1).values, torch.zeros(len(clip)))
+
+
+def test_a_frozen_clip_stands_still():
+    clip = moving_clip()
+    frozen = corruptions.freeze(clip, 1.0, np.random.default_rng(0))
+    assert torch.equal(frozen[5:], frozen[5:6].expand_as(frozen[5:]))
+    assert not torch.equal(clip[5:], clip[5:6].expand_as(clip[5:]))
+
+
+def test_bleeding_keeps_brightness():
+    clip = moving_clip(frames=3)
+    bled = corruptions.bleed(clip, 1.0, np.random.default_rng(0))
+    assert (bled.mean(1) - clip.mean(1)).abs().max() < 1e-5
+    assert (bled - clip).abs().mean() > 0.01
 
 
 def test_compression_without_loss_is_the_identity():
