@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ def encode_clips(
         raise SettingsError(
             f"prompts: expected captions of training shots of {frames} frames or more, got {missing[0]!r}"
         )
-    kept = work / f"clips_{frames}x{len(starts)}.pt"
+    kept = work / f"clips_{_fingerprint(vae_folder, frames, starts)}.pt"
     if kept.exists():
         latents = torch.load(kept, weights_only=True)
     else:
@@ -90,3 +91,11 @@ def encode_clips(
     return LatentClips(
         latents, torch.tensor([caption for _, caption in starts]), text[:-1].clone(), text[-1].clone()
     )
+
+
+def _fingerprint(vae_folder: Path, frames: int, starts: list[tuple[int, int]]) -> str:
+    """Of everything that the encoded clips depend on."""
+    digest = hashlib.sha256(repr((frames, [start for start, _ in starts])).encode())
+    for path in sorted(vae_folder.glob("*.safetensors")) + sorted(vae_folder.glob("config.json")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]

@@ -22,7 +22,9 @@ log = logging.getLogger(__name__)
 
 
 class TeacherSettings(Settings):
-    """The teacher and its training. frames: pixel frames of a clip. shift: of the training's timesteps."""
+    """The teacher and its training. frames: pixel frames of a clip. ffn_ratio: width of the feed-forward over
+    the model's. shift: of the training's timesteps.
+    """
 
     out: str
     work: str
@@ -33,6 +35,7 @@ class TeacherSettings(Settings):
     heads: int = 4
     head_dim: int = 64
     layers: int = 6
+    ffn_ratio: int = Field(default=4, ge=1)
     batch: int = Field(default=8, ge=1)
     shift: float = Field(default=3.0, gt=0)
     drop_caption: float = Field(default=0.1, ge=0, le=1)
@@ -50,7 +53,7 @@ def new_teacher(settings: TeacherSettings, latent_channels: int, text_dim: int) 
         out_channels=latent_channels,
         text_dim=text_dim,
         freq_dim=256,
-        ffn_dim=4 * width,
+        ffn_dim=settings.ffn_ratio * width,
         num_layers=settings.layers,
         cross_attn_norm=True,
         qk_norm="rms_norm_across_heads",

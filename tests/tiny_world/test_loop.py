@@ -91,3 +91,23 @@ def test_muon_treats_a_kernel_as_its_flattened_matrix():
     Muon([kernel], lr=0.1).step()
     Muon([matrix], lr=0.1).step()
     assert torch.equal(kernel.flatten(1), matrix)
+
+
+def test_bfloat16_is_for_matmuls_only(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Linear(24, 32)
+    seen = []
+    settings = LoopSettings(steps=2, lr=1e-2, warmup=0, bfloat16=True)
+    loop = Loop(model, settings, tmp_path / "state.pt", lambda name, p: p.ndim == 2)
+
+    def loss():
+        y = model(torch.randn(16, 24, generator=loop.generator))
+        seen.append(y.dtype)
+        return y.float().square().mean(), {}
+
+    before = model.weight.detach().clone()
+    assert list(loop.run(loss)) == [1, 2]
+    assert seen == [torch.bfloat16] * 2
+    assert model.weight.dtype == torch.float32
+    assert not torch.equal(model.weight, before)
+    assert not torch.equal(model.weight, model.weight.bfloat16().float())  # nothing is rounded
