@@ -45,6 +45,7 @@ assets: $(VENV)/.built
 	$(BIN)/python -m stream_r1.tiny_world student recipes/tiny/assets/student.yaml
 	$(BIN)/python -m stream_r1.rewards.film_training
 	$(BIN)/stream-r1 data reference
+	$(BIN)/stream-r1 data baselines
 
 clean:
 	rm -rf build out *.egg-info

@@ -174,6 +174,22 @@ def data_reference(
     reference(out, prompts, cache)
 
 
+@data_app.command("baselines")
+def data_baselines(
+    recipe: Annotated[
+        Path, typer.Argument(help="The recipe whose teacher, autoencoder and reward to use.")
+    ] = (Path("recipes/tiny/stream-r1.yaml")),
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path(
+        "assets/tiny/reference/baselines.json"
+    ),
+    cache: Annotated[Path | None, typer.Option(help="Folder the film is kept in.")] = None,
+) -> None:
+    """Measure the teacher's samples and the film for the demo's table (fetches the film)."""
+    from stream_r1.commands.data import baselines
+
+    baselines(out, recipe, cache)
+
+
 @app.command()
 def info(
     paths: Annotated[

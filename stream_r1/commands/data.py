@@ -84,3 +84,30 @@ def reference(out: Path, prompts: str, cache: Path | None) -> None:
     with console.status(f"measuring {len(videos)} clips"):
         Reference.fit(videos, owners).save(out)
     console.print(f"{out} ({out.stat().st_size / 2**10:.0f} KB, {len(videos)} clips)", soft_wrap=True)
+
+
+def baselines(out: Path, recipe: Path, cache: Path | None) -> None:
+    """Measure the teacher's samples and the film as the demo measures the students, and write the figures."""
+    from stream_r1 import recipe as recipes
+    from stream_r1.assembly import load_models
+    from stream_r1.demo.baselines import measure_baselines, save_baselines
+    from stream_r1.demo.settings import DemoSettings
+    from stream_r1.evaluation import Reference
+
+    console = Console()
+    settings = DemoSettings()
+    loaded = recipes.load(recipe)
+    statistics = Reference.load(recipes.locate(settings.reference))
+    with console.status("reading the film"):
+        frames = film.load_film(cache)
+    with console.status("sampling the teacher and measuring: some minutes"):
+        columns = measure_baselines(load_models(loaded), loaded, settings, statistics, frames)
+    save_baselines(out, columns)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for key in columns["teacher"]:
+        table.add_row(key, *(f"{row[key]:.3f}" for row in columns.values()))
+    console.print(table)
+    console.print(str(out), soft_wrap=True)

@@ -9,7 +9,7 @@ from stream_r1.demo.record import Record
 from stream_r1.evaluation.report import MEASURES
 
 Better = Literal["lower", "higher", "near reference"]
-COLUMNS = {"before": "Before", "after": "After", "film": "Film"}
+COLUMNS = {"before": "Before", "after": "After", "teacher": "Teacher", "film": "Film"}
 NAMES = {
     "kid": "KID",
     "naturalness": "Naturalness",

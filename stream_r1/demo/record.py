@@ -83,7 +83,7 @@ class Record(_Part):
     """One student step with its critic steps, as measured."""
     critic_steps: int = 0
     evaluations: dict[str, dict[str, float]] = {}
-    """Figures by column (before, after, film): those of ``stream_r1.evaluation`` and ``reward/<axis>``."""
+    """By column (before, after, teacher, film): figures of ``stream_r1.evaluation`` and ``reward/<axis>``."""
     evaluated: str = ""
     """What the figures are means over, in words."""
     timing: Timing | None = None

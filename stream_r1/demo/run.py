@@ -22,6 +22,7 @@ import torch
 from stream_r1 import __version__
 from stream_r1.assembly import Models, load_models, make_trainer, require_models
 from stream_r1.demo import stages
+from stream_r1.demo.baselines import load_baselines
 from stream_r1.demo.record import Record, StepPoint
 from stream_r1.demo.settings import DemoSettings, seconds_to_distil, steps_in
 from stream_r1.distill.events import Event, StepDone
@@ -241,7 +242,10 @@ class Demo:
             for key, value in figures.items()
             if key.endswith("_reference")
         }
-        self.record.evaluations["film"] = {"sharpness": 1.0, **film}
+        baselines = load_baselines(locate(self.settings.baselines))
+        self.record.evaluations["film"] = baselines.get("film", {}) | {"sharpness": 1.0, **film}
+        if "teacher" in baselines:
+            self.record.evaluations["teacher"] = baselines["teacher"]
         self.record.evaluations[name] = {k: v for k, v in figures.items() if not k.endswith("_reference")}
 
     def _describe(self, models: Models) -> None:
@@ -252,7 +256,8 @@ class Demo:
         frames = vae.frames(shape.frames)
         record.evaluated = (
             f"Means over {self.settings.evaluated_videos} videos of {frames} frames, captions and seeds the "
-            "same before and after. Film: its own shots."
+            "same before and after. Teacher and film: samples of many steps and the film's own shots, "
+            "measured when the assets were made."
         )
 
     @contextmanager

@@ -27,6 +27,9 @@ class DemoSettings(Settings):
     seed: int = 0
     reference: str = "assets/tiny/reference/statistics.safetensors"
     """Statistics of the film that the independent measures compare with."""
+    baselines: str = "assets/tiny/reference/baselines.json"
+    """Figures of the teacher and the film for the table, see `stream-r1 data baselines`; left out if not
+    there."""
     evaluated_videos: Annotated[int, Field(ge=2)] = 24
     evaluated_batch: Count = 8
     timed_chunks: Count = 8

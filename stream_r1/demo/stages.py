@@ -24,7 +24,7 @@ from stream_r1.sampling.sampler import Sampler
 from stream_r1.sampling.video import VideoWriter, contact_sheet
 from stream_r1.schedule import FlowSchedule
 
-_EVALUATION_SEED = 10_000  # apart from the seeds of what is shown
+EVALUATION_SEED = 10_000  # apart from the seeds of what is shown
 
 
 def make_sampler(student: CausalWanTransformer, models: Models, recipe: Recipe) -> Sampler:
@@ -75,25 +75,35 @@ def write_clips(folder: Path, name: str, prompts: Sequence[str], videos: Sequenc
 
 
 def sample_teacher(models: Models, recipe: Recipe, settings: DemoSettings, folder: Path) -> list[Clip]:
-    """The teacher's samples for the prompts, as long as a rollout."""
+    """The teacher's samples for the shown prompts, as long as a rollout."""
+    videos = teacher_videos(
+        models, recipe, settings.prompts, solver_steps=settings.teacher_steps, seed=settings.seed
+    )
+    return write_clips(folder, "teacher", settings.prompts, videos)
+
+
+@torch.no_grad()
+def teacher_videos(
+    models: Models, recipe: Recipe, prompts: Sequence[str], *, solver_steps: int, seed: int
+) -> list[Tensor]:
+    """The teacher's samples, as long as a rollout, with the recipe's guidance: [T, 3, H, W] each."""
     shape = recipe.rollout
     channels = models.student.config["in_channels"]
     noise = torch.randn(
-        (len(settings.prompts), shape.frames, channels, shape.height, shape.width),
-        generator=torch.Generator().manual_seed(settings.seed),
+        (len(prompts), shape.frames, channels, shape.height, shape.width),
+        generator=torch.Generator().manual_seed(seed),
     )
     trajectories = ode_pairs(
         models.teacher,
-        models.text.encode(list(settings.prompts)).float(),
+        models.text.encode(list(prompts)).float(),
         noise,
         negative=models.text.encode([recipe.matching.negative_prompt]).float(),
         schedule=FlowSchedule(shape.shift),
         steps=shape.steps,
-        solver_steps=settings.teacher_steps,
+        solver_steps=solver_steps,
         guidance=recipe.matching.guidance,
     )
-    with torch.no_grad():
-        return write_clips(folder, "teacher", settings.prompts, list(models.vae.decode(trajectories[:, -1])))
+    return list(models.vae.decode(trajectories[:, -1]))
 
 
 def film_clips(settings: DemoSettings, folder: Path, size: tuple[int, int], frames: int) -> list[Clip]:
@@ -109,25 +119,33 @@ def film_clips(settings: DemoSettings, folder: Path, size: tuple[int, int], fram
     return write_clips(folder, "film", prompts, videos)
 
 
+def evaluated_prompts(recipe: Recipe, settings: DemoSettings) -> list[str]:
+    """The training prompts, again from the first where there are fewer than videos."""
+    return list(itertools.islice(itertools.cycle(read_prompts(recipe.prompts)), settings.evaluated_videos))
+
+
 def evaluate(
     sampler: Sampler, models: Models, recipe: Recipe, settings: DemoSettings, reference: Reference
 ) -> dict[str, float]:
     """Independent figures, and the reward's scores, of fresh videos over the training prompts."""
-    prompts = list(itertools.islice(itertools.cycle(read_prompts(recipe.prompts)), settings.evaluated_videos))
+    prompts = evaluated_prompts(recipe, settings)
     chunks = _chunks(sampler.student, recipe.rollout.frames)
     videos: list[Tensor] = []
     for start in range(0, len(prompts), settings.evaluated_batch):
         batch = prompts[start : start + settings.evaluated_batch]
-        stream = sampler.stream(
-            batch, seed=_EVALUATION_SEED + settings.seed, chunks=chunks, first_index=start
-        )
+        stream = sampler.stream(batch, seed=EVALUATION_SEED + settings.seed, chunks=chunks, first_index=start)
         videos += torch.cat([chunk.frames for chunk in stream if chunk.frames is not None], 1)
-    figures = evaluate_videos(videos, reference, prompts)
+    return figures(videos, prompts, models, reference)
+
+
+def figures(
+    videos: list[Tensor], prompts: list[str], models: Models, reference: Reference
+) -> dict[str, float]:
+    """Independent figures of videos [T, 3, H, W], and the mean of each of the reward's scores."""
     with torch.no_grad():
-        scores = models.reward.score(torch.stack(videos), prompts).mean(0)
-    return figures | {
-        f"reward/{axis}": score for axis, score in zip(models.reward.axes, scores.tolist(), strict=True)
-    }
+        scores = models.reward.score(torch.stack(videos), prompts).mean(0).tolist()
+    rewards = {f"reward/{axis}": score for axis, score in zip(models.reward.axes, scores, strict=True)}
+    return evaluate_videos(videos, reference, prompts) | rewards
 
 
 def time_stream(sampler: Sampler, settings: DemoSettings) -> Timing:
