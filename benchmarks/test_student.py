@@ -1,0 +1,104 @@
+"""The student's pass beside the published data flow, on the same weights; the tiny student's chunk
+
+    pytest benchmarks/test_student.py --benchmark-only
+
+Before it is timed, ours must agree with the published flow over a stream that fills the window and rolls it.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from published_flow import PublishedFlow
+from torch import Tensor
+
+from stream_r1.models.transformer import CausalWanTransformer
+
+WIDTHS = {  # heads, head width, ffn, layers, latent channels, text width, text length, latent rows, columns
+    "1.3B-width-2-layers-60x104": (12, 128, 8960, 2, 16, 4096, 512, 60, 104),
+    "tiny-8x14": (5, 64, 960, 4, 48, 384, 32, 8, 14),
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+STEPS = (1000.0, 937.5, 833.333, 625.0, 0.0)
+
+
+def make_student(size: str, positions: str, dtype: torch.dtype) -> CausalWanTransformer:
+    heads, width, ffn, layers, channels, text, length, _, _ = WIDTHS[size]
+    torch.manual_seed(0)
+    student = CausalWanTransformer(
+        num_attention_heads=heads,
+        attention_head_dim=width,
+        ffn_dim=ffn,
+        num_layers=layers,
+        in_channels=channels,
+        out_channels=channels,
+        text_dim=text,
+        text_len=length,
+        window_frames=9,
+        sink_frames=3,
+        positions=positions,
+    )
+    return student.to(dtype).eval().requires_grad_(False)
+
+
+class Ours:
+    """Our student over its cache, with the baseline's interface."""
+
+    def __init__(self, student: CausalWanTransformer, text: Tensor, height: int, width: int) -> None:
+        self.student = student
+        self.context = student.encode_text(text)
+        self.cache = student.new_cache(1, height, width)
+
+    def forward_chunk(self, x: Tensor, t: Tensor, text: Tensor, *, last: bool) -> Tensor:
+        out = self.student.forward_chunk(x, t, self.context, self.cache)
+        if last:
+            self.cache.commit()
+        return out
+
+
+def chunk(size: str, dtype: torch.dtype, seed: int) -> Tensor:
+    _, _, _, _, channels, _, _, rows, columns = WIDTHS[size]
+    noise = torch.randn(1, 3, channels, rows, columns, generator=torch.Generator().manual_seed(seed))
+    return noise.to(dtype)
+
+
+def times(t: float) -> Tensor:
+    return torch.full((1, 3), t)
+
+
+@pytest.mark.parametrize("implementation", ["ours", "published"])
+@pytest.mark.parametrize("positions", ["window", "absolute"])
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [("1.3B-width-2-layers-60x104", "bfloat16"), ("tiny-8x14", "float32"), ("tiny-8x14", "bfloat16")],
+)
+def test_pass_over_a_full_window(
+    benchmark: Callable, size: str, dtype: str, positions: str, implementation: str
+) -> None:
+    """One denoising pass of the student, the window full: sink 3, previous 3 and current 3 frames."""
+    benchmark.group = f"student pass {size} {positions} {dtype}"  # type: ignore[attr-defined]
+    student = make_student(size, positions, DTYPES[dtype])
+    *_, text_width, length, rows, columns = WIDTHS[size]
+    text = torch.randn(1, length, text_width, generator=torch.Generator().manual_seed(9)).to(DTYPES[dtype])
+    published = PublishedFlow(student, rows // 2, columns // 2)
+    ours = Ours(student, text, rows, columns)
+    tolerance = 1e-4 if dtype == "float32" else 6e-2
+    chunks = 4 if size.startswith("tiny") else 3
+    for index in range(chunks):  # keys and values from the clean pass alone: the window fills
+        x = chunk(size, DTYPES[dtype], index)
+        got, expected = (
+            run.forward_chunk(x, times(0.0), text, last=True).float() for run in (ours, published)
+        )
+        assert (got - expected).norm() <= tolerance * expected.norm()
+    x = chunk(size, DTYPES[dtype], 100)
+    runs = {"ours": ours, "published": published}
+    got, expected = (run.forward_chunk(x, times(625.0), text, last=False).float() for run in runs.values())
+    assert (got - expected).norm() <= tolerance * expected.norm()
+    chosen = runs[implementation]
+    benchmark.pedantic(
+        chosen.forward_chunk,
+        args=(x, times(625.0), text),
+        kwargs={"last": False},
+        rounds=5 if size.startswith("1.3B") else 60,
+        warmup_rounds=1,
+    )
