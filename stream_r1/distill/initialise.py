@@ -12,6 +12,7 @@ from stream_r1.distill.events import Clock, StepDone
 from stream_r1.distill.loop import TrainingLoop, make_adamw
 from stream_r1.distill.noise import SampleNoise
 from stream_r1.distill.order import ShuffledOrder
+from stream_r1.distill.precision import computing_in
 from stream_r1.distill.settings import InitSettings
 from stream_r1.distill.state import Ema, load_optimizer_tensors, load_parameters, optimizer_tensors
 from stream_r1.models.transformer import CausalWanTransformer
@@ -69,7 +70,7 @@ class InitTrainer(TrainingLoop):
         size = self.settings.batch // self.settings.accumulation
         for start in range(0, self.settings.batch, size):
             noise = SampleNoise(seeds[start : start + size], self.device)
-            with clock.part("forward"):
+            with clock.part("forward"), computing_in(self.settings.precision, self.device):
                 loss = self.objective.loss(self.student, indices[start : start + size], noise)
             with clock.part("backward"):
                 (loss / self.settings.accumulation).backward()

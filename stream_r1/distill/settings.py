@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from stream_r1.config import Settings
+from stream_r1.distill.precision import Precision
 from stream_r1.distill.weighting import WeightingMode
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -94,10 +95,14 @@ class WeightingSettings(Settings):
 
 
 class LoopSettings(Settings):
-    """How long a run is and what it keeps. max_skipped: updates in a row that may fail to be finite."""
+    """How long a run is, in which precision it computes, and what it keeps.
+
+    max_skipped: updates in a row that may fail to be finite.
+    """
 
     steps: Count = 1000
     seed: int = 0
+    precision: Precision = "float32"
     max_skipped: Count = 5
     checkpoint_every: Count = 50
     keep_checkpoints: Count = 2

@@ -17,6 +17,7 @@ from stream_r1.distill.events import Clock, Preview, StepDone
 from stream_r1.distill.loop import TrainingLoop, make_adamw
 from stream_r1.distill.noise import SampleNoise
 from stream_r1.distill.order import ShuffledOrder
+from stream_r1.distill.precision import computing_in
 from stream_r1.distill.rollout import self_rollout
 from stream_r1.distill.settings import DistillSettings
 from stream_r1.distill.state import Ema, load_optimizer_tensors, load_parameters, optimizer_tensors
@@ -136,12 +137,12 @@ class DistillTrainer(TrainingLoop):
         for micro in draw.split(parts):
             noise = SampleNoise(micro.seeds, self.device)
             text = self._embed(micro.prompts)
-            with clock.part("rollout"):
+            with clock.part("rollout"), self._precision():
                 x = self._rollout(text, noise, micro.exit_step, grad=True)
             with clock.part("reward"):
                 preview = self._look(x.detach(), micro.prompts)
             weights = preview.weights if preview else None
-            with clock.part("scores"):
+            with clock.part("scores"), self._precision():
                 t, eps = self._dmd_noise(x, noise)
                 loss = self.matching.loss(x, text, t, eps, weights)
             with clock.part("backward"):
@@ -166,15 +167,19 @@ class DistillTrainer(TrainingLoop):
         for micro in draw.split(parts):
             noise = SampleNoise(micro.seeds, self.device)
             text = self._embed(micro.prompts)
-            with clock.part("critic rollout"):
+            with clock.part("critic rollout"), self._precision():
                 x = self._rollout(text, noise, micro.exit_step, grad=False)
             with clock.part("critic"):
                 t, eps = self._dmd_noise(x, noise)
-                loss = self.matching.critic_loss(x, text, t, eps)
+                with self._precision():
+                    loss = self.matching.critic_loss(x, text, t, eps)
                 (loss / parts).backward()
             losses.append(loss.detach())
         with clock.part("optimizer"):
             self._descend("critic", self.critic_optimizer, losses, self.settings.critic.clip, scalars)
+
+    def _precision(self) -> torch.autocast:
+        return computing_in(self.settings.precision, self.device)
 
     def _embed(self, prompts: list[str]) -> Tensor:
         return self.text_encoder.encode(prompts).to(self.device, torch.float32)
