@@ -133,9 +133,9 @@ def read_weights(path: str | Path, network: str | None = None) -> dict[str, Tens
         files = _weight_files(model_folder(path))
         state: dict[str, Any] = {}
         for file in files:
-            state.update(_read_file(file))
+            state.update(read_file(file))
     elif path.is_file():
-        state = _read_file(path)
+        state = read_file(path)
     else:
         raise FileNotFoundError(f"{path}: no such file or folder of weights")
     return normalise(_choose_network(state, network, str(path)), str(path))
@@ -169,7 +169,12 @@ def _weight_files(folder: Path) -> list[Path]:
     )
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def read_file(path: Path) -> dict[str, Any]:
+    """What a `.safetensors` or `.pt` file holds, on the CPU, without unpickling anything but tensors.
+
+    Raises:
+        CheckpointError: the file is damaged, needs code to be read, or holds no state dict.
+    """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -257,11 +262,12 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, source: str =
     Raises:
         CheckpointError: names the missing, unexpected and wrongly shaped parameters.
     """
-    _check_fit(model, state, source)
+    check_fit(model, state, source)
     model.load_state_dict(dict(state))
 
 
-def _check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Raises CheckpointError if a parameter is missing, unexpected or of another shape; it names them."""
     expected = model.state_dict()
     problems = []
     missing = [name for name in expected if name not in state]
@@ -338,7 +344,7 @@ def student_from_state(
     """
     with torch.device("meta"):  # the weights are there already: no time for random ones
         model = CausalWanTransformer(**config)
-    _check_fit(model, state, source)
+    check_fit(model, state, source)
     wide = torch.promote_types(dtype, torch.float32)
     placed = {
         name: value.to(device, wide if any(part in FLOAT32_PARTS for part in name.split(".")) else dtype)

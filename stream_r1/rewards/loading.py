@@ -12,27 +12,29 @@ from stream_r1.rewards.film import FilmReward
 
 
 def load_reward(spec: str | Path, *, device: str | torch.device = "cpu") -> Reward:
-    """Loads a reward from its folder; what kind it is stands in the folder's `config.json` as "type".
+    """Loads a reward from its folder.
+
+    What kind it is stands in the folder's `config.json` as "type": "film" or "videoalign". The published
+    VideoReward folder is known by its `model_config.json`.
 
     Raises:
         FileNotFoundError: no such folder, or no config in it.
-        ValueError: an unknown type.
-        NotImplementedError: a VideoAlign checkpoint: this version cannot run it yet.
+        ValueError: an unknown type, or files that don't fit together (see each reward's `from_pretrained`).
     """
     folder = Path(spec)
-    if (folder / "model_config.json").is_file() and not (folder / "config.json").is_file():
-        kind = "videoalign"  # the layout of the published VideoReward folder
-    elif (folder / "config.json").is_file():
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("type")
-    else:
-        raise FileNotFoundError(f"load_reward: spec: expected a folder with a config.json, got {folder}")
+    path = folder / "config.json"
+    published = (folder / "model_config.json").is_file()
+    if not path.is_file() and not published:
+        raise FileNotFoundError(
+            "load_reward: spec: expected a folder with a config.json or VideoAlign's model_config.json, "
+            f"got {folder}"
+        )
+    kind = json.loads(path.read_text(encoding="utf-8")).get("type") if path.is_file() else None
     if kind == "film":
         return FilmReward.from_pretrained(folder).to(device)
-    if kind == "videoalign":
-        raise NotImplementedError(
-            f"load_reward: spec: {folder} holds a VideoAlign reward, which this version cannot run yet; "
-            'available: "film" (python -m stream_r1.rewards.film_training makes one)'
-        )
-    raise ValueError(
-        f'load_reward: spec: expected type "film" or "videoalign" in {folder / "config.json"}, got {kind!r}'
-    )
+    if kind == "videoalign" or (kind is None and published):
+        # Here, because transformers' models take a second to import.
+        from stream_r1.rewards.videoalign import VideoAlignReward
+
+        return VideoAlignReward.from_pretrained(folder, device=device)
+    raise ValueError(f'load_reward: spec: expected type "film" or "videoalign" in {path}, got {kind!r}')

@@ -57,7 +57,7 @@ class TestLoadReward:
         with pytest.raises(ValueError, match="'oracle'"):
             load_reward(tmp_path)
 
-    def test_videoalign_says_that_it_cannot_run_yet(self, tmp_path):
+    def test_videoalign_folder_is_known_by_its_own_config(self, tmp_path):
         (tmp_path / "model_config.json").write_text("{}")
-        with pytest.raises(NotImplementedError, match="VideoAlign"):
+        with pytest.raises(ValueError, match=r"expected model_config\.use_special_tokens, found none"):
             load_reward(tmp_path)
