@@ -20,7 +20,7 @@ from stream_r1.models.weight_names import normalise
 
 CONFIG = "adapter_config.json"
 
-_LORA_NAME = re.compile(r"(.+)\.(lora_[AB])(?:\.default)?\.weight")
+_LORA_NAME = re.compile(r"(.+)\.(lora_[AB])\.weight")
 
 # What a plain LoRA adapter of linear layers has in its configuration, where it says anything else.
 _PLAIN: Mapping[str, tuple[Any, ...]] = {

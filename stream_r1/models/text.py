@@ -211,7 +211,12 @@ class UMT5Encoder(TransformersEncoder):
 
 
 def load_text_encoder(
-    spec: str | Path, *, text_len: int | None = None, device: torch.device | str = "cpu"
+    spec: str | Path,
+    *,
+    text_len: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    cache: str | Path | None = None,
 ) -> MiniLMEncoder | UMT5Encoder:
     """An encoder by name: "minilm", or a diffusers folder with `text_encoder/` and `tokenizer/`.
 
@@ -219,6 +224,7 @@ def load_text_encoder(
         spec: which encoder.
         text_len: positions of its results; None: its usual number (32 and 512).
         device: where it runs.
+        dtype, cache: of a UMT5 encoder.
 
     Raises:
         ValueError: neither a known name nor a folder.
@@ -227,7 +233,7 @@ def load_text_encoder(
         return MiniLMEncoder(text_len or 32, device)
     if not Path(spec).is_dir():
         raise ValueError(f"load_text_encoder: spec must be 'minilm' or a diffusers folder, got {str(spec)!r}")
-    return UMT5Encoder(spec, text_len or 512, device=device)
+    return UMT5Encoder(spec, text_len or 512, dtype, device, cache=cache)
 
 
 def clean(prompt: str) -> str:

@@ -237,6 +237,21 @@ def test_sizes_are_read_off_the_weights(student, tmp_path):
         infer_config({"a": torch.zeros(1), "b": torch.zeros(1)})
 
 
+def test_published_weights_tell_their_sizes():
+    sizes = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}  # Wan 2.1 1.3B; the rest is default
+    with torch.device("meta"):
+        theirs = WanTransformer3DModel(**sizes).state_dict()
+        published = {f"model.{name}": value for name, value in to_original_names(theirs).items()}
+        config = infer_config(normalise(published))
+        ours = CausalWanTransformer(**config).state_dict()
+    assert {name: config[name] for name in sizes} == sizes
+    assert (config["text_dim"], config["in_channels"], config["freq_dim"]) == (4096, 16, 256)
+    assert {name: value.shape for name, value in ours.items()} == {
+        name: value.shape for name, value in theirs.items()
+    }
+    assert sum(value.numel() for value in ours.values()) == 1_418_996_800
+
+
 def test_weights_that_do_not_fit_are_named(student):
     state = dict(student.state_dict())
     state["image_embedder.weight"] = torch.zeros(1)
