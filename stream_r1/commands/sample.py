@@ -70,6 +70,7 @@ class Models:
             decoder=self.decoder,
             size=size,
             text_cache=self.text_cache or default_cache() / "prompts",
+            keep_text_encoder=False,
             dtype=_dtype("--dtype", self.dtype, device),
             vae_dtype=_dtype("--vae-dtype", self.vae_dtype, device),
             device=device,
@@ -96,8 +97,7 @@ def run(
         pipeline = models.load(wanted)
         encoder = pipeline.text_encoder
         if isinstance(encoder, UMT5Encoder):
-            encoder.encode(prompts)  # the stream asks again and finds them remembered
-            encoder.free()  # its gigabytes are not needed while the stream runs
+            encoder.encode(prompts)  # reads gigabytes; the stream asks again and finds them remembered
     chunks = None
     if seconds is not None:
         chunks = pipeline.chunks(round(seconds * pipeline.fps), goes_on=start is not None)

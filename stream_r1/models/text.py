@@ -48,13 +48,19 @@ class TransformersEncoder(ABC):
     """
 
     def __init__(
-        self, dim: int, text_len: int, device: torch.device | str, cache: PromptCache | None = None
+        self,
+        dim: int,
+        text_len: int,
+        device: torch.device | str,
+        cache: PromptCache | None = None,
+        keep_loaded: bool = True,
     ) -> None:
         if text_len < 1:
             raise ValueError(f"{type(self).__name__}: text_len must be at least 1, got {text_len}")
         self.dim = dim
         self.text_len = text_len
         self.device = torch.device(device)
+        self.keep_loaded = keep_loaded
         self._cache = cache
         self._known: OrderedDict[str, Tensor] = OrderedDict()
         self._model: Any = None
@@ -94,7 +100,11 @@ class TransformersEncoder(ABC):
             raise TypeError(f"{name}.encode: prompts must be a list of str, got {got}")
         if not prompts:
             raise ValueError(f"{name}.encode: prompts must not be empty")
-        states = [self._remembered(clean(prompt)) for prompt in prompts]  # [tokens, dim] each
+        try:
+            states = [self._remembered(clean(prompt)) for prompt in prompts]  # [tokens, dim] each
+        finally:
+            if not self.keep_loaded:
+                self.free()
         out = states[0].new_zeros(len(prompts), self.text_len, self.dim)
         for row, state in zip(out, states, strict=True):
             row[: len(state)] = state
@@ -170,6 +180,7 @@ class UMT5Encoder(TransformersEncoder):
         dtype: of weights and embeddings.
         device: where the model runs.
         cache: a folder to keep embeddings in, see `PromptCache`; None: they are remembered in memory alone.
+        keep_loaded: whether the model stays in memory when prompts are encoded.
 
     Raises:
         FileNotFoundError: the folder lacks one of the two.
@@ -183,6 +194,7 @@ class UMT5Encoder(TransformersEncoder):
         device: torch.device | str = "cpu",
         *,
         cache: str | Path | None = None,
+        keep_loaded: bool = True,
     ) -> None:
         folder = Path(folder)
         for part in ("text_encoder/config.json", "tokenizer"):
@@ -197,7 +209,7 @@ class UMT5Encoder(TransformersEncoder):
         kept = None
         if cache is not None:
             kept = PromptCache(cache, fingerprint((self._folder, folder / "tokenizer"), dtype, text_len))
-        super().__init__(config["d_model"], text_len, device, kept)
+        super().__init__(config["d_model"], text_len, device, kept, keep_loaded)
         self._tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
 
     def _read_model(self) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor
 from stream_r1.models.autoencoder import VideoAutoencoder
 from stream_r1.models.checkpoints import load_student
 from stream_r1.models.taehv import TinyVAE
-from stream_r1.models.text import MiniLMEncoder, TextEncoder, TransformersEncoder, UMT5Encoder
+from stream_r1.models.text import MiniLMEncoder, TextEncoder, UMT5Encoder
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.models.vae import VideoVAE
 from stream_r1.models.weight_files import read_config
@@ -52,7 +52,6 @@ class StreamR1Pipeline:
         fps: frames a second that the student was trained at.
         steps, shift: of the schedule, see `Sampler` and `FlowSchedule`.
         decoder: decodes instead of the VAE.
-        free_text_encoder: give the text encoder's memory back whenever prompts are encoded.
 
     Raises:
         ValueError: a size the VAE or the student's patches do not divide, or parts that do not fit.
@@ -69,7 +68,6 @@ class StreamR1Pipeline:
         steps: Sequence[float] = (1000, 750, 500, 250),
         shift: float = 5.0,
         decoder: VideoAutoencoder | None = None,
-        free_text_encoder: bool = False,
     ) -> None:
         if not fps > 0:
             raise ValueError(f"StreamR1Pipeline: fps must be positive, got {fps}")
@@ -83,7 +81,6 @@ class StreamR1Pipeline:
         self.student = student
         self.vae = vae
         self.text_encoder = text_encoder
-        self.free_text_encoder = free_text_encoder
         self.size = (height, width)
         self.fps = fps
         self.sampler = Sampler(
@@ -110,7 +107,7 @@ class StreamR1Pipeline:
         fps: float | None = None,
         text_encoder: TextEncoder | None = None,
         text_cache: str | Path | None = None,
-        free_text_encoder: bool = False,
+        keep_text_encoder: bool = True,
         dtype: torch.dtype = torch.float32,
         vae_dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
@@ -138,7 +135,7 @@ class StreamR1Pipeline:
             fps: None: 16, small assets 24.
             text_encoder: instead of the folder's.
             text_cache: a folder to keep UMT5's embeddings in; a prompt that is kept does not load UMT5.
-            free_text_encoder: see the class.
+            keep_text_encoder: whether UMT5 stays in memory after prompts are encoded.
             dtype: of student and UMT5.
             vae_dtype: of the VAE and the decoder.
             device: of student, decoder and, unless told otherwise, the rest.
@@ -173,7 +170,14 @@ class StreamR1Pipeline:
             if parts.small:
                 text_encoder = MiniLMEncoder(length, text_device)
             else:
-                text_encoder = UMT5Encoder(parts.folder, length, dtype, text_device, cache=text_cache)
+                text_encoder = UMT5Encoder(
+                    parts.folder,
+                    length,
+                    dtype,
+                    text_device,
+                    cache=text_cache,
+                    keep_loaded=keep_text_encoder,
+                )
         tiny = None
         if decoder_file is not None:
             tiny = TinyVAE.from_pretrained(decoder_file, dtype=vae_dtype, device=device)
@@ -185,7 +189,6 @@ class StreamR1Pipeline:
             size=size or ((64, 112) if parts.small else (480, 832)),
             fps=fps or (24 if parts.small else 16),
             decoder=tiny,
-            free_text_encoder=free_text_encoder,
             steps=schedule.steps,
             shift=schedule.shift,
         )
@@ -204,10 +207,7 @@ class StreamR1Pipeline:
             prompt: one, or a batch.
             seed, chunks, first_frames: as for `Sampler.stream`; prompts may be embeddings, too.
         """
-        stream = self.sampler.stream(prompt, seed=seed, chunks=chunks, first_frames=first_frames)
-        if self.free_text_encoder and isinstance(self.text_encoder, TransformersEncoder):
-            self.text_encoder.free()
-        return stream
+        return self.sampler.stream(prompt, seed=seed, chunks=chunks, first_frames=first_frames)
 
     def __call__(
         self,

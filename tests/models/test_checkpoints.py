@@ -238,7 +238,11 @@ def test_sizes_are_read_off_the_weights(student, tmp_path):
 
 
 def test_published_weights_tell_their_sizes():
-    sizes = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}  # Wan 2.1 1.3B; the rest is default
+    sizes = {
+        "num_attention_heads": 12,
+        "ffn_dim": 8960,
+        "num_layers": 30,
+    }  # Wan 2.1 1.3B; the rest is default
     with torch.device("meta"):
         theirs = WanTransformer3DModel(**sizes).state_dict()
         published = {f"model.{name}": value for name, value in to_original_names(theirs).items()}

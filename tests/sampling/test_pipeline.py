@@ -24,6 +24,7 @@ from sampling_models import (
     tiny_vae,
 )
 
+from stream_r1.cli import main
 from stream_r1.models.taehv import TinyVAE
 from stream_r1.models.weight_names import to_original_names
 from stream_r1.sampling.pipeline import StreamR1Pipeline
@@ -268,7 +269,7 @@ def test_the_tiny_decoder_decodes(wan: Path, tmp_path: Path) -> None:
 
 def test_precision_and_places(wan: Path) -> None:
     pipeline = StreamR1Pipeline.from_pretrained(
-        wan, size=SIZE, dtype=torch.bfloat16, vae_dtype=torch.bfloat16, free_text_encoder=True
+        wan, size=SIZE, dtype=torch.bfloat16, vae_dtype=torch.bfloat16
     )
     student = pipeline.student
     assert student.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
@@ -287,10 +288,13 @@ def test_precision_and_places(wan: Path) -> None:
 
 def test_the_text_encoder_is_freed_and_not_needed_for_kept_prompts(wan: Path, tmp_path: Path) -> None:
     load = functools.partial(StreamR1Pipeline.from_pretrained, wan, size=SIZE, text_cache=tmp_path)
-    keeping, freeing = load(), load(free_text_encoder=True)
+    keeping, freeing = load(), load(keep_text_encoder=False)
     expected = keeping("a fat rabbit", 0.5).frames
     assert keeping.text_encoder.loaded
     other = freeing("fat", 0.5).frames
+    assert not freeing.text_encoder.loaded
+    stream = freeing.stream("fat")
+    stream.switch("rabbit")
     assert not freeing.text_encoder.loaded
     again = load()
     assert torch.equal(again("a fat rabbit", 0.5).frames, expected)
@@ -334,3 +338,21 @@ def test_starting_from_files(wan: Path, tmp_path: Path) -> None:
         read_start(tmp_path / "text.png", pipeline)
     with pytest.raises(FileNotFoundError, match="no such file"):
         read_start(tmp_path / "absent.png", pipeline)
+
+
+def test_the_command_streams_a_diffusers_folder(
+    wan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(to_original_names(tiny_student().state_dict()), tmp_path / "student.pt")
+    given = {"--models": wan, "--checkpoint": tmp_path / "student.pt", "--preset": "stream-r1"}
+    given |= {"--size": "16x32", "--seconds": 1, "--text-cache": tmp_path / "prompts", "--device": "cpu"}
+    for name in ("a.mp4", "b.mp4"):  # the second finds its prompt kept
+        options = [str(word) for option in given.items() for word in option]
+        with pytest.raises(SystemExit) as end:
+            main(["sample", "a fat rabbit", *options, "--out", str(tmp_path / name)])
+        assert not end.value.code
+    assert "1.3 s of video" in capsys.readouterr().out  # 9 + 12 frames
+    assert len(list((tmp_path / "prompts").iterdir())) == 1
+    first, second = (read_video(tmp_path / name)[0] for name in ("a.mp4", "b.mp4"))
+    assert first.shape == (21, 3, *SIZE)
+    assert torch.equal(first, second)
