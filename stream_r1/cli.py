@@ -81,35 +81,58 @@ def sample(
         str, typer.Option(help="Folder with student/ and vae/, or a diffusers folder or hub repository.")
     ] = "assets/tiny",
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Another student: a folder, .safetensors or .pt.")
+        Path | None, typer.Option(help="Another student: a .pt or .safetensors file, or a folder of them.")
     ] = None,
+    network: Annotated[
+        str | None,
+        typer.Option(help="Of several in the checkpoint: generator_ema (default, if there) or generator."),
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter's folder, merged into it.")] = None,
     preset: Annotated[
         str | None, typer.Option(help="How it streams: stream-r1, reward-forcing or self-forcing.")
+    ] = None,
+    decoder: Annotated[
+        str | None, typer.Option(help="taehv:PATH decodes with the tiny taew2_1.pth instead of the VAE.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16; auto: bfloat16 on a GPU, else float32.")
+    ] = "auto",
+    vae_dtype: Annotated[str, typer.Option(help="The same, of the VAE or the decoder.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto: a GPU if there is one.")] = "auto",
+    vae_device: Annotated[str | None, typer.Option(help="Of the VAE, if another.")] = None,
+    text_device: Annotated[str | None, typer.Option(help="Of the text encoder, if another.")] = None,
+    text_cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder that keeps prompt embeddings (default: ~/.cache/stream-r1/prompts)."),
     ] = None,
     size: Annotated[str | None, typer.Option(help="Height x width in pixels, as 480x832.")] = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="Length; Ctrl-C ends it earlier.")] = 5.0,
     forever: Annotated[bool, typer.Option("--forever", help="Until Ctrl-C.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same video, bit for bit.")] = 0,
-    start: Annotated[Path | None, typer.Option(help="Video to go on from.")] = None,
+    start: Annotated[Path | None, typer.Option(help="Video or picture to go on from.")] = None,
     scale: Annotated[int, typer.Option(min=1, help="Enlarge the pictures by a whole factor.")] = 1,
     sheet: Annotated[bool, typer.Option("--sheet", help="Write a contact sheet (PNG) too.")] = False,
 ) -> None:
     """Stream a student into mp4 files, written as frames arrive."""
-    from stream_r1.commands.sample import Output, run
+    from stream_r1.commands.sample import Models, Output, run
 
+    named = Models(
+        folder=models,
+        checkpoint=checkpoint,
+        network=network,
+        adapter=adapter,
+        preset=preset,
+        decoder=decoder,
+        dtype=dtype,
+        vae_dtype=vae_dtype,
+        device=device,
+        vae_device=vae_device,
+        text_device=text_device,
+        text_cache=text_cache,
+    )
     length = None if forever else seconds
     output = Output(path=out, scale=scale, sheet=sheet)
-    run(
-        prompts,
-        output,
-        models=models,
-        checkpoint=checkpoint,
-        preset=preset,
-        size=size,
-        seconds=length,
-        seed=seed,
-        start=start,
-    )
+    run(prompts, output, named, size=size, seconds=length, seed=seed, start=start)
 
 
 @app.command()

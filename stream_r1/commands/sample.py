@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 from collections.abc import Callable
@@ -14,11 +13,15 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from stream_r1.data.film import default_cache
+from stream_r1.models.text import UMT5Encoder
 from stream_r1.recipe import locate
 from stream_r1.sampling.pipeline import StreamR1Pipeline
 from stream_r1.sampling.sampler import Stream
-from stream_r1.sampling.video import VideoWriter, contact_sheet, read_video
+from stream_r1.sampling.start import read_start
+from stream_r1.sampling.video import VideoWriter, contact_sheet
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SHEET_FRAMES = 240  # kept in memory for the contact sheet, however long the stream
 
 
@@ -39,13 +42,48 @@ class Output:
         return [self.path.with_stem(f"{self.path.stem}-{index}") for index in range(count)]
 
 
+@dataclass(frozen=True)
+class Models:
+    """What streams: arguments of `StreamR1Pipeline.from_pretrained`, as they are typed."""
+
+    folder: str
+    checkpoint: Path | None = None
+    network: str | None = None
+    adapter: Path | None = None
+    preset: str | None = None
+    decoder: str | None = None
+    dtype: str = "auto"
+    vae_dtype: str = "float32"
+    device: str = "auto"
+    vae_device: str | None = None
+    text_device: str | None = None
+    text_cache: Path | None = None
+
+    def load(self, size: tuple[int, int] | None) -> StreamR1Pipeline:
+        device = _device("--device", self.device)
+        return StreamR1Pipeline.from_pretrained(
+            locate(self.folder),
+            self.checkpoint,
+            self.preset,
+            network=self.network,
+            adapter=self.adapter,
+            decoder=self.decoder,
+            size=size,
+            text_cache=self.text_cache or default_cache() / "prompts",
+            keep_text_encoder=False,
+            dtype=_dtype("--dtype", self.dtype, device),
+            vae_dtype=_dtype("--vae-dtype", self.vae_dtype, device),
+            device=device,
+            vae_device=self.vae_device and _device("--vae-device", self.vae_device),
+            text_device=self.text_device and _device("--text-device", self.text_device),
+        )
+
+
 def run(
     prompts: list[str],
     output: Output,
+    models: Models,
     *,
-    models: str,
-    checkpoint: Path | None,
-    preset: str | None,
     size: str | None,
     seconds: float | None,
     seed: int,
@@ -56,9 +94,18 @@ def run(
     files = output.files(len(prompts))
     wanted = None if size is None else _size(size)
     with console.status("loading the models"):
-        pipeline = StreamR1Pipeline.from_pretrained(locate(models), checkpoint, preset, size=wanted)
-    chunks = None if seconds is None else _chunks(pipeline, seconds, start is not None)
-    given = None if start is None else _start(pipeline, start)
+        pipeline = models.load(wanted)
+        encoder = pipeline.text_encoder
+        if isinstance(encoder, UMT5Encoder):
+            encoder.encode(prompts)  # reads gigabytes; the stream asks again and finds them remembered
+    chunks = None
+    if seconds is not None:
+        chunks = pipeline.chunks(round(seconds * pipeline.fps), goes_on=start is not None)
+    given = None
+    if start is not None:
+        found = read_start(start, pipeline)
+        console.print(f"{start}: goes on from {found.meaning}", soft_wrap=True, highlight=False)
+        given = found.frames
     stream = pipeline.stream(prompts, seed, chunks, first_frames=given)
     stopped = False
     frames: list[Tensor] = []
@@ -112,26 +159,23 @@ def _size(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _chunks(pipeline: StreamR1Pipeline, seconds: float, goes_on: bool) -> int:
-    """Chunks that hold `seconds`; the first one of a video is shorter, for the decoder is causal."""
-    config, vae = pipeline.student.config, pipeline.vae
-    each = config["frames_per_chunk"] * vae.temporal_factor
-    first = each if goes_on else vae.frames(config["first_chunk_frames"] or config["frames_per_chunk"])
-    return 1 + max(0, math.ceil((round(seconds * pipeline.fps) - first) / each))
+def _device(option: str, name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"{option}: expected auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"{option}: expected a device of the {torch.cuda.device_count()} GPUs here, got {name}"
+        )
+    return device
 
 
-def _start(pipeline: StreamR1Pipeline, path: Path) -> Tensor:
-    """The end of a video, as many frames as whole chunks of the student's window have: [1, T, 3, H, W]."""
-    video, _ = read_video(path)
-    if tuple(video.shape[-2:]) != pipeline.size:
-        expected, got = (f"{height}x{width}" for height, width in (pipeline.size, video.shape[-2:]))
-        raise ValueError(f"--start: expected a video of {expected} (see --size), got {got}")
-    config, vae = pipeline.student.config, pipeline.vae
-    count = config["first_chunk_frames"] or config["frames_per_chunk"]
-    limit = config["window_frames"] or math.inf
-    more = config["frames_per_chunk"]
-    while count + more <= limit and vae.frames(count + more) <= len(video):
-        count += more
-    if vae.frames(count) > len(video):
-        raise ValueError(f"--start: expected at least {vae.frames(count)} frames, got {len(video)}")
-    return video[-vae.frames(count) :][None]
+def _dtype(option: str, name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in _DTYPES:
+        raise ValueError(f"{option}: expected auto, {', '.join(_DTYPES)}, got {name!r}")
+    return _DTYPES[name]

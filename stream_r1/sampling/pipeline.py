@@ -2,51 +2,42 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
 from torch import Tensor
 
+from stream_r1.models.autoencoder import VideoAutoencoder
 from stream_r1.models.checkpoints import load_student
+from stream_r1.models.taehv import TinyVAE
 from stream_r1.models.text import MiniLMEncoder, TextEncoder, UMT5Encoder
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.models.vae import VideoVAE
-from stream_r1.sampling.sampler import Sampler, Stream
+from stream_r1.models.weight_files import read_config
+from stream_r1.sampling.folders import find_parts
+from stream_r1.sampling.presets import DEFAULT_PRESET, PRESETS, choose_preset
+from stream_r1.sampling.sampler import Sampler, Stream, StreamTimings
 from stream_r1.schedule import FlowSchedule
+
+OutputType = Literal["pt", "np", "pil"]
 
 
 @dataclass(frozen=True)
-class Preset:
-    """How a published student streams: what its weights do not tell."""
+class VideoOutput:
+    """What a call of the pipeline gives.
 
-    student: Mapping[str, Any] = field(default_factory=dict)  # settings of `CausalWanTransformer`
-    steps: tuple[float, ...] = (1000, 750, 500, 250)
-    shift: float = 5.0
+    `frames` by output type: "pt" a tensor [B, T, 3, H, W], "np" an array [B, T, H, W, 3], both float32 in
+    [0, 1], "pil" B lists of T pictures.
+    """
 
-
-_SINK_IN_WINDOW = MappingProxyType({"frames_per_chunk": 3, "window_frames": 9, "sink_frames": 3})
-
-# Sources: Self Forcing (2506.08009), whose cache holds 21 frames; Reward Forcing (2512.04678); Stream-R1
-# (2605.03849), which streams as Reward Forcing does.
-PRESETS: Mapping[str, Preset] = MappingProxyType(
-    {
-        "stream-r1": Preset(_SINK_IN_WINDOW | {"positions": "window", "sink_ema": 0.999}),
-        "reward-forcing": Preset(_SINK_IN_WINDOW | {"positions": "window", "sink_ema": 0.999}),
-        "self-forcing": Preset({"frames_per_chunk": 3, "window_frames": 21, "positions": "absolute"}),
-    }
-)
-
-# Parts of diffusers folders of other Wan models, and what they would take.
-_NOT_SUPPORTED = {
-    "transformer_2": "a second expert transformer (Wan 2.2 A14B)",
-    "image_encoder": "image conditioning (Wan I2V); start from given frames with first_frames instead",
-}
+    frames: Any
+    timings: StreamTimings
 
 
 class StreamR1Pipeline:
@@ -55,10 +46,12 @@ class StreamR1Pipeline:
     Usually made by `from_pretrained`.
 
     Args:
-        student, vae, text_encoder: the models, in eval mode, on one device.
+        student, vae, text_encoder: the models, in eval mode. They may be on several devices: what goes from
+            one to another is moved.
         size: height and width of the video in pixels.
         fps: frames a second that the student was trained at.
         steps, shift: of the schedule, see `Sampler` and `FlowSchedule`.
+        decoder: decodes instead of the VAE.
 
     Raises:
         ValueError: a size the VAE or the student's patches do not divide, or parts that do not fit.
@@ -67,13 +60,14 @@ class StreamR1Pipeline:
     def __init__(
         self,
         student: CausalWanTransformer,
-        vae: VideoVAE,
+        vae: VideoAutoencoder,
         text_encoder: TextEncoder,
         *,
         size: tuple[int, int],
         fps: float,
         steps: Sequence[float] = (1000, 750, 500, 250),
         shift: float = 5.0,
+        decoder: VideoAutoencoder | None = None,
     ) -> None:
         if not fps > 0:
             raise ValueError(f"StreamR1Pipeline: fps must be positive, got {fps}")
@@ -95,6 +89,7 @@ class StreamR1Pipeline:
             FlowSchedule(shift),
             steps,
             text_encoder=text_encoder,
+            decoder=decoder,
             latent_size=(latent_size[0], latent_size[1]),
         )
 
@@ -105,11 +100,19 @@ class StreamR1Pipeline:
         checkpoint: str | Path | None = None,
         preset: str | None = None,
         *,
+        network: str | None = None,
+        adapter: str | Path | None = None,
+        decoder: str | Path | None = None,
         size: tuple[int, int] | None = None,
         fps: float | None = None,
         text_encoder: TextEncoder | None = None,
+        text_cache: str | Path | None = None,
+        keep_text_encoder: bool = True,
         dtype: torch.dtype = torch.float32,
+        vae_dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        vae_device: str | torch.device | None = None,
+        text_device: str | torch.device | None = None,
         **settings: Any,
     ) -> StreamR1Pipeline:
         """Load a pipeline.
@@ -120,60 +123,79 @@ class StreamR1Pipeline:
 
         Args:
             folder_or_repo: a local folder, or a repository of the Hugging Face hub, which is downloaded.
-            checkpoint: the student's weights where they are not in the folder: any format of `load_student`.
+            checkpoint: the student's weights where they are not the folder's: any format of `load_student`.
             preset: how a published student streams: "stream-r1", "reward-forcing", "self-forcing". None: as
-                the configuration beside its weights says.
+                the configuration beside its weights says; Wan's own, which says nothing: "stream-r1".
+            network: which of `generator_ema`, `generator` in a checkpoint of several; None: the average if
+                there is one.
+            adapter: a LoRA adapter's folder, merged into the student.
+            decoder: "taehv:PATH": TAEHV's tiny decoder decodes, from its file `taew2_1.pth`; the VAE only
+                encodes given frames. None: the VAE decodes.
             size: height and width in pixels; None: 480 x 832, small assets 64 x 112.
             fps: None: 16, small assets 24.
             text_encoder: instead of the folder's.
-            dtype: of student and UMT5; the VAE stays in float32.
-            device: where everything goes.
+            text_cache: a folder to keep UMT5's embeddings in; a prompt that is kept does not load UMT5.
+            keep_text_encoder: whether UMT5 stays in memory after prompts are encoded.
+            dtype: of student and UMT5.
+            vae_dtype: of the VAE and the decoder.
+            device: of student, decoder and, unless told otherwise, the rest.
+            vae_device: None: `device`, or the CPU where a decoder leaves the VAE idle.
+            text_device: None: `device`.
             settings: of `CausalWanTransformer`, over those of the preset: `window_frames=12`, ...
 
         Raises:
             FileNotFoundError: parts that are missing, by name.
             ValueError: an unknown preset, parts that do not fit.
+            CheckpointError: weights that can't be used, see `load_student`.
             NotImplementedError: a folder of a Wan model with parts that are not supported, by name.
         """
-        if preset is not None and preset not in PRESETS:
-            raise ValueError(f"from_pretrained: preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-        chosen = Preset() if preset is None else PRESETS[preset]
-        folder = _local_folder(folder_or_repo, with_student=checkpoint is None)
-        small = (folder / "student").is_dir() and not (folder / "transformer").is_dir()
-        student_folder = folder / ("student" if small else "transformer")
-        _refuse_what_is_not_supported(folder)
-        _require(folder, student_folder.name, checkpoint, has_text=small or text_encoder is not None)
-
-        head_dim = 128
-        if checkpoint is not None and (student_folder / "config.json").is_file():
-            config = json.loads((student_folder / "config.json").read_text())
-            head_dim = config.get("attention_head_dim", head_dim)
+        choose_preset(preset, {})  # a misspelt one is refused before anything is downloaded
+        decoder_file = None if decoder is None else _decoder_file(str(decoder))
+        parts = find_parts(folder_or_repo, checkpoint, with_text=text_encoder is None)
+        source = parts.student if checkpoint is None else Path(checkpoint)
+        beside = read_config(parts.student) or {}
+        chosen = choose_preset(preset, read_config(source) or beside)
+        schedule = chosen or PRESETS[DEFAULT_PRESET]
         student = load_student(
-            student_folder if checkpoint is None else checkpoint,
-            head_dim=head_dim,
+            source,
+            network=network,
+            config=beside,
+            adapter=adapter,
             dtype=dtype,
             device=device,
-            **{**chosen.student, **settings},
+            **((chosen.student if chosen else {}) | settings),
         )
         if text_encoder is None:
-            length = student.config["text_len"]
-            if small:
-                text_encoder = MiniLMEncoder(length, device)
+            length, text_device = student.config["text_len"], text_device or device
+            if parts.small:
+                text_encoder = MiniLMEncoder(length, text_device)
             else:
-                text_encoder = UMT5Encoder(folder, length, dtype, device)
+                text_encoder = UMT5Encoder(
+                    parts.folder,
+                    length,
+                    dtype,
+                    text_device,
+                    cache=text_cache,
+                    keep_loaded=keep_text_encoder,
+                )
+        tiny = None
+        if decoder_file is not None:
+            tiny = TinyVAE.from_pretrained(decoder_file, dtype=vae_dtype, device=device)
+        vae_device = vae_device or (device if tiny is None else "cpu")
         return cls(
             student.requires_grad_(False),
-            VideoVAE.from_pretrained(folder / "vae", device=device),
+            VideoVAE.from_pretrained(parts.vae, dtype=vae_dtype, device=vae_device),
             text_encoder,
-            size=size or ((64, 112) if small else (480, 832)),
-            fps=fps or (24 if small else 16),
-            steps=chosen.steps,
-            shift=chosen.shift,
+            size=size or ((64, 112) if parts.small else (480, 832)),
+            fps=fps or (24 if parts.small else 16),
+            decoder=tiny,
+            steps=schedule.steps,
+            shift=schedule.shift,
         )
 
     def stream(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | Tensor,
         seed: int | Sequence[int] = 0,
         chunks: int | None = None,
         *,
@@ -183,67 +205,70 @@ class StreamR1Pipeline:
 
         Args:
             prompt: one, or a batch.
-            seed, chunks, first_frames: as for `Sampler.stream`.
+            seed, chunks, first_frames: as for `Sampler.stream`; prompts may be embeddings, too.
         """
         return self.sampler.stream(prompt, seed=seed, chunks=chunks, first_frames=first_frames)
 
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | Tensor,
         seconds: float = 5.0,
         seed: int | Sequence[int] = 0,
         *,
+        num_frames: int | None = None,
         first_frames: Tensor | None = None,
-    ) -> Tensor:
-        """A whole video, [B, T, 3, H, W] float32 in [0, 1] on the CPU, with T = round(seconds * fps).
+        output_type: OutputType = "pt",
+    ) -> VideoOutput:
+        """Whole videos, one a prompt, of round(seconds * fps) frames on the CPU.
 
-        With `first_frames` it is what follows them. For long videos iterate over `stream` instead.
+        With `first_frames` they are what follows them. For long videos iterate over `stream` instead.
+
+        Args:
+            prompt, seed, first_frames: as for `stream`.
+            seconds: length.
+            num_frames: the length in frames instead.
+            output_type: see `VideoOutput`.
         """
-        frames = round(seconds * self.fps)
+        if output_type not in ("pt", "np", "pil"):
+            raise ValueError(f"StreamR1Pipeline: output_type must be pt, np or pil, got {output_type!r}")
+        frames = round(seconds * self.fps) if num_frames is None else num_frames
         if frames < 1:
-            raise ValueError(f"StreamR1Pipeline: seconds must be at least 1 / {self.fps:g}, got {seconds}")
-        config, factor = self.student.config, self.vae.temporal_factor
-        first = 0
-        if first_frames is None:  # a video's first latent frame makes one pixel frame
-            first = self.vae.frames(config["first_chunk_frames"] or config["frames_per_chunk"])
-        later = math.ceil(max(0, frames - first) / (factor * config["frames_per_chunk"]))
-        chunks = self.stream(prompt, seed, later + (first > 0), first_frames=first_frames)
-        made = [chunk.frames.cpu() for chunk in chunks if chunk.frames is not None]
-        return torch.cat(made, dim=1)[:, :frames]
+            expected = f"seconds must be at least 1 / {self.fps:g} and num_frames at least 1"
+            raise ValueError(f"StreamR1Pipeline: {expected}, got {seconds} and {num_frames}")
+        chunks = self.chunks(frames, goes_on=first_frames is not None)
+        stream = self.stream(prompt, seed, chunks, first_frames=first_frames)
+        made = [chunk.frames.cpu() for chunk in stream if chunk.frames is not None]
+        return VideoOutput(_as_type(torch.cat(made, dim=1)[:, :frames], output_type), stream.timings)
+
+    def chunks(self, frames: int, *, goes_on: bool = False) -> int:
+        """Chunks that make at least so many pixel frames.
+
+        A video's first chunk makes fewer than the others, for its first latent frame makes one pixel frame; a
+        stream that goes on from given frames has only others.
+        """
+        config = self.student.config
+        each = config["frames_per_chunk"] * self.vae.temporal_factor
+        if goes_on:
+            return math.ceil(frames / each)
+        first = self.vae.frames(config["first_chunk_frames"] or config["frames_per_chunk"])
+        return 1 + math.ceil(max(0, frames - first) / each)
 
 
-def _local_folder(folder_or_repo: str | Path, with_student: bool) -> Path:
-    if Path(folder_or_repo).is_dir():
-        return Path(folder_or_repo)
-    name = str(folder_or_repo)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"from_pretrained: no such folder: {name}")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    parts = ["vae/*", "text_encoder/*", "tokenizer/*", "transformer/config.json", "model_index.json"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=[*parts, *(["transformer/*"] * with_student)]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        expected = "a local folder or a repository of the hub that can be reached"
-        raise FileNotFoundError(f"from_pretrained: expected {expected}, got {name}: {error}") from error
+def _decoder_file(decoder: str) -> Path:
+    kind, _, path = decoder.partition(":")
+    if kind != "taehv" or not path:
+        raise ValueError(f"from_pretrained: decoder must be taehv:PATH or None, got {decoder!r}")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"from_pretrained: no such file of the decoder: {path}")
+    return Path(path)
 
 
-def _refuse_what_is_not_supported(folder: Path) -> None:
-    for part, meaning in _NOT_SUPPORTED.items():
-        if (folder / part).is_dir():
-            raise NotImplementedError(f"from_pretrained: {folder} has {part}/: {meaning} is not supported")
-
-
-def _require(folder: Path, student: str, checkpoint: str | Path | None, has_text: bool) -> None:
-    """Everything that is missing, at once, before anything is loaded."""
-    needed = ["vae/config.json"]
-    if checkpoint is None:
-        needed.append(f"{student}/config.json")
-    elif not Path(checkpoint).exists():
-        raise FileNotFoundError(f"from_pretrained: no such checkpoint: {checkpoint}")
-    if not has_text:
-        needed += ["text_encoder/config.json", "tokenizer"]
-    missing = [part for part in needed if not (folder / part).exists()]
-    if missing:
-        raise FileNotFoundError(f"from_pretrained: {folder} lacks {', '.join(missing)}")
+def _as_type(video: Tensor, output_type: OutputType) -> Any:
+    """[B, T, 3, H, W] as the type asked for."""
+    if output_type == "pt":
+        return video
+    pictures = video.movedim(2, -1).numpy()
+    if output_type == "np":
+        return pictures
+    lists: list[list[Image.Image]] = [VaeImageProcessor.numpy_to_pil(frames) for frames in pictures]
+    return lists

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stream_r1.models.autoencoder import VideoAutoencoder
 from stream_r1.models.text import TextEncoder
 from stream_r1.models.transformer import CausalWanTransformer
-from stream_r1.models.vae import VideoVAE
 from stream_r1.sampling.noise import StreamNoise
 from stream_r1.schedule import FlowSchedule
 
@@ -71,10 +71,11 @@ class Sampler:
 
     Args:
         student: the causal transformer, in eval mode.
-        vae: decodes chunks and encodes given frames; None: latents only.
+        vae: encodes given frames and decodes chunks; None: latents only.
         schedule: noise levels.
         steps: denoising timesteps before the schedule's shift, falling, in (0, 1000].
         text_encoder: for prompts given as text; None: streams take embeddings.
+        decoder: decodes instead of the vae, which only encodes then; in the same latent space.
         latent_size: (h, w) of the latents of a stream that is not told its size.
         context_noise: timestep of the pass that leaves keys and values; 0 is the clean chunk. As in training.
 
@@ -85,11 +86,12 @@ class Sampler:
     def __init__(
         self,
         student: CausalWanTransformer,
-        vae: VideoVAE | None = None,
+        vae: VideoAutoencoder | None = None,
         schedule: FlowSchedule | None = None,
         steps: Sequence[float] = (1000, 750, 500, 250),
         *,
         text_encoder: TextEncoder | None = None,
+        decoder: VideoAutoencoder | None = None,
         latent_size: tuple[int, int] | None = None,
         context_noise: float = 0.0,
     ) -> None:
@@ -98,15 +100,20 @@ class Sampler:
         if not 0 <= context_noise < 1000:
             raise ValueError(f"Sampler: context_noise must be in [0, 1000), got {context_noise}")
         channels = student.config["in_channels"]
-        if vae is not None and vae.channels != channels:
-            expected = f"the student's {channels} latent channels"
-            raise ValueError(f"Sampler: the vae must have {expected}, got {vae.channels}")
+        for name, model in (("vae", vae), ("decoder", decoder)):
+            if model is not None and model.channels != channels:
+                expected = f"the student's {channels} latent channels"
+                raise ValueError(f"Sampler: the {name} must have {expected}, got {model.channels}")
+        if decoder is not None and vae is not None and _factors(decoder) != _factors(vae):
+            expected = f"the vae's pixels and frames a latent {_factors(vae)}"
+            raise ValueError(f"Sampler: the decoder must have {expected}, got {_factors(decoder)}")
         width = student.config["text_dim"]
         if text_encoder is not None and text_encoder.dim != width:
             expected = f"the student's text_dim {width}"
             raise ValueError(f"Sampler: the text_encoder must have {expected}, got {text_encoder.dim}")
         self.student = student
         self.vae = vae
+        self.decoder = vae if decoder is None else decoder
         self.text_encoder = text_encoder
         self.latent_size = latent_size
         self.context_noise = context_noise
@@ -216,7 +223,7 @@ class Stream(Iterator[Chunk]):
         self._text = self._student.encode_text(embeds)
         self._batch = len(embeds)
         self._shape = (self._student.config["in_channels"], *size)
-        self._decoder = None if sampler.vae is None else sampler.vae.stream_decoder(self._batch)
+        self._decoder = None if sampler.decoder is None else sampler.decoder.stream_decoder(self._batch)
         self._uncommitted: Tensor | None = None  # the last chunk's x0, until its clean pass
         self._cache_seconds = 0.0  # of clean passes since the last chunk
         max_frames = None
@@ -322,3 +329,7 @@ class Stream(Iterator[Chunk]):
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter() - start
+
+
+def _factors(model: VideoAutoencoder) -> tuple[int, int]:
+    return model.spatial_factor, model.temporal_factor

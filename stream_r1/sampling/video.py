@@ -1,4 +1,4 @@
-"""Videos as files and pictures: an mp4 that grows with the stream, reading one back, contact sheets."""
+"""Videos and pictures as files: an mp4 that grows with the stream, reading one back, contact sheets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Literal
 import av
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional
 
@@ -160,6 +160,32 @@ def read_video(path: str | Path, max_frames: int | None = None) -> tuple[Tensor,
     if not pictures:
         raise ValueError(f"read_video: {path} has no frames")
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255, fps
+
+
+_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+def is_image(path: str | Path) -> bool:
+    """Whether a file is a picture, by its name."""
+    return Path(path).suffix.lower() in _IMAGES
+
+
+def read_image(path: str | Path) -> Tensor:
+    """A picture, turned upright: [3, H, W] float32 in [0, 1].
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a picture.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"read_image: no such file: {path}")
+    try:
+        with Image.open(path) as picture:
+            pixels = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"read_image: {path} cannot be read: {error}") from error
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
 
 
 def contact_sheet(

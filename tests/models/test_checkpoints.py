@@ -8,19 +8,16 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
-from stream_r1.models.checkpoints import (
-    CheckpointError,
-    infer_config,
-    load_student,
-    load_weights,
+from stream_r1.models.checkpoints import infer_config, load_student, load_weights, read_weights
+from stream_r1.models.transformer import CausalWanTransformer
+from stream_r1.models.weight_files import CheckpointError
+from stream_r1.models.weight_names import (
     normalise,
-    read_weights,
     strip_prefixes,
     to_diffusers_name,
     to_original_name,
     to_original_names,
 )
-from stream_r1.models.transformer import CausalWanTransformer
 
 SIZES = {
     "num_attention_heads": 2,
@@ -157,6 +154,61 @@ def test_folders_load_whole_and_in_shards(tmp_path):
         load_student(tmp_path / "shards")
 
 
+def split(state, count=3):
+    names = sorted(state)
+    return [{name: state[name] for name in names[part::count]} for part in range(count)]
+
+
+@pytest.mark.parametrize("kind", ["pt", "nested pt", "bin with index", "safetensors", "one file"])
+def test_folders_of_shards_without_a_configuration(student, tmp_path, kind):
+    state = to_original_names(student.state_dict())
+    shards = [state] if kind == "one file" else split(state)
+    suffix = {"safetensors": "safetensors", "bin with index": "bin"}.get(kind, "pt")
+    for index, shard in enumerate(shards):
+        file = tmp_path / f"shard-{index}.{suffix}"
+        if suffix == "safetensors":
+            save_file(shard, file)
+        else:
+            torch.save({"generator_ema": shard, "step": 3} if kind == "nested pt" else shard, file)
+    if kind == "bin with index":
+        torch.save({"unrelated": torch.zeros(1)}, tmp_path / "optimizer.bin")
+        weight_map = {name: f"shard-{index}.bin" for index, shard in enumerate(shards) for name in shard}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    loaded = load_student(tmp_path, head_dim=8)
+    assert same(loaded.state_dict(), student.state_dict())
+
+
+def test_shards_that_do_not_make_one_state_dict_are_refused(student, tmp_path):
+    first, second, third = split(to_original_names(student.state_dict()))
+    torch.save(first, tmp_path / "a.pt")
+    torch.save(second, tmp_path / "b.pt")
+    with pytest.raises(
+        CheckpointError, match=r"expected blocks\.0\.ffn\.net\.0\.proj\.weight, found .* more"
+    ):
+        load_student(tmp_path, head_dim=8)
+    torch.save({name: value for name, value in third.items() if "ffn.0" in name}, tmp_path / "d.pt")
+    with pytest.raises(
+        CheckpointError, match=r"the weights do not fit the model; \d+ missing: .* and \d+ more"
+    ):
+        load_student(tmp_path, head_dim=8)
+    torch.save(third | {"patch_embedding.bias": first["patch_embedding.bias"]}, tmp_path / "c.pt")
+    with pytest.raises(CheckpointError, match=r"one state dict, found patch_embedding\.bias in c\.pt again"):
+        load_student(tmp_path)
+    (tmp_path / "__0_0.distcp").touch()
+    with pytest.raises(CheckpointError, match="a distributed checkpoint; make one file of it first"):
+        load_student(tmp_path)
+
+
+def test_a_file_takes_what_it_does_not_tell_from_a_configuration(student, tmp_path):
+    torch.save(to_original_names(student.state_dict()), tmp_path / "student.pt")
+    beside = {"attention_head_dim": 8, "text_len": 5, "window_frames": 9, "sink_frames": 3, "num_layers": 40}
+    loaded = load_student(tmp_path / "student.pt", config=beside, sink_frames=6)
+    assert same(loaded.state_dict(), student.state_dict())
+    config = loaded.config
+    assert (config["num_attention_heads"], config["num_layers"], config["text_len"]) == (2, 2, 5)
+    assert (config["window_frames"], config["sink_frames"]) == (9, 6)
+
+
 def test_a_folder_of_ours_comes_back_with_its_settings(student, tmp_path):
     ours = CausalWanTransformer(**SIZES, text_len=5, window_frames=9, sink_frames=3, positions="window")
     ours.save_pretrained(tmp_path)
@@ -179,8 +231,29 @@ def test_sizes_are_read_off_the_weights(student, tmp_path):
     assert loaded.scale_shift_table.dtype == torch.float32
     with pytest.raises(CheckpointError, match="head_dim must divide the width 16, got 128"):
         load_student(tmp_path / "student.safetensors")
-    with pytest.raises(CheckpointError, match=r"expected patch_embedding\.weight, found a, b"):
+    with pytest.raises(
+        CheckpointError, match=r"expected patch_embedding\.weight, proj_out\.weight, .*, found a, b"
+    ):
         infer_config({"a": torch.zeros(1), "b": torch.zeros(1)})
+
+
+def test_published_weights_tell_their_sizes():
+    sizes = {
+        "num_attention_heads": 12,
+        "ffn_dim": 8960,
+        "num_layers": 30,
+    }  # Wan 2.1 1.3B; the rest is default
+    with torch.device("meta"):
+        theirs = WanTransformer3DModel(**sizes).state_dict()
+        published = {f"model.{name}": value for name, value in to_original_names(theirs).items()}
+        config = infer_config(normalise(published))
+        ours = CausalWanTransformer(**config).state_dict()
+    assert {name: config[name] for name in sizes} == sizes
+    assert (config["text_dim"], config["in_channels"], config["freq_dim"]) == (4096, 16, 256)
+    assert {name: value.shape for name, value in ours.items()} == {
+        name: value.shape for name, value in theirs.items()
+    }
+    assert sum(value.numel() for value in ours.values()) == 1_418_996_800
 
 
 def test_weights_that_do_not_fit_are_named(student):
@@ -217,7 +290,7 @@ def test_a_file_with_code_is_not_run(tmp_path):
 def test_files_that_are_no_weights(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         read_weights(tmp_path / "absent.pt")
-    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"expected weights .* found none"):
         load_student(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="diffusion_pytorch_model"):

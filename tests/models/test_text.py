@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from stream_r1.models.text import MiniLMEncoder, UMT5Encoder, clean, load_text_encoder
+from stream_r1.distill.settings import MatchingSettings
+from stream_r1.models.text import (
+    WAN_NEGATIVE_PROMPT,
+    MiniLMEncoder,
+    UMT5Encoder,
+    clean,
+    load_text_encoder,
+)
 
 PROMPTS = ["a fat rabbit smells a flower", "butterfly", "a fat rabbit smells a flower"]
 
@@ -19,23 +29,27 @@ def minilm() -> MiniLMEncoder:
 
 @pytest.fixture(scope="module")
 def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A diffusers folder with a random UMT5 encoder and a word tokenizer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
-
+    """A diffusers folder with a random UMT5 encoder and a sentence-piece tokenizer, as Wan's has."""
     folder = tmp_path_factory.mktemp("wan")
-    torch.manual_seed(0)
-    config = UMT5Config(vocab_size=32, d_model=24, d_kv=6, d_ff=32, num_layers=2, num_heads=4)
-    UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
-    words = ["<pad>", "</s>", "<unk>", *sorted({word for prompt in PROMPTS for word in prompt.split()})]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
-    fast.save_pretrained(folder / "tokenizer")
+    save_umt5(folder, seed=0)
     return folder
+
+
+def save_umt5(folder: Path, seed: int) -> None:
+    from tokenizers import SentencePieceUnigramTokenizer
+    from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
+
+    torch.manual_seed(seed)
+    config = UMT5Config(vocab_size=64, d_model=24, d_kv=6, d_ff=32, num_layers=2, num_heads=4)
+    UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
+    pieces = SentencePieceUnigramTokenizer()
+    special = ["<pad>", "</s>", "<unk>"]
+    pieces.train_from_iterator(
+        PROMPTS * 4, vocab_size=64, special_tokens=special, unk_token="<unk>", show_progress=False
+    )
+    vocabulary = json.loads(pieces.to_str())["model"]["vocab"]
+    tokenizer = T5Tokenizer(vocab=[(piece, score) for piece, score in vocabulary], extra_ids=0)
+    tokenizer.save_pretrained(folder / "tokenizer")
 
 
 def test_minilm_is_that_of_transformers(minilm: MiniLMEncoder) -> None:
@@ -57,36 +71,94 @@ def test_minilm_is_that_of_transformers(minilm: MiniLMEncoder) -> None:
 def test_umt5_is_that_of_wan(wan_folder: Path) -> None:
     from transformers import AutoTokenizer, UMT5EncoderModel
 
-    encoder = UMT5Encoder(wan_folder, text_len=12)
+    encoder = UMT5Encoder(wan_folder, text_len=40)
     tokens = AutoTokenizer.from_pretrained(wan_folder / "tokenizer")(
-        PROMPTS, padding="max_length", max_length=12, return_tensors="pt"
+        PROMPTS, padding="max_length", max_length=40, return_tensors="pt"
     )
     model = UMT5EncoderModel.from_pretrained(wan_folder / "text_encoder")
     with torch.no_grad():
         states = model(tokens.input_ids, tokens.attention_mask).last_hidden_state
     states *= tokens.attention_mask.unsqueeze(-1)
     torch.testing.assert_close(encoder.encode(PROMPTS), states, atol=1e-5, rtol=1e-5)
-    assert (encoder.dim, encoder.text_len) == (24, 12)
+    assert (encoder.dim, encoder.text_len) == (24, 40)
 
 
 def test_a_prompt_does_not_depend_on_its_batch(wan_folder: Path) -> None:
-    together = UMT5Encoder(wan_folder, text_len=12).encode(PROMPTS)
-    alone = UMT5Encoder(wan_folder, text_len=12)
+    together = UMT5Encoder(wan_folder, text_len=40).encode(PROMPTS)
+    alone = UMT5Encoder(wan_folder, text_len=40)
     assert torch.equal(together, torch.cat([alone.encode([prompt]) for prompt in PROMPTS]))
 
 
 def test_repeated_prompts_are_remembered(wan_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = UMT5Encoder(wan_folder, text_len=12)
+    encoder = UMT5Encoder(wan_folder, text_len=40)
     first = encoder.encode(PROMPTS)
     kept = first.clone()
     first.zero_()  # what the caller does to a result must not reach the memory
-    monkeypatch.setattr(encoder, "_model", None)
+    encoder.free()
     assert torch.equal(encoder.encode(PROMPTS), kept)
+    assert not encoder.loaded
     monkeypatch.setattr("stream_r1.models.text._KEPT_PROMPTS", 2)
-    encoder = UMT5Encoder(wan_folder, text_len=12)
+    encoder = UMT5Encoder(wan_folder, text_len=40)
     for prompt in ("a", "fat", "a", "rabbit"):
         encoder.encode([prompt])
     assert list(encoder._known) == ["a", "rabbit"]
+
+
+def test_the_model_is_in_memory_only_while_it_is_needed(wan_folder: Path) -> None:
+    encoder = UMT5Encoder(wan_folder, text_len=40)
+    assert not encoder.loaded
+    first = encoder.encode(["a fat rabbit"])
+    assert encoder.loaded
+    encoder.free()
+    assert not encoder.loaded
+    other = encoder.encode(["butterfly"])
+    assert encoder.loaded
+    assert torch.equal(encoder.encode(["a fat rabbit", "butterfly"]), torch.cat([first, other]))
+
+
+def test_embeddings_are_kept_on_disk(wan_folder: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "prompts"
+    expected = UMT5Encoder(wan_folder, 40, cache=kept).encode(PROMPTS)
+    assert len(list(kept.iterdir())) == 2  # of three prompts two are the same
+    moved = tmp_path / "moved"
+    shutil.copytree(wan_folder, moved)
+    again = UMT5Encoder(moved, 40, cache=kept)
+    assert torch.equal(again.encode(PROMPTS), expected)
+    assert not again.loaded
+    again.encode(["a flower"])
+    assert again.loaded
+    assert len(list(kept.iterdir())) == 3
+
+
+def test_kept_embeddings_are_those_of_the_model_and_its_settings(wan_folder: Path, tmp_path: Path) -> None:
+    kept, other = tmp_path / "prompts", tmp_path / "other"
+    first = UMT5Encoder(wan_folder, 40, cache=kept).encode(["a rabbit"])
+    save_umt5(other, seed=1)
+    theirs = UMT5Encoder(other, 40, cache=kept)
+    assert not torch.equal(theirs.encode(["a rabbit"]), first)
+    short = UMT5Encoder(wan_folder, 3, cache=kept)
+    assert short.encode(["a rabbit"]).shape == (1, 3, 24)
+    narrow = UMT5Encoder(wan_folder, 40, torch.bfloat16, cache=kept)
+    assert narrow.encode(["a rabbit"]).dtype == torch.bfloat16
+    assert all(encoder.loaded for encoder in (theirs, short, narrow))
+
+
+def test_a_damaged_file_of_the_cache_is_written_again(wan_folder: Path, tmp_path: Path) -> None:
+    expected = UMT5Encoder(wan_folder, 40, cache=tmp_path).encode(["a rabbit"])
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    for content in (b"", whole[: len(whole) // 2], whole.replace(b"a rabbit", b"a rabbis")):
+        file.write_bytes(content)
+        assert torch.equal(UMT5Encoder(wan_folder, 40, cache=tmp_path).encode(["a rabbit"]), expected)
+        assert file.read_bytes() == whole
+    assert list(tmp_path.iterdir()) == [file]  # nothing half-written stays
+
+
+def test_wans_negative_prompt_is_the_published_one() -> None:
+    published = "ce96e0324e4b54ce4b6e867f669ca520952e1a34cc116543516b1897f0d3c47e"
+    assert hashlib.sha256(clean(WAN_NEGATIVE_PROMPT).encode()).hexdigest() == published
+    assert MatchingSettings(negative_prompt="wan").negative_text == WAN_NEGATIVE_PROMPT
+    assert MatchingSettings(negative_prompt="blurred").negative_text == "blurred"
 
 
 def test_long_prompts_are_cut(minilm: MiniLMEncoder, wan_folder: Path) -> None:

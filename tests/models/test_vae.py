@@ -102,7 +102,7 @@ def test_pieces_of_one_latent_frame_are_the_whole(kind: str, monkeypatch: pytest
     video = torch.rand(1, 13, 3, vae.spatial_factor, vae.spatial_factor)
     with torch.no_grad():
         whole, encoded = vae.decode(latents), vae.encode(video)
-        monkeypatch.setattr("stream_r1.models.vae._PIXELS_PER_PIECE", 1)
+        monkeypatch.setattr("stream_r1.models.autoencoder._PIXELS_PER_PIECE", 1)
         torch.testing.assert_close(vae.decode(latents), whole, atol=1e-5, rtol=0)
         torch.testing.assert_close(vae.encode(video), encoded, atol=1e-5, rtol=0)
 
@@ -128,7 +128,7 @@ def test_decode_gradient(kind: str, batch: int, checkpoint: bool, monkeypatch: p
     cotangent = torch.randn_like(expected)
     (expected * cotangent).sum().backward()
     if checkpoint:
-        monkeypatch.setattr("stream_r1.models.vae._PIXELS_PER_PIECE", 1)
+        monkeypatch.setattr("stream_r1.models.autoencoder._PIXELS_PER_PIECE", 1)
     (vae.decode(ours, checkpoint=checkpoint) * cotangent).sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5 * theirs.grad.abs().max().item(), rtol=0)
     assert all(parameter.grad is None for parameter in vae.parameters())

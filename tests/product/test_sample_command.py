@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from stream_r1.cli import main
+from stream_r1.models.transformer import CausalWanTransformer
+from stream_r1.models.weight_names import to_original_names
 from stream_r1.sampling.video import read_video
 
 
@@ -37,6 +40,18 @@ def test_two_prompts_twice(world, tmp_path, capsys):
     assert read_video(tmp_path / "on.mp4")[0].shape == (24, 3, 32, 48)
 
 
+def test_a_checkpoint_from_a_picture_in_half_precision(world, tmp_path, capsys):
+    student = CausalWanTransformer.from_pretrained(world / "student")
+    torch.save({"generator": to_original_names(student.state_dict())}, tmp_path / "student.pt")
+    Image.new("RGB", (48, 32), (90, 140, 60)).save(tmp_path / "meadow.png")
+    what = ("--models", world, "--checkpoint", tmp_path / "student.pt", "--network", "generator")
+    how = ("--dtype", "bfloat16", "--vae-dtype", "bfloat16", "--device", "cpu", "--vae-device", "cpu")
+    start = ("--size", "32x48", "--seconds", 0.5, "--start", tmp_path / "meadow.png")
+    assert run("sample", "a rabbit", *what, *how, *start, "--out", tmp_path / "it.mp4") == 0
+    assert "goes on from a picture, still for 9 frames" in capsys.readouterr().out
+    assert read_video(tmp_path / "it.mp4")[0].shape == (12, 3, 32, 48)
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -45,6 +60,11 @@ def test_two_prompts_twice(world, tmp_path, capsys):
         (("--out", "it.avi"), "ends in .mp4"),
         (("--checkpoint", "nowhere"), "nowhere"),
         (("--preset", "reward"), "reward-forcing"),
+        (("--decoder", "tiny"), "taehv:PATH"),
+        (("--adapter", "nowhere"), "nowhere"),
+        (("--dtype", "half"), "--dtype: expected auto, float32, bfloat16, float16, got 'half'"),
+        (("--device", "gpu"), "--device: expected auto, cpu, cuda or cuda:N, got 'gpu'"),
+        (("--vae-device", "cuda:99"), "--vae-device: expected a device of the"),
     ],
 )
 def test_refuses(world, capsys, arguments, told):

@@ -19,7 +19,7 @@ from videoalign_folder import (
 )
 
 from stream_r1.config import SettingsError
-from stream_r1.models.checkpoints import CheckpointError
+from stream_r1.models.weight_files import CheckpointError
 from stream_r1.rewards import load_reward
 from stream_r1.rewards.videoalign import VideoAlignReward
 from stream_r1.rewards.videoalign_checkpoint import load_network, read_config, to_transformers_name

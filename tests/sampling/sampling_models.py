@@ -38,6 +38,7 @@ def tiny_student(**settings: Any) -> CausalWanTransformer:
 
 
 def tiny_autoencoder() -> AutoencoderKLWan:
+    """Residual, with patches, as Wan 2.2's."""
     torch.manual_seed(1)
     return AutoencoderKLWan(
         base_dim=4,
@@ -51,6 +52,20 @@ def tiny_autoencoder() -> AutoencoderKLWan:
         patch_size=2,
         in_channels=12,
         out_channels=12,
+    ).eval()
+
+
+def plain_autoencoder(temporal: tuple[bool, ...] = (False, True, True)) -> AutoencoderKLWan:
+    """As Wan 2.1's: 8 x 8 pixels a latent cell."""
+    torch.manual_seed(1)
+    return AutoencoderKLWan(
+        base_dim=4,
+        z_dim=CHANNELS,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=list(temporal),
+        latents_mean=[0.1] * CHANNELS,
+        latents_std=[0.8] * CHANNELS,
     ).eval()
 
 
@@ -73,10 +88,10 @@ class WordEncoder:
         return out
 
 
-def save_tiny_wan(folder: Path) -> None:
+def save_tiny_wan(folder: Path, autoencoder: AutoencoderKLWan | None = None) -> None:
     """A diffusers folder, as small as it gets: transformer, vae, text_encoder, tokenizer."""
     tiny_student().save_pretrained(folder / "transformer")
-    tiny_autoencoder().save_pretrained(folder / "vae")
+    (autoencoder or tiny_autoencoder()).save_pretrained(folder / "vae")
     config = UMT5Config(vocab_size=32, d_model=TEXT_DIM, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
     words = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", "a", "fat", "rabbit"])}

@@ -1,0 +1,74 @@
+"""Prompt embeddings kept on disk: for a prompt seen before, no encoder of many gigabytes has to be loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+_TAIL = 1 << 20  # bytes of a large file that tell it from another of its size
+
+
+class PromptCache:
+    """Token states by prompt, one small `.safetensors` file each.
+
+    Several processes can share a folder: a file appears whole or not at all. A file that can't be read counts
+    as absent and is written again.
+
+    Args:
+        folder: made when something is first kept.
+        model: what the states depend on besides the prompt; see `fingerprint`.
+    """
+
+    def __init__(self, folder: str | Path, model: str) -> None:
+        self.folder = Path(folder)
+        self.model = model
+
+    def path(self, prompt: str) -> Path:
+        """The file of a prompt."""
+        key = hashlib.sha256("\0".join((self.model, prompt)).encode()).hexdigest()
+        return self.folder / f"{key}.safetensors"
+
+    def get(self, prompt: str) -> Tensor | None:
+        """The states [tokens, dim] of a prompt, on the CPU, if they are kept."""
+        try:
+            with safe_open(self.path(prompt), framework="pt") as file:
+                return file.get_tensor("states") if file.metadata()["prompt"] == prompt else None
+        except (FileNotFoundError, SafetensorError, KeyError, TypeError):
+            return None
+
+    def put(self, prompt: str, states: Tensor) -> None:
+        """Keep a prompt's states [tokens, dim]."""
+        content = save({"states": states.detach().cpu().contiguous()}, {"prompt": prompt})
+        self.folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=self.folder, suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+            os.replace(name, self.path(prompt))
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+def fingerprint(folders: Iterable[Path], *settings: object) -> str:
+    """What tells one encoder from another: its files and settings, in a second however large they are.
+
+    Of a file of more than 1 MiB its size and last MiB count, of smaller ones everything; where they lie does
+    not.
+    """
+    digest = hashlib.sha256(repr([str(setting) for setting in settings]).encode())
+    for folder in folders:
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            size = file.stat().st_size
+            digest.update(f"{file.relative_to(folder)}\0{size}\0".encode())
+            with file.open("rb") as content:
+                content.seek(max(0, size - _TAIL))
+                digest.update(content.read())
+    return digest.hexdigest()
