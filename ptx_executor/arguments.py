@@ -1,4 +1,4 @@
-"""Arguments of a launch: what goes into the parameter bytes, and which memory of the host the pointers reach."""
+"""Arguments of a launch: the bytes of its parameters, and the memory that its pointers reach."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ class _Span(NamedTuple):
     high: int
     root: int
     writable: bool
+    order: int = 0
 
 
 def _span(value: Any, name: str) -> _Span | None:
     """The memory of a numpy array or of a tensor on the CPU; `None` for anything else.
 
-    A view reaches from its first to its last element, and keeps its place in the allocation: a pointer that is not
-    aligned on a GPU, where allocations are multiples of 256, is not aligned here.
+    A view reaches from its first to its last element, and keeps its place in the allocation: a pointer that
+        is not aligned on a GPU, where allocations are multiples of 256, is not aligned here.
     """
     if isinstance(value, np.ndarray):
         low, high = np.lib.array_utils.byte_bounds(value)
@@ -63,7 +64,8 @@ class Arguments:
     """Arguments laid out for one launch.
 
     Args:
-        values: one for each parameter: an array or CPU tensor (its address), `None` (a null pointer), a number, `bytes`, or a
+        values: one for each parameter: an array or CPU tensor (its address), `None` (a null pointer), a
+            number, `bytes`, or a
             tuple of these, which is a struct with C's alignment.
         parameters: the parameters of the kernel.
         start: first free byte of global memory.
@@ -94,7 +96,7 @@ class Arguments:
             for i, item in enumerate(value):
                 self._collect(item, f"{name}.{i}", spans)
         elif (span := _span(value, name)) is not None:
-            spans.append(span)
+            spans.append(span._replace(order=len(spans)))
 
     def _map(self, spans: list[_Span], cursor: int) -> None:
         """Give each stretch of host memory a place; arrays that overlap share theirs."""
@@ -104,10 +106,12 @@ class Arguments:
                 last = merged[-1]
                 name = last.name if span.high <= last.high else f"{last.name} and {span.name}"
                 writable = last.writable and span.writable
-                merged[-1] = last._replace(high=max(last.high, span.high), writable=writable, name=name)
+                high, order = max(last.high, span.high), min(last.order, span.order)
+                merged[-1] = last._replace(high=high, writable=writable, name=name, order=order)
             elif not merged or span[1:4] != merged[-1][1:4]:
                 merged.append(span)
-        for span in merged:
+        # In the order of the arguments: addresses do not depend on where the host keeps them.
+        for span in sorted(merged, key=lambda each: each.order):
             first = round_up(cursor, _ALIGNMENT) + _ALIGNMENT + (span.low - span.root) % _ALIGNMENT
             region = Region(span.name, first, span.high - span.low, span.writable)
             self.regions.append(region)

@@ -1,8 +1,8 @@
 """What the arithmetic instructions compute, on numpy arrays.
 
-float32 sums, products and quotients are those of IEEE float32. fma is taken in float64 and rounded to float32: exact but
-for a double rounding in rare ties. The `.approx` functions are as exact as numpy's, which is a little better than the
-GPU's; only `tanh.approx` is cut to the 11 bits that the GPU promises.
+float32 sums, products and quotients are those of IEEE float32. fma is taken in float64 and rounded to
+float32: exact but for a double rounding in rare ties. The `.approx` functions are as exact as numpy's, which
+is a little better than the GPU's; only `tanh.approx` is cut to the 11 bits that the GPU promises.
 """
 
 from __future__ import annotations
@@ -266,7 +266,9 @@ def leading_zeros(a: Array) -> NDArray[np.uint32]:
 
 
 def find_leading(a: Array, amount: bool) -> NDArray[np.uint32]:
-    """`bfind`: position of the highest bit (of the highest that is not the sign, for signed); all ones if none."""
+    """`bfind`: position of the highest bit (of the highest that is not the sign, for signed); all ones if
+    none.
+    """
     bits = a.view(np.dtype(f"u{a.dtype.itemsize}"))
     if a.dtype.kind == "i":
         bits = np.where(a < 0, ~bits, bits)

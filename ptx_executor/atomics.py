@@ -24,15 +24,19 @@ def _decrement(old: Array, limit: Array) -> Array:
     return np.where((old == 0) | (old > limit), limit, old - old.dtype.type(1))
 
 
+def _compare_and_swap(old: Array, expected: Array, new: Array) -> Array:
+    return np.where(old == expected, new, old)
+
+
 def _new_value(action: str, kind: str) -> Callable[..., Array]:
     """The function (old, operands...) -> new on unsigned bits."""
     target = NUMPY[kind]
     if action == "exch":
         return lambda old, b: b
     if action == "cas":
-        return lambda old, b, c: np.where(old == b, c, old)
+        return _compare_and_swap
     if action in ("inc", "dec"):
-        return _increment if action == "inc" else _decrement
+        return {"inc": _increment, "dec": _decrement}[action]
     if is_float(kind) and action not in ("add", "min", "max"):
         raise UnsupportedInstruction(f"atom.{action}.{kind}")
     function = {"min": np.fmin, "max": np.fmax}.get(action, np.add) if is_float(kind) else _IN_PLACE[action]

@@ -46,10 +46,11 @@ class Barriers:
         threads: int | None,
         votes: NDArray[np.bool_] | None,
     ) -> None:
-        """The warps of `mask` come to a barrier; `threads` is how many it waits for, `None` for the whole block.
+        """The warps of `mask` come to a barrier for `threads` threads; `None` is the whole block.
 
         Raises:
-            BarrierError: if the warps of a block come to a barrier of the whole block at different instructions, or
+            BarrierError: if the warps of a block come to a barrier of the whole block at different
+                instructions, or
                 with different counts, or one of them comes twice.
         """
         if not 0 <= number < _COUNT:
@@ -59,14 +60,15 @@ class Barriers:
         count = whole if threads is None else threads
         if count % LANES or not 0 < count <= whole:
             raise BarrierError(
-                f"line {instruction.line}: a barrier for {count} threads; it has to be a multiple of {LANES} up to {whole}"
+                f"line {instruction.line}: a barrier for {count} threads; "
+                f"expected a multiple of {LANES} up to {whole}"
             )
         started = self._arrived[number, blocks].any(1)
         known, line = self._expected[number, blocks][started], self._line[number, blocks][started]
         if (known != count).any():
             raise BarrierError(
-                f"line {instruction.line}: barrier {number} waits for {count} threads, but for {int(known[0])} at "
-                f"line {int(line[0])}"
+                f"line {instruction.line}: barrier {number} waits for {count} threads, "
+                f"but for {int(known[0])} at line {int(line[0])}"
             )
         if threads is None and (line != instruction.line).any():
             other = int(line[line != instruction.line][0])
@@ -95,7 +97,8 @@ class Barriers:
             wave.races.barrier(self._arrived[number, blocks].T, self._waiting[number, blocks].T, blocks)
         freed = np.zeros((len(wave.blocks), wave.warps), bool)
         freed[blocks] = self._waiting[number, blocks]
-        released, left = [], []
+        released: list[_Waiter] = []
+        left: list[_Waiter] = []
         for waiter in self._waiters:
             go = freed[waiter.row.block[waiter.lanes], waiter.row.index]
             for chosen, into in ((go, released), (~go, left)):
@@ -122,11 +125,8 @@ class Barriers:
         for waiter in released:
             block = waiter.row.block[waiter.lanes]
             mods = waiter.instruction.mods
-            if "popc" in mods:
-                result = yes[block].astype(np.uint32)
-            else:
-                result = (yes == all_)[block] if "and" in mods else (yes > 0)[block]
-            self._wave.register(waiter.row, waiter.instruction.operands[0])[waiter.lanes] = result
+            result = yes if "popc" in mods else yes == all_ if "and" in mods else yes > 0
+            self._wave.register(waiter.row, waiter.instruction.operands[0])[waiter.lanes] = result[block]
 
     def stuck(self) -> str:
         """For messages: who waits where."""

@@ -1,7 +1,8 @@
 """Turn a segment of PTX into a Python function over numpy arrays.
 
-The function takes the register views of one row of warps, the row and a mask of lanes. Each segment has two forms: one
-for when all lanes take part, whose results are written straight into the registers, and one with a mask.
+The function takes the register views of one row of warps, the row and a mask of lanes. Each segment has two
+forms: one for when all lanes take part, whose results are written straight into the registers, and one with a
+mask.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Layout:
-    """What is known of a kernel before it is launched: where its variables lie and which register views it uses.
+    """Where the variables of a kernel lie, and which views of registers its segments use.
 
     Attributes:
         addresses: name of a variable -> (space, address).
@@ -45,7 +46,7 @@ class Layout:
 
 
 class Operation:
-    """An instruction while it is compiled: modifiers are taken one by one, and what is left over is an error."""
+    """An instruction while it is compiled: its modifiers are taken one by one; what is left is an error."""
 
     def __init__(self, instruction: Instruction) -> None:
         self.instruction = instruction
@@ -159,7 +160,7 @@ class Emitter:
         index = self.layout.view(register, kind)
         return self._used.setdefault(index, f"r{index}")
 
-    def constant(self, value: int | float, kind: np.dtype[Any], bits: int = 0) -> str:
+    def constant(self, value: Any, kind: np.dtype[Any], bits: int = 0) -> str:
         """A one-element array. With `bits` bytes the value is a bit pattern of that width."""
         if bits:
             array = np.array([value & ((1 << 8 * bits) - 1)], UNSIGNED[bits]).view(kind)[:1]
@@ -176,7 +177,7 @@ class Emitter:
         return self._constants[key]
 
     def value(self, operand: Operand, kind: str) -> str:
-        """An expression for an operand read as a PTX type: `[lanes]`, `[1]` if constant, `[2 * lanes]` if packed."""
+        """An operand read as a PTX type: `[lanes]`, `[1]` if constant, `[2 * lanes]` if packed."""
         target = NUMPY[kind]
         if isinstance(operand, Register):
             have, want = BYTES[operand.type], BYTES[kind]
@@ -241,11 +242,11 @@ class Emitter:
         """Write `function(*arguments)` to a register; a ufunc writes in place where nothing is masked."""
         from .runtime import NAMESPACE
 
-        if isinstance(operand, Register) and self.mask is None and isinstance(NAMESPACE[function], np.ufunc):
-            if BYTES[operand.type] == BYTES[kind]:
-                self.emit(f"{function}({', '.join((*arguments, self.view(operand, NUMPY[kind])))})")
-                self.written(operand)
-                return
+        in_place = self.mask is None and isinstance(NAMESPACE[function], np.ufunc)
+        if in_place and isinstance(operand, Register) and BYTES[operand.type] == BYTES[kind]:
+            self.emit(f"{function}({', '.join((*arguments, self.view(operand, NUMPY[kind])))})")
+            self.written(operand)
+            return
         self.put(operand, kind, f"{function}({', '.join(arguments)})")
 
     def scatter(self, operand: Operand, kind: str, expression: str) -> None:
@@ -316,6 +317,4 @@ def compile_segment(segment: Segment, layout: Layout, masked: bool) -> tuple[Cal
         emitter.line = instruction.line
         with emitter.guarded(instruction.guard):
             lower(emitter, Operation(instruction))
-    start = (segment.body or [segment.end])[0]
-    line = start.line if start is not None else 0
-    return emitter.finish(f"<{layout.name}, PTX line {line}, {'masked' if masked else 'full'}>")
+    return emitter.finish(f"<{layout.name}, PTX line {segment.line}, {'masked' if masked else 'full'}>")

@@ -42,8 +42,10 @@ def integer_to_float(values: Array, kind: str, mode: str) -> Array:
 def float_to_float(
     values: Array, source: str, kind: str, mode: str, ftz: bool, sat: bool, relu: bool
 ) -> Array:
-    """Between float types. Without a rounding mode the target is at least as wide, or the same (then `mode` may ask for
-    an integral value)."""
+    """Between float types; without a rounding mode the target is as wide or wider.
+
+    Within one type `mode` may ask for an integral value.
+    """
     wide = bf16_to_f32(values) if source == "bf16" else values
     if source == "f16":
         wide = wide.astype(np.float32)
@@ -58,8 +60,8 @@ def float_to_float(
     if kind == "f64":
         return wide.astype(np.float64)
     if kind == "f32":
-        narrow = directed(wide, mode) if wide.dtype == np.float64 and mode in ("rz", "rm", "rp") else wide
-        narrow = narrow.astype(np.float32)
+        is_directed = wide.dtype == np.float64 and mode in ("rz", "rm", "rp")
+        narrow = directed(wide.astype(np.float64), mode) if is_directed else wide.astype(np.float32)
         return flush(narrow) if ftz else narrow
     return _to_half(wide, kind, mode)
 

@@ -25,8 +25,18 @@ BYTES: dict[str, int] = {
 }
 """Bytes of a register of that type."""
 
-UNSIGNED = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8")}
-SIGNED = {1: np.dtype("i1"), 2: np.dtype("i2"), 4: np.dtype("i4"), 8: np.dtype("i8")}
+UNSIGNED: dict[int, np.dtype[Any]] = {
+    1: np.dtype("u1"),
+    2: np.dtype("u2"),
+    4: np.dtype("u4"),
+    8: np.dtype("u8"),
+}
+SIGNED: dict[int, np.dtype[Any]] = {
+    1: np.dtype("i1"),
+    2: np.dtype("i2"),
+    4: np.dtype("i4"),
+    8: np.dtype("i8"),
+}
 
 
 def is_float(name: str) -> bool:
@@ -74,7 +84,7 @@ def f32_to_tf32(values: Array) -> NDArray[np.float32]:
 
 
 def poison(array: Array) -> Array:
-    """Fill an array with 0xff bytes, in place: NaN in every float type (bfloat16 as uint16 too), -1 in integers.
+    """Fill an array with 0xff bytes, in place: NaN in every float type and -1 in integers.
 
     A kernel that leaves part of its output unwritten then shows it.
     """

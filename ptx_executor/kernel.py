@@ -12,6 +12,7 @@ from .arguments import Arguments, parameter_offsets
 from .codegen import Layout, compile_segment
 from .dtypes import BYTES
 from .errors import LaunchError, PtxError
+from .inlining import inline_calls
 from .memory import GlobalMemory, round_up
 from .program import (
     Address,
@@ -42,6 +43,7 @@ class Kernel:
     """One `.entry` of a `Module`; compiled segment by segment as it is run."""
 
     def __init__(self, module: Module, function: Function) -> None:
+        function = inline_calls(function, module.program)
         self._module, self.function, self.name = module, function, function.name
         if not function.code or function.code[-1].opcode not in ("ret", "exit"):
             last = function.code[-1].line if function.code else 0
@@ -88,7 +90,8 @@ class Kernel:
         """Compile everything.
 
         Raises:
-            UnsupportedInstruction: for the first instruction that can't be executed, even if no launch would reach it.
+            UnsupportedInstruction: for the first instruction that can't be executed, even if no launch would
+                reach it.
         """
         for index in range(len(self.segments)):
             self.compiled(index, False)
@@ -98,9 +101,7 @@ class Kernel:
         """For messages: a segment by the lines of the PTX."""
         if index >= len(self.segments):
             return "its end"
-        segment = self.segments[index]
-        first = (segment.body or [segment.end])[0]
-        assert first is not None
+        first = self.segments[index].first
         return f"the code from line {first.line} on ({first.text})"
 
     def locate(self, error: PtxError) -> PtxError:
@@ -133,16 +134,17 @@ class Kernel:
         Args:
             grid: blocks in x, y, z; missing ones are 1.
             block: threads of a block in x, y, z.
-            args: one for each parameter: a numpy array or torch tensor on the CPU (its address; views and strides are
-                allowed), `None` (a null pointer), a number, `bytes`, or a tuple of these for a struct with C's
-                alignment. Python's own numbers take the size of their parameter, inside a struct 4 bytes.
+            args: one for each parameter: a numpy array or torch tensor on the CPU (its address; views and
+                strides are allowed), `None` (a null pointer), a number, `bytes`, or a tuple of these for a
+                struct with C's alignment. Python's own numbers take the size of their parameter, inside a
+                struct 4 bytes.
             shared_bytes: dynamic shared memory of a block.
             seed: of the order of blocks, warps and atomics. The same seed gives the same result.
             time_limit: seconds.
-            detect_races: whether two warps that touch the same shared memory, one of them writing, with nothing that
-                orders them, are an error.
-            early_copies: let the data of `cp.async` land at a random time before its wait too; by default it comes as
-                late as it may.
+            detect_races: whether two warps that touch the same shared memory, one of them writing, with
+                nothing that orders them, are an error.
+            early_copies: let the data of `cp.async` land at a random time before its wait too; by default it
+                comes as late as it may.
             count_bank_conflicts: count them for the report; slow.
             wave_blocks: blocks that run at the same time.
 
@@ -204,7 +206,8 @@ class Kernel:
             raise LaunchError(f"{self.name}: expected a block of at most {most}, got {block}")
         if not 0 <= shared_bytes <= _MAX_SHARED - self.static_shared:
             raise LaunchError(
-                f"{self.name}: shared_bytes {shared_bytes} with {self.static_shared} static ones; at most {_MAX_SHARED} in all"
+                f"{self.name}: shared_bytes {shared_bytes} and {self.static_shared} static ones; "
+                f"expected at most {_MAX_SHARED} in all"
             )
 
     def _wave_blocks(self, block: tuple[int, int, int], shared_bytes: int) -> int:
@@ -268,7 +271,8 @@ def _symbols(code: list[Instruction]) -> set[str]:
 
 def _unread(code: list[Instruction]) -> set[Register]:
     """Registers that only ever stand as the result of an atomic: it need not return anything."""
-    results, read = set(), set()
+    results: set[Register] = set()
+    read: set[Register] = set()
     for instruction in code:
         for at, operand in enumerate(instruction.operands):
             leaves = {leaf for leaf in _leaves(operand) if isinstance(leaf, Register)}
@@ -279,7 +283,7 @@ def _unread(code: list[Instruction]) -> set[Register]:
 
 
 def _shared_cell(code: list[Instruction]) -> tuple[int, bool]:
-    """Bytes of the narrowest access that may reach shared memory, and whether there are atomics among them."""
+    """Bytes of the narrowest access that may reach shared memory; whether there are atomics among them."""
     sizes, atomics = [16], False
     for instruction in code:
         op, mods = instruction.opcode, instruction.mods

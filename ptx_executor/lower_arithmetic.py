@@ -1,4 +1,4 @@
-"""Arithmetic, logic, comparisons, moves and conversions: from PTX to calls of `arithmetic` and `conversions`."""
+"""Arithmetic, logic, comparisons, moves and conversions: from PTX to calls of numpy."""
 
 from __future__ import annotations
 
@@ -192,9 +192,9 @@ def bit_field(e: Emitter, op: Operation) -> None:
         values = [e.value(source, kind) for source in sources]
         return e.put(destination, kind, f"lop3({', '.join(values)}, {table.value})")
     if op.opcode == "shf":
-        left, wrap = op.choice("l", "r") == "l", op.choice("wrap", "clamp") == "wrap"
+        is_left, wrap = op.choice("l", "r") == "l", op.choice("wrap", "clamp") == "wrap"
         values = [e.value(source, "u32") for source in sources]
-        return e.put(destination, "b32", f"funnel_shift({', '.join(values)}, {left}, {wrap})")
+        return e.put(destination, "b32", f"funnel_shift({', '.join(values)}, {is_left}, {wrap})")
     if op.opcode in ("bfe", "bfi"):
         n = 1 if op.opcode == "bfe" else 2
         values = [e.value(s, kind) for s in sources[:n]] + [e.value(s, "u32") for s in sources[n:]]
@@ -214,7 +214,8 @@ def bit_field(e: Emitter, op: Operation) -> None:
 
 
 _COMPARISONS = {
-    "eq": "equal", "ne": "not_equal", "lt": "less", "le": "less_equal", "gt": "greater", "ge": "greater_equal",
+    "eq": "equal", "ne": "not_equal", "lt": "less", "le": "less_equal",
+    "gt": "greater", "ge": "greater_equal",
     "lo": "less", "ls": "less_equal", "hi": "greater", "hs": "greater_equal",
 }  # fmt: skip
 _UNORDERED = ("equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan")
@@ -231,11 +232,11 @@ def compare(e: Emitter, op: Operation) -> None:
     x, y = _wide(e, a, kind), _wide(e, b, kind)
     if ftz and kind == "f32":
         x, y = f"flush({x})", f"flush({y})"
+    arguments = [x, y]
     if relation in _UNORDERED:
-        function, arguments = "compare", (f"'{relation}'", x, y)
+        function, arguments = "compare", [f"'{relation}'", x, y]
     else:
         function = "not_equal_ordered" if relation == "ne" and is_float(kind) else _COMPARISONS[relation]
-        arguments = (x, y)
     first, second = (*items(destination), None)[:2]
     if not combine and second is None and result == "pred":
         return e.call(first, "pred", function, *arguments)

@@ -1,4 +1,4 @@
-"""Loads, stores, atomics, asynchronous copies and address conversions: from PTX to calls of the row of warps."""
+"""Loads, stores, atomics, asynchronous copies, addresses: from PTX to calls of the row of warps."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def _trap(e: Emitter, op: Operation) -> None:
 
 
 def _call(e: Emitter, op: Operation) -> None:
-    """Calls of the two functions that live outside every module; those of the module itself are inlined before."""
+    """Calls of the two functions outside every module; those of the module are inlined before."""
     names = {getattr(operand, "name", "") for operand in op.operands}
     op.flag("uni")
     if "__assertfail" in names:

@@ -1,8 +1,8 @@
 """Matrix fragments of `mma.sync`, m16n8: from registers to small matrices and back.
 
-A warp's lane is `4 g + t`. A register holds `e` elements (4 of 8 bits, 2 of 16 bits, 1 of tf32). Register i of A has row
-`g + 8 (i % 2)`, columns `4 e (i // 2) + e t ...`; register i of B has column g, rows `4 e i + e t ...`; element i of C has row
-`g + 8 (i // 2)`, column `2 t + i % 2`.
+A warp's lane is `4 g + t`. A register holds `e` elements (4 of 8 bits, 2 of 16 bits, 1 of tf32). Register i
+of A has row `g + 8 (i % 2)`, columns `4 e (i // 2) + e t ...`; register i of B has column g, rows `4 e i + e
+t ...`; element i of C has row `g + 8 (i // 2)`, column `2 t + i % 2`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def matrix_c(registers: tuple[Array, ...], kind: str, warps: Warps, n: int) -> A
 
 
 def multiply_add(a: NDArray[np.float32], b: NDArray[np.float32], c: Array) -> Array:
-    """a @ b + c. Products are exact; they are summed in float32, and rounded once more for float16 accumulators."""
+    """a @ b + c. Products are exact; they are summed in float32, and rounded once more for float16
+    accumulators.
+    """
     product = np.matmul(a, b)
     if c.dtype == np.int32:
         return c + product.astype(np.int32)

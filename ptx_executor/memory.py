@@ -1,7 +1,7 @@
 """Memory of a launch: one arena of bytes for each state space, every access checked for bounds and alignment.
 
-Addresses are made up and the same in every run. Global memory starts at `GLOBAL_BASE`; the other spaces start at 0 and
-appear among generic addresses in a window of their own, `SHARED_WINDOW` and so on.
+Addresses are made up and the same in every run. Global memory starts at `GLOBAL_BASE`; the other spaces start
+at 0 and appear among generic addresses in a window of their own, `SHARED_WINDOW` and so on.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ class Region:
 class GlobalMemory(Arena):
     """Global and constant memory: the variables of the module and what the arguments point at.
 
-    Regions keep a page of 256 bytes between each other, so that no offset by a few elements ends in the next one.
+    Regions keep a page of 256 bytes between each other, so that no offset by a few elements ends in the next
+    one.
     """
 
     def __init__(self, regions: list[Region]) -> None:
@@ -103,7 +104,8 @@ class GlobalMemory(Arena):
         """Byte offsets into the arena for `address [n]` (uint64).
 
         Raises:
-            MemoryAccessError: if one access of `size` bytes is not aligned, not within one region, or is a store to
+            MemoryAccessError: if one access of `size` bytes is not aligned, not within one region, or is a
+                store to
                 a region that is read-only.
         """
         offset = self.spans(address, size, place, store)
@@ -138,19 +140,19 @@ class GlobalMemory(Arena):
 
 
 class BlockMemory(Arena):
-    """Memory that every block (shared) or every thread (local) has a copy of, `size` bytes each; starts as 0xff."""
+    """Memory of `size` bytes for every block (shared) or every thread (local); starts as 0xff."""
 
     def __init__(self, space: str, owners: int, size: int) -> None:
         self.space, self.size, self.stride = space, size, round_up(max(size, 1), 16)
         super().__init__(owners * self.stride, 0xFF)
 
     def offsets(self, address: Array, owner: NDArray[np.int64], size: int, place: Place) -> Offsets:
-        """Byte offsets into the arena for `address [n]` within the copies of `owner [n]`; checked as global memory."""
+        """Byte offsets into the arena for `address [n]` in the copies of `owner [n]`, checked."""
         offset = address.astype(np.int64)
         if offset.size and (int(offset.max()) + size > self.size or int(offset.min()) < 0):
             at = int(np.flatnonzero((offset + size > self.size) | (offset < 0))[0])
             raise MemoryAccessError(
-                f"{place(at)}: {size} bytes at {self.space} address {int(offset[at]):#x}, past the end of the "
+                f"{place(at)}: {size} bytes at {self.space} address {int(offset[at]):#x}, outside the "
                 f"{self.size} bytes of {self.space} memory"
             )
         _check_alignment(offset, size, self.space, place)

@@ -4,44 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from typing import NamedTuple
 
 from .dtypes import BYTES
 from .errors import ParseError
-from .program import (
-    Address,
-    Function,
-    Immediate,
-    Instruction,
-    Negated,
-    Operand,
-    Program,
-    Register,
-    Special,
-    Symbol,
-    Variable,
-    Vector,
-)
+from .operands import OperandReader, Scope
+from .program import Function, Immediate, Instruction, Program, Register, Symbol, Variable
 
-_TOKEN = re.compile(
-    r"""(?P<string>"[^"]*")
-    |(?P<name>[A-Za-z_$%][\w$]*(?:(?:\.|::)[\w$]+)*|\.[A-Za-z_]\w*(?:::\w+)?)
-    |(?P<number>\d[\w.]*)
-    |(?P<mark>[-+!|@{}()\[\],;:<>=])
-    |(?P<space>\s+)
-    |(?P<bad>.)""",
-    re.X,
-)
 _LINKAGE = {".visible", ".extern", ".weak", ".common"}
-_LINE_DIRECTIVES = re.compile(r"^[ \t]*\.(loc|file)\b[^\n]*", re.M)
-_COMMENTS = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
-
-
-class _Token(NamedTuple):
-    text: str
-    line: int
-    start: int
 
 
 def parse(text: str) -> Program:
@@ -53,94 +22,10 @@ def parse(text: str) -> Program:
     return _Parser(text).module()
 
 
-def integer(text: str) -> int:
-    """The value of an integer literal: decimal, 0x, 0b or octal with a leading 0, with or without U."""
-    text = text.rstrip("uU")
-    if len(text) > 1 and text[0] == "0" and text[1].isdigit():
-        return int(text, 8)
-    return int(text, 0)
+class _Parser(OperandReader):
+    """The grammar of a module, top down."""
 
-
-class _Scope:
-    """Names between a pair of braces; inline assembly opens its own."""
-
-    def __init__(self, parent: _Scope | None, suffix: str) -> None:
-        self.parent, self.suffix = parent, suffix
-        self.registers: dict[str, Register] = {}
-        self.symbols: dict[str, str] = {}
-        self.jumps: list[int] = []  # instructions whose label is not resolved yet
-
-    def register(self, name: str) -> Register | None:
-        scope: _Scope | None = self
-        while scope is not None:
-            if name in scope.registers:
-                return scope.registers[name]
-            scope = scope.parent
-        return None
-
-    def symbol(self, name: str) -> str:
-        scope: _Scope | None = self
-        while scope is not None:
-            if name in scope.symbols:
-                return scope.symbols[name]
-            scope = scope.parent
-        return name
-
-
-class _Parser:
-    def __init__(self, text: str) -> None:
-        clean = _LINE_DIRECTIVES.sub("", _COMMENTS.sub(lambda m: "\n" * m[0].count("\n") or " ", text))
-        self._text, self._tokens, self._at = clean, [], 0
-        self._scopes = 0
-        line = 1
-        for match in _TOKEN.finditer(clean):
-            if match.lastgroup == "bad":
-                raise ParseError(f"line {line}: unexpected character {match[0]!r}")
-            if match.lastgroup != "space":
-                self._tokens.append(_Token(match[0], line, match.start()))
-            line += match[0].count("\n")
-        self._tokens.append(_Token("", line, len(clean)))
-
-    # Tokens.
-
-    def _peek(self) -> str:
-        return self._tokens[self._at].text
-
-    def _next(self) -> str:
-        self._at += 1
-        return self._tokens[self._at - 1].text
-
-    def _accept(self, text: str) -> bool:
-        if self._peek() == text:
-            self._at += 1
-            return True
-        return False
-
-    def _expect(self, text: str) -> None:
-        if not self._accept(text):
-            raise self._error(f"expected {text!r}, got {self._peek()!r}")
-
-    def _error(self, message: str) -> ParseError:
-        return ParseError(f"line {self._tokens[self._at].line}: {message}")
-
-    def _integer(self) -> int:
-        sign = -1 if self._accept("-") else 1
-        try:
-            return sign * integer(self._next())
-        except ValueError:
-            self._at -= 1
-            raise self._error(f"expected an integer, got {self._peek()!r}") from None
-
-    def _skip_braces(self) -> None:
-        self._expect("{")
-        depth = 1
-        while depth:
-            token = self._next()
-            if not token:
-                raise self._error("a brace is not closed")
-            depth += (token == "{") - (token == "}")
-
-    # The module.
+    _scopes = 0  # number of scopes so far: a suffix for the names of each
 
     def module(self) -> Program:
         program = Program()
@@ -223,7 +108,7 @@ class _Parser:
             elif token == ",":
                 self._next()
             else:
-                operand = self._operand(_Scope(None, ""))
+                operand = self._operand(Scope(None, ""))
                 if isinstance(operand, Immediate):
                     values.append((len(values) * element, operand.value, element))
                 elif isinstance(operand, Symbol):
@@ -289,7 +174,7 @@ class _Parser:
             program.external.add(name)
             return
         self._next()
-        scope = _Scope(None, "")
+        scope = Scope(None, "")
         for variable in (*function.params, *function.returns):
             scope.symbols[variable.name] = variable.name
         self._body(function, scope)
@@ -300,7 +185,7 @@ class _Parser:
 
     # Function bodies.
 
-    def _body(self, function: Function, scope: _Scope) -> None:
+    def _body(self, function: Function, scope: Scope) -> None:
         while not self._accept("}"):
             token = self._peek()
             if not token:
@@ -308,7 +193,7 @@ class _Parser:
             if token == "{":
                 self._next()
                 self._scopes += 1
-                inner = _Scope(scope, f"@{self._scopes}")
+                inner = Scope(scope, f"@{self._scopes}")
                 self._body(function, inner)
                 scope.jumps += inner.jumps
             elif token == ";":
@@ -330,7 +215,7 @@ class _Parser:
                 self._instruction(function, scope)
         self._resolve(function, scope)
 
-    def _label(self, function: Function, scope: _Scope) -> None:
+    def _label(self, function: Function, scope: Scope) -> None:
         name = self._next() + scope.suffix
         self._expect(":")
         scope.symbols[name.removesuffix(scope.suffix) if scope.suffix else name] = name
@@ -343,7 +228,7 @@ class _Parser:
         else:
             function.labels[name] = len(function.code)
 
-    def _registers(self, scope: _Scope) -> None:
+    def _registers(self, scope: Scope) -> None:
         self._next()
         kind = self._next()[1:]
         if kind not in BYTES:
@@ -361,7 +246,7 @@ class _Parser:
                 break
         self._expect(";")
 
-    def _instruction(self, function: Function, scope: _Scope) -> None:
+    def _instruction(self, function: Function, scope: Scope) -> None:
         first = self._tokens[self._at]
         guard = None
         if self._accept("@"):
@@ -382,7 +267,7 @@ class _Parser:
             Instruction(opcode, tuple(mods), tuple(operands), guard, first.line, " ".join(text.split()))
         )
 
-    def _resolve(self, function: Function, scope: _Scope) -> None:
+    def _resolve(self, function: Function, scope: Scope) -> None:
         """Bind the jumps of a scope that is complete to its labels; the others are left to its parent."""
         left = []
         for index in scope.jumps:
@@ -395,80 +280,3 @@ class _Parser:
                 continue
             function.code[index] = dataclasses.replace(instruction, operands=(*others, Symbol(name)))
         scope.jumps = left
-
-    # Operands.
-
-    def _operand(self, scope: _Scope) -> Operand:
-        token = self._peek()
-        if token in ("{", "("):
-            return self._list(scope, "}" if token == "{" else ")")
-        if token == "[":
-            return self._address(scope)
-        self._next()
-        if token == "!":
-            register = scope.register(self._next())
-            if register is None:
-                raise self._error("unknown predicate")
-            return Negated(register)
-        if token == "-":
-            literal = self._literal(self._next())
-            return Immediate(-literal.value, literal.width)
-        if token[0].isdigit():
-            return self._literal(token)
-        if token == "_":
-            first: Operand = None
-        else:
-            register = scope.register(token)
-            if register is None:
-                return self._name(token, scope)
-            first = register
-        if self._accept("|"):
-            return Vector((first, self._operand(scope)))
-        return first
-
-    def _name(self, token: str, scope: _Scope) -> Operand:
-        if token.startswith("%"):
-            return Special(token[1:])
-        if token == "WARP_SZ":
-            return Immediate(32)
-        if token == "generic" and self._accept("("):
-            inner = self._operand(scope)
-            self._expect(")")
-            return inner
-        offset = 0
-        while self._peek() in ("+", "-"):
-            sign = 1 if self._next() == "+" else -1
-            offset += sign * self._integer()
-        return Symbol(scope.symbol(token), offset)
-
-    def _literal(self, token: str) -> Immediate:
-        if token[:2] in ("0f", "0F"):
-            return Immediate(int(token[2:], 16), 4)
-        if token[:2] in ("0d", "0D"):
-            return Immediate(int(token[2:], 16), 8)
-        try:
-            return Immediate(integer(token))
-        except ValueError:
-            raise self._error(f"unsupported literal {token!r}") from None
-
-    def _list(self, scope: _Scope, closing: str) -> Vector:
-        self._next()
-        items = []
-        while not self._accept(closing):
-            items.append(self._operand(scope))
-            self._accept(",")
-        return Vector(tuple(items))
-
-    def _address(self, scope: _Scope) -> Address:
-        self._next()
-        base = self._operand(scope)
-        offset = 0
-        while self._peek() in ("+", "-"):
-            sign = 1 if self._next() == "+" else -1
-            offset += sign * self._integer()
-        self._expect("]")
-        if isinstance(base, Symbol):
-            return Address(Symbol(base.name), base.offset + offset)
-        if not isinstance(base, Register | Immediate):
-            raise self._error("an address is a register, a variable or a number, plus an offset")
-        return Address(base, offset)

@@ -1,8 +1,9 @@
 """Race detection in shared memory, by vector clocks over the warps of a block.
 
-A warp's clock goes up at every barrier it takes part in, and a barrier hands each warp what the others know. Every cell
-of shared memory remembers, for each warp, the clock of its last read and write; an access is a race if a conflicting one
-carries a clock that the accessing warp has not been told of. Lanes of one warp are not told apart.
+A warp's clock goes up at every barrier it takes part in, and a barrier hands each warp what the others know.
+Every cell of shared memory remembers, for each warp, the clock of its last read and write; an access is a
+race if a conflicting one carries a clock that the accessing warp has not been told of. Lanes of one warp are
+not told apart.
 """
 
 from __future__ import annotations
@@ -50,11 +51,7 @@ class RaceDetector:
         Raises:
             RaceError: naming both lines and warps.
         """
-        cells = offsets // self._cell
-        if size > self._cell:
-            cells = cells[:, None] + np.arange(size // self._cell)
-        else:
-            cells = cells[:, None]
+        cells = (offsets // self._cell)[:, None] + np.arange(size // self._cell)
         known = (self._clock[warp, blocks] + 1) << _LINE_BITS  # [n, warps]: first stamp that is not known
         for other in _CONFLICTS[kind]:
             stamps = self._stamp.get(other)
@@ -70,12 +67,12 @@ class RaceDetector:
 
     def landed(self, warp: int, blocks: Ints, offsets: Ints, size: int) -> None:
         """An asynchronous copy of `warp` is complete, seen from its own threads."""
-        cells = (offsets // self._cell)[:, None] + np.arange(max(size // self._cell, 1))
+        cells = (offsets // self._cell)[:, None] + np.arange(size // self._cell)
         lines = self._stamp["write"][cells, warp] & ((1 << _LINE_BITS) - 1)
         self._stamp["write"][cells, warp] = (self._clock[warp, blocks, warp] << _LINE_BITS)[:, None] | lines
 
     def barrier(self, arrived: NDArray[np.bool_], waiting: NDArray[np.bool_], blocks: Ints) -> None:
-        """A barrier completes in `blocks [n]`: `arrived [warps, n]` took part, and `waiting` of them waited for it."""
+        """A barrier completes in `blocks [n]`: `arrived [warps, n]` took part, `waiting` of them waited."""
         clock = self._clock[:, blocks]  # [warps, n, warps]
         merged = np.where(arrived[:, :, None], clock, 0).max(0)
         clock = np.where(waiting[:, :, None], np.maximum(clock, merged), clock)

@@ -269,7 +269,9 @@ class Row:
     def load_matrix(
         self, address: Array, warps: slice | Array, count: int, transposed: bool, line: int
     ) -> list[Array]:
-        """`ldmatrix`: `count` registers `[n]`. Lanes 8 j to 8 j + 7 hold the addresses of the rows of matrix j."""
+        """`ldmatrix`: `count` registers `[n]`. Lanes 8 j to 8 j + 7 hold the addresses of the rows of matrix
+        j.
+        """
         offsets = self._matrix_rows(address, warps, count, "read", line)
         rows = self.wave.shared.read(offsets.ravel(), 2, 8).reshape(-1, count, 8, 8)
         if transposed:
@@ -348,7 +350,17 @@ class Row:
                         self.index, self.block[copy.lanes[now]], copy.destination[now], copy.size
                     )
             if settled and not now.all():
-                left.append(_Copy(*(part[~now] for part in copy[:5]), copy.size))
+                stay = ~now
+                left.append(
+                    _Copy(
+                        copy.lanes[stay],
+                        copy.group[stay],
+                        copy.destination[stay],
+                        copy.source[stay],
+                        copy.used[stay],
+                        copy.size,
+                    )
+                )
         if settled:
             self._copies = left
 

@@ -9,10 +9,10 @@ import numpy as np
 from . import arithmetic, conversions, dtypes, matrices, warps
 
 _NUMPY = (
-    "absolute", "add", "bitwise_and", "bitwise_or", "bitwise_xor", "copysign", "copyto", "cos", "divide", "equal",
-    "exp2", "flatnonzero", "fmax", "fmin", "greater", "greater_equal", "invert", "left_shift", "less", "less_equal",
-    "log2", "maximum", "minimum", "multiply", "negative", "not_equal", "repeat", "right_shift", "sin", "sqrt", "subtract",
-    "uint16", "uint32", "where", "zeros",
+    "absolute", "add", "bitwise_and", "bitwise_or", "bitwise_xor", "copysign", "copyto", "cos", "divide",
+    "equal", "exp2", "flatnonzero", "fmax", "fmin", "greater", "greater_equal", "invert", "left_shift",
+    "less", "less_equal", "log2", "maximum", "minimum", "multiply", "negative", "not_equal", "repeat",
+    "right_shift", "sin", "sqrt", "subtract", "uint16", "uint32", "where", "zeros",
 )  # fmt: skip
 
 NAMESPACE: dict[str, Any] = {

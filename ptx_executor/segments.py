@@ -1,8 +1,8 @@
 """Cut a kernel into straight-line segments and order them for the scheduler.
 
-Lanes of a warp that have diverged are run in the order of their segments: the earliest one first. So the order decides
-where they meet again. It is a weak topological order (Bourdoncle 1993): a join comes after all the ways to it, and what
-follows a loop comes after all of the loop.
+Lanes of a warp that have diverged are run in the order of their segments: the earliest one first. So the
+order decides where they meet again. It is a weak topological order (Bourdoncle 1993): a join comes after
+all the ways to it, and what follows a loop comes after all of the loop.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Segment:
     Attributes:
         body: what runs, the terminator left out.
         end: the jump, barrier or exit at its end; `None` to fall through.
-        members: who has to be here before it may run: `None` for nobody else, -1 for all lanes of the warp that are
-            still alive, or the register that holds the mask of them.
-        next: index of the segment that follows in the text; the number of segments when the kernel ends there.
+        members: who has to be here before it may run: `None` for nobody else, -1 for all lanes of the warp
+            that are still alive, or the register that holds the mask of them.
+        next: index of the segment that follows in the text; the number of segments at the kernel's end.
         targets: where its jump goes.
     """
 
@@ -35,6 +35,17 @@ class Segment:
     members: Register | int | None
     next: int
     targets: tuple[int, ...]
+
+    @property
+    def line(self) -> int:
+        """Line of the PTX that it starts at."""
+        return self.first.line
+
+    @property
+    def first(self) -> Instruction:
+        first = self.body[0] if self.body else self.end
+        assert first is not None
+        return first
 
     @property
     def successors(self) -> list[int]:
@@ -162,8 +173,10 @@ def _weak_topological_order(graph: list[list[int]], root: int) -> list[int]:
 
 
 def _components(graph: list[list[int]], nodes: set[int], root: int) -> list[list[int]]:
-    """Strongly connected components reachable from `root` within `nodes`, in topological order (Tarjan), each one with
-    the node first by which it was entered."""
+    """Strongly connected components reachable from `root` within `nodes`, in topological order (Tarjan).
+
+    Each has the node first by which it was entered.
+    """
     index: dict[int, int] = {}
     low: dict[int, int] = {}
     stack: list[int] = []

@@ -1,6 +1,6 @@
-"""Instructions that move data between the 32 lanes of a warp. All lanes of a row of warps are one array `[n]`.
+"""Instructions that move data between the 32 lanes of a warp.
 
-`mask` is the lanes that execute the instruction (`None` for all), `members` the mask operand of each lane.
+All lanes of a row of warps are one array `[n]`. `mask` is the lanes that execute the instruction (`None` for all), `members` the mask operand of each lane.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def vote(mode: str, predicate: NDArray[np.bool_], members: Array | None, n: int,
     if mode == "ballot":
         return np.where(votes & together, _BITS, np.uint32(0)).sum(1, dtype=np.uint32)
     if mode == "any":
-        return (votes & together).any(1)
-    everyone = (votes | ~together).all(1)
+        return np.any(votes & together, 1)
+    everyone: NDArray[np.bool_] = np.all(votes | ~together, 1)
     return everyone if mode == "all" else everyone | ~(votes & together).any(1)
 
 

@@ -28,7 +28,8 @@ _FAIR = 64  # one step in so many a row of warps that has diverged takes any of 
 class Wave:
     """Some blocks of a launch, which run together.
 
-    All blocks take the same steps as far as they agree: a step runs one segment of one warp of every block that is there.
+    All blocks take the same steps as far as they agree: a step runs one segment of one warp of every block
+        that is there.
     """
 
     def __init__(
