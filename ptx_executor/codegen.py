@@ -244,7 +244,7 @@ class Emitter:
 
         in_place = self.mask is None and isinstance(NAMESPACE[function], np.ufunc)
         if in_place and isinstance(operand, Register) and BYTES[operand.type] == BYTES[kind]:
-            self.emit(f"{function}({', '.join((*arguments, self.view(operand, NUMPY[kind])))})")
+            self.emit(f"{function}({', '.join(arguments)}, out={self.view(operand, NUMPY[kind])})")
             self.written(operand)
             return
         self.put(operand, kind, f"{function}({', '.join(arguments)})")

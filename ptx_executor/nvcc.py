@@ -38,8 +38,9 @@ def find_nvcc() -> Path:
         if wheel.is_file():
             return wheel
     raise NvccNotFound(
-        "nvcc is neither named by NVCC, nor on the path, nor in site-packages/nvidia/cu13/bin. pip install, each "
-        "==13.0.*: nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl"
+        "nvcc is neither named by NVCC, nor on the path, nor in site-packages/nvidia/cu13/bin; "
+        "pip install, each ==13.0.*: "
+        "nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl"
     )
 
 

@@ -1,6 +1,7 @@
 """Instructions that move data between the 32 lanes of a warp.
 
-All lanes of a row of warps are one array `[n]`. `mask` is the lanes that execute the instruction (`None` for all), `members` the mask operand of each lane.
+All lanes of a row of warps are one array `[n]`. `mask` is the lanes that execute the instruction (`None` for
+all), `members` the mask operand of each lane.
 """
 
 from __future__ import annotations
