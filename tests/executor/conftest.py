@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from ptx_executor import Module
+from ptx_executor import Kernel, Module
 
 BITS = {1: "8", 2: "16", 4: "32", 8: "64"}
 
@@ -37,6 +37,12 @@ mov.u32 %tid, %tid.x;
 ret;
 }}
 """
+
+
+@pytest.fixture(scope="session")
+def kernel() -> Callable[..., Kernel]:
+    """`kernel(body, pointers, ...)`: the kernel of `source`, loaded."""
+    return lambda *args, **options: Module.from_ptx(source(*args, **options))["test"]
 
 
 @pytest.fixture(scope="session")
