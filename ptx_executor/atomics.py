@@ -83,11 +83,18 @@ def update(
         function.at(cells.view(target), at[order], values[0][order].view(target))
         return old
     new_value = _new_value(action, kind)
-    while order.size:
-        # One lane for each cell at a time.
-        _, first = np.unique(at[order], return_index=True)
-        lanes = order[first]
+    for lanes in _turns(at, order):
         old[lanes] = cells[at[lanes]]
         cells[at[lanes]] = new_value(old[lanes], *(value[lanes] for value in values))
-        order = np.delete(order, first)
     return old
+
+
+def _turns(at: NDArray[np.int64], order: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """The lanes of `order`, split so that no two of a part meet in a cell and each cell keeps its order."""
+    by_cell = order[np.argsort(at[order], kind="stable")]
+    cell = at[by_cell]
+    place = np.arange(cell.size)
+    starts = np.concatenate([[True], cell[1:] != cell[:-1]])
+    turn = place - np.maximum.accumulate(np.where(starts[: cell.size], place, 0))
+    by_turn = np.argsort(turn, kind="stable")
+    return np.split(by_cell[by_turn], np.cumsum(np.bincount(turn))[:-1]) if cell.size else []

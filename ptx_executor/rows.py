@@ -40,6 +40,7 @@ class Row:
         pc: the segment each lane is in.
         alive: lanes that have not ended.
         waiting: lanes that wait at a barrier.
+        apart: for how many steps its lanes have been at different places, about.
         views: the register views that compiled segments use.
     """
 
@@ -53,6 +54,7 @@ class Row:
         self.alive = self.thread < threads
         self.pc = np.zeros(self.n, np.int64)
         self.waiting = np.zeros(self.n, bool)
+        self.apart = 0
         self.owner = self.block * wave.warps * LANES + self.thread  # of local memory
         self.views: list[Array] = []
         self._specials: dict[str, NDArray[np.uint32]] = {}

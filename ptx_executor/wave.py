@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from .kernel import Kernel
     from .report import Report
 
-_FAIR = 64  # one step in so many a row of warps that has diverged takes any of its parts, not the earliest
+# A row whose lanes have been apart for so many steps takes any of its parts, not the earliest, every few steps:
+# lanes may spin on what others have yet to do.
+_PATIENCE = 32
+_FAIR = 4
 
 
 class Wave:
@@ -102,18 +105,16 @@ class Wave:
             ExecutionTimeout: when the time is up.
         """
         self._awake = set(self.rows)
-        steps = 0
         while self._awake:
             rows = [row for row in self.rows if row in self._awake]
             row = rows[self.rng.integers(len(rows))]
             # A warp may get far ahead of the others, or stop soon: both happen.
             budget = int(self.rng.geometric(0.3)) if self.rng.random() < 0.5 else 1 << 30
             while budget:
-                if not self._step(row, steps):
+                if not self._step(row):
                     self._awake.discard(row)
                     break
                 budget -= 1
-                steps += 1
                 if time.perf_counter() > self._deadline:
                     raise ExecutionTimeout(
                         f"{self.kernel.name}: out of time in {self.kernel.where(int(row.pc.min()))}"
@@ -138,7 +139,7 @@ class Wave:
 
     # One step.
 
-    def _choose(self, row: Row, steps: int) -> tuple[int, NDArray[np.bool_]] | None:
+    def _choose(self, row: Row) -> tuple[int, NDArray[np.bool_]] | None:
         """The segment that a row runs next and the lanes that do; `None` if none can."""
         ready = row.alive & ~row.waiting
         pcs = row.pc[ready]
@@ -147,9 +148,11 @@ class Wave:
         first = int(pcs.min())
         if first == int(pcs.max()):
             candidates = [first]
+            row.apart //= 2
         else:
             candidates = [int(pc) for pc in np.unique(pcs)]
-            if steps % _FAIR == 0:
+            row.apart += 1
+            if row.apart > _PATIENCE and row.apart % _FAIR == 0:
                 self.rng.shuffle(candidates)
         for pc in candidates:
             mask = ready & (row.pc == pc)
@@ -166,8 +169,8 @@ class Wave:
         missing = ballot(row.alive) & ~ballot(mask) & wanted
         return mask & (missing == 0)
 
-    def _step(self, row: Row, steps: int) -> bool:
-        chosen = self._choose(row, steps)
+    def _step(self, row: Row) -> bool:
+        chosen = self._choose(row)
         if chosen is None:
             return False
         pc, mask = chosen
