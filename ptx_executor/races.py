@@ -42,11 +42,23 @@ class RaceDetector:
         self._stamp = {kind: np.zeros((blocks * stride // cell, warps), np.int64) for kind in kinds}
 
     def access(
-        self, kind: str, warp: int, blocks: Ints, offsets: Ints, size: int, line: int, pending: bool = False
+        self,
+        kind: str,
+        warp: int,
+        blocks: Ints,
+        offsets: Ints,
+        size: int,
+        line: int,
+        *,
+        pending: bool = False,
+        same: NDArray[np.bool_] | None = None,
     ) -> None:
         """Check and note an access of `size` bytes at arena `offsets [n]` by `warp` in `blocks [n]`.
 
-        `pending` marks the start of an asynchronous copy; `landed` has to follow.
+        `pending` marks the start of an asynchronous copy; `landed` has to follow. `same [n]` says where a
+        write leaves
+        memory as it is: two warps that write one value do not race (compilers let warps do the same work
+            twice).
 
         Raises:
             RaceError: naming both lines and warps.
@@ -55,10 +67,14 @@ class RaceDetector:
         known = (self._clock[warp, blocks] + 1) << _LINE_BITS  # [n, warps]: first stamp that is not known
         for other in _CONFLICTS[kind]:
             stamps = self._stamp.get(other)
-            if stamps is not None:
-                late = stamps[cells] >= known[:, None]
-                if late.any():
-                    self._report(kind, warp, offsets, cells, line, other, late)
+            if stamps is None:
+                continue
+            found = stamps[cells]
+            late = found >= known[:, None]
+            if late.any() and other == "write" and same is not None:
+                late &= ~same[:, None, None] | (found >= _PENDING)
+            if late.any():
+                self._report(kind, warp, offsets, cells, line, other, late)
         if pending:
             self._stamp[kind][cells, warp] = _PENDING | line
         else:

@@ -179,9 +179,18 @@ class Row:
         return wave.parameters[at].view(UNSIGNED[element])
 
     def _shared(
-        self, address: Array, lanes: Lanes, size: int, kind: str, line: int, pending: bool = False
+        self,
+        address: Array,
+        lanes: Lanes,
+        size: int,
+        kind: str,
+        line: int,
+        pending: bool = False,
+        data: Array | None = None,
     ) -> Offsets:
-        """Checked offsets into shared memory, noted for the detection of races."""
+        """Checked offsets into shared memory, noted for the detection of races; `data` is what a store
+        writes.
+        """
         wave = self.wave
         block = self.block if lanes is None else self.block[lanes]
         offsets = wave.shared.offsets(address, block, size, self.place(lanes))
@@ -192,7 +201,10 @@ class Row:
         if wave.count_conflicts:
             wave.report.bank_conflicts += bank_conflicts(address, block, size)
         if wave.races is not None and address.size:
-            wave.races.access(kind, self.index, block, offsets, size, line, pending)
+            same = None
+            if data is not None:
+                same = (wave.shared.read(offsets, data.itemsize, data.shape[1]) == data).all(1)
+            wave.races.access(kind, self.index, block, offsets, size, line, pending=pending, same=same)
         return offsets
 
     def store(
@@ -219,7 +231,8 @@ class Row:
                 wave.memory.offsets(address, size, self.place(lanes), store=True), data, element, count
             )
         elif space == "shared":
-            wave.shared.write(self._shared(address, lanes, size, "write", line), data, element, count)
+            offsets = self._shared(address, lanes, size, "write", line, data=data)
+            wave.shared.write(offsets, data, element, count)
         elif space == "local":
             owner = self.owner if lanes is None else self.owner[lanes]
             wave.local.write(

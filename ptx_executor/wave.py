@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from .kernel import Kernel
     from .report import Report
 
-# A row whose lanes have been apart for so many steps takes any of its parts, not the earliest, every few steps:
-# lanes may spin on what others have yet to do.
+# A row whose lanes have been apart for so many steps takes any of its parts, not the earliest, every few
+# steps: lanes may spin on what others have yet to do.
 _PATIENCE = 32
 _FAIR = 4
 

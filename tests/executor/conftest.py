@@ -13,7 +13,9 @@ BITS = {1: "8", 2: "16", 4: "32", 8: "64"}
 
 
 def source(body: str, pointers: int, *, registers: str = "", parameters: str = "", top: str = "") -> str:
-    """A module with one kernel `test`, `pointers` pointer parameters in %rd0, %rd1, ... and the thread in %tid."""
+    """A module with one kernel `test`, `pointers` pointer parameters in %rd0, %rd1, ... and the thread in
+    %tid.
+    """
     params = [f".param .u64 p{i}" for i in range(pointers)] + ([parameters] if parameters else [])
     loads = "\n".join(f"ld.param.u64 %rd{i}, [p{i}];" for i in range(pointers))
     return f"""
@@ -49,8 +51,9 @@ def kernel() -> Callable[..., Kernel]:
 def evaluate() -> Callable[..., np.ndarray]:
     """`evaluate(body, inputs, dtype)`: a function of arrays.
 
-    `body` reads its inputs from %a0, %a1, ... and leaves its result in %d; these are registers of the arrays' widths, floats
-    for float32 and float64. All arrays have the same length, at most 1024. In a second run half of the lanes are switched off, and
+    `body` reads its inputs from %a0, %a1, ... and leaves its result in %d; these are registers of the arrays'
+    widths, floats for float32 and float64. All arrays have the same length, at most 1024. In a second run
+    half of the lanes are switched off, and
     have to keep what they had: the masked code is not the unmasked code.
     """
 
@@ -77,8 +80,12 @@ def evaluate() -> Callable[..., np.ndarray]:
         kept = again.copy()
         Module.from_ptx(masked)["test"].launch(1, n, [*arrays, again])
         odd = np.arange(n) % 2 == 1
-        np.testing.assert_array_equal(again.view(np.uint8).reshape(n, -1)[odd], result.view(np.uint8).reshape(n, -1)[odd])
-        np.testing.assert_array_equal(again.view(np.uint8).reshape(n, -1)[~odd], kept.view(np.uint8).reshape(n, -1)[~odd])
+        np.testing.assert_array_equal(
+            again.view(np.uint8).reshape(n, -1)[odd], result.view(np.uint8).reshape(n, -1)[odd]
+        )
+        np.testing.assert_array_equal(
+            again.view(np.uint8).reshape(n, -1)[~odd], kept.view(np.uint8).reshape(n, -1)[~odd]
+        )
         return result
 
     return run

@@ -65,14 +65,20 @@ def test_wrapping_counters(kernel, op, limit):
     kernel(f"atom.global.{op}.u32 %r0, [%rd0], {limit};", 1).launch(1, 13, [cell])
     value = 2
     for _ in range(13):
-        value = (0 if value >= limit else value + 1) if op == "inc" else (limit if value == 0 or value > limit else value - 1)
+        value = (
+            (0 if value >= limit else value + 1)
+            if op == "inc"
+            else (limit if value == 0 or value > limit else value - 1)
+        )
     assert cell[0] == value
 
 
 def test_float_sums(kernel):
     x = np.random.default_rng(0).standard_normal(256).astype(np.float32)
     y = np.zeros(4, np.float32)
-    kernel(CELL.replace("b32 %r0", "f32 %f0") + "atom.global.add.f32 %f1, [%rd3], %f0;", 2).launch(1, 256, [x, y])
+    kernel(CELL.replace("b32 %r0", "f32 %f0") + "atom.global.add.f32 %f1, [%rd3], %f0;", 2).launch(
+        1, 256, [x, y]
+    )
     np.testing.assert_allclose(y, [x[i::4].astype(np.float64).sum() for i in range(4)], rtol=1e-5, atol=1e-5)
 
 

@@ -128,7 +128,9 @@ def test_indexed_branch(kernel):
 def test_scopes_of_inline_assembly(kernel):
     """Two blocks declare the same register and label."""
     block = "{ .reg .pred p; .reg .b32 t; setp.lt.u32 p, %tid, LIMIT; mov.b32 t, 0; @!p bra skip; mov.b32 t, 1; skip: add.u32 %r0, %r0, t; }"
-    run = kernel(f"mov.b32 %r0, 0;\n{block.replace('LIMIT', '8')}\n{block.replace('LIMIT', '20')}\n{STORE}", 1)
+    run = kernel(
+        f"mov.b32 %r0, 0;\n{block.replace('LIMIT', '8')}\n{block.replace('LIMIT', '20')}\n{STORE}", 1
+    )
     got = np.zeros(32, np.int32)
     run.launch(1, 32, [got])
     np.testing.assert_array_equal(got, (np.arange(32) < 8).astype(int) + (np.arange(32) < 20))
@@ -228,7 +230,9 @@ def test_barriers_that_count(kernel):
 
 def test_barrier_that_a_warp_never_reaches(kernel):
     run = kernel("setp.ge.u32 %p0, %tid, 32;\n@%p0 exit;\nbar.sync 0;", 0)
-    with pytest.raises(BarrierError, match=r"deadlock, waiting: warp 0 of block 0 at line \d+; 32 threads have ended"):
+    with pytest.raises(
+        BarrierError, match=r"deadlock, waiting: warp 0 of block 0 at line \d+; 32 threads have ended"
+    ):
         run.launch(1, 64, [])
 
 

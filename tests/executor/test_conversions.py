@@ -4,18 +4,49 @@ import numpy as np
 import pytest
 import torch
 
-INTEGERS = {"s8": (-(2**7), 2**7 - 1), "u8": (0, 2**8 - 1), "s16": (-(2**15), 2**15 - 1), "u16": (0, 2**16 - 1)}
-INTEGERS |= {"s32": (-(2**31), 2**31 - 1), "u32": (0, 2**32 - 1), "s64": (-(2**63), 2**63 - 1), "u64": (0, 2**64 - 1)}
+INTEGERS = {
+    "s8": (-(2**7), 2**7 - 1),
+    "u8": (0, 2**8 - 1),
+    "s16": (-(2**15), 2**15 - 1),
+    "u16": (0, 2**16 - 1),
+}
+INTEGERS |= {
+    "s32": (-(2**31), 2**31 - 1),
+    "u32": (0, 2**32 - 1),
+    "s64": (-(2**63), 2**63 - 1),
+    "u64": (0, 2**64 - 1),
+}
 
 
 def _values() -> np.ndarray:
     rng = np.random.default_rng(0)
-    special = [0, -0.0, 0.5, 1.5, 2.5, -0.5, -1.5, 1e10, -1e10, 3e19, -3e19, np.inf, -np.inf, np.nan, 2.0**31, 2.0**63]
-    return np.concatenate([special, rng.standard_normal(100) * 2.0 ** rng.integers(-4, 40, 100)]).astype(np.float32)
+    special = [
+        0,
+        -0.0,
+        0.5,
+        1.5,
+        2.5,
+        -0.5,
+        -1.5,
+        1e10,
+        -1e10,
+        3e19,
+        -3e19,
+        np.inf,
+        -np.inf,
+        np.nan,
+        2.0**31,
+        2.0**63,
+    ]
+    return np.concatenate([special, rng.standard_normal(100) * 2.0 ** rng.integers(-4, 40, 100)]).astype(
+        np.float32
+    )
 
 
 @pytest.mark.parametrize("kind", ["s32", "u32", "s64", "u64", "s16", "u16"])
-@pytest.mark.parametrize(("mode", "function"), [("rni", np.rint), ("rzi", np.trunc), ("rmi", np.floor), ("rpi", np.ceil)])
+@pytest.mark.parametrize(
+    ("mode", "function"), [("rni", np.rint), ("rzi", np.trunc), ("rmi", np.floor), ("rpi", np.ceil)]
+)
 def test_float_to_integer_clamps(evaluate, kind, mode, function):
     x = _values()
     low, high = INTEGERS[kind]
@@ -35,12 +66,16 @@ def test_float_to_integer_clamps(evaluate, kind, mode, function):
 def test_integer_to_float(evaluate, source):
     bits = int(source[1:])
     rng = np.random.default_rng(0)
-    raw = np.concatenate([rng.integers(0, 2**bits, 200, np.uint64), np.array([0, 1, 2**bits - 1, 2 ** (bits - 1)], np.uint64)])
+    raw = np.concatenate(
+        [rng.integers(0, 2**bits, 200, np.uint64), np.array([0, 1, 2**bits - 1, 2 ** (bits - 1)], np.uint64)]
+    )
     raw = raw.astype(f"u{bits // 8}")
     typed = raw.view(f"{'i' if source[0] == 's' else 'u'}{bits // 8}")
     for kind, dtype in (("f32", np.float32), ("f64", np.float64)):
         got = evaluate(f"cvt.rn.{kind}.{source} %d, %a0;", [raw], dtype)
-        np.testing.assert_array_equal(got, np.array([float(int(v)) if dtype is np.float64 else dtype(int(v)) for v in typed]))
+        np.testing.assert_array_equal(
+            got, np.array([float(int(v)) if dtype is np.float64 else dtype(int(v)) for v in typed])
+        )
 
 
 @pytest.mark.parametrize("source", ["s8", "u8", "s16", "u16", "s32", "u32", "s64", "u64"])
@@ -60,7 +95,9 @@ def test_integer_to_integer(evaluate, source, kind):
 
 @pytest.mark.parametrize(("kind", "dtype"), [("f16", torch.float16), ("bf16", torch.bfloat16)])
 def test_halves_and_float32(evaluate, kind, dtype):
-    x = np.concatenate([_values(), np.random.default_rng(1).integers(0, 2**32, 300, np.uint32).view(np.float32)])
+    x = np.concatenate(
+        [_values(), np.random.default_rng(1).integers(0, 2**32, 300, np.uint32).view(np.float32)]
+    )
     expected = torch.from_numpy(x).to(dtype)
     got = torch.from_numpy(evaluate(f"cvt.rn.{kind}.f32 %d, %a0;", [x], "u2").view(np.int16)).view(dtype)
     torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
@@ -78,7 +115,9 @@ def test_packing_two_floats(evaluate, kind, dtype):
         torch.testing.assert_close(halves, torch.from_numpy(values).to(dtype), rtol=0, atol=0, equal_nan=True)
     relu = evaluate(f"cvt.rn.relu.{kind}.f32 %d, %a0, %a1;", [high, low], "u4").view(np.int16).reshape(-1, 2)
     values = torch.from_numpy(np.ascontiguousarray(relu[:, 1])).view(dtype)
-    torch.testing.assert_close(values, torch.from_numpy(high).to(dtype).relu(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(
+        values, torch.from_numpy(high).to(dtype).relu(), rtol=0, atol=0, equal_nan=True
+    )
 
 
 def test_float64_and_float32(evaluate):

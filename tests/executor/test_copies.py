@@ -41,7 +41,9 @@ def test_data_comes_with_its_wait(kernel):
 def test_data_does_not_come_before(kernel, body):
     _, y = _launch(kernel, body, detect_races=False)
     assert (y == 0xFF).all()
-    with pytest.raises(RaceError, match="an asynchronous copy of warp . .line .* to it has not been waited for"):
+    with pytest.raises(
+        RaceError, match="an asynchronous copy of warp . .line .* to it has not been waited for"
+    ):
         _launch(kernel, body)
 
 
@@ -67,7 +69,9 @@ def test_groups_come_in_their_order(kernel):
     cp.async.commit_group;
     cp.async.wait_group 1;
     """
-    x, y = _launch(kernel, body.replace("[%r10+4], [%rd2+4], 8", "[%r10+8], [%rd2+8], 8") + READ, detect_races=False)
+    x, y = _launch(
+        kernel, body.replace("[%r10+4], [%rd2+4], 8", "[%r10+8], [%rd2+8], 8") + READ, detect_races=False
+    )
     assert (y[:, :4] == x[:, :4]).all()
     assert (y[:, 8:12] == x[:, 8:12]).all()
     assert (y[:, 4:8] == 0xFF).all()

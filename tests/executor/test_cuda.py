@@ -22,7 +22,9 @@ def module() -> Module:
 @pytest.fixture(scope="module")
 def get(module: Module) -> Callable[..., Kernel]:
     """`get(name, fault)`: an instance of a template by its mangled name."""
-    return lambda name, fault=0: module[next(key for key in module if key.startswith(f"_Z{len(name)}{name}ILi{fault}E"))]
+    return lambda name, fault=0: module[
+        next(key for key in module if key.startswith(f"_Z{len(name)}{name}ILi{fault}E"))
+    ]
 
 
 def _normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -120,7 +122,9 @@ def test_planted_faults_are_caught(get, name, fault, error):
                 CHECKS[name](get(name, fault), seed=seed)
 
 
-@pytest.mark.parametrize(("name", "fault"), [(name, fault) for name, fault, error in FAULTS if error is RaceError])
+@pytest.mark.parametrize(
+    ("name", "fault"), [(name, fault) for name, fault, error in FAULTS if error is RaceError]
+)
 def test_races_also_show_in_the_numbers_of_some_seed(get, name, fault):
     """Copies that land late hide an overwrite that comes too early, so they land early too."""
     run = CHECKS[name]

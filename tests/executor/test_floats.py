@@ -7,7 +7,23 @@ import numpy as np
 import pytest
 import torch
 
-SPECIAL = [0.0, -0.0, 1.0, -1.0, 0.5, 1.5, np.inf, -np.inf, np.nan, 1e-40, -1e-40, 3.4e38, -3.4e38, 1e-20, 2.0**-126]
+SPECIAL = [
+    0.0,
+    -0.0,
+    1.0,
+    -1.0,
+    0.5,
+    1.5,
+    np.inf,
+    -np.inf,
+    np.nan,
+    1e-40,
+    -1e-40,
+    3.4e38,
+    -3.4e38,
+    1e-20,
+    2.0**-126,
+]
 
 
 def _floats(count: int, kind: str = "f4", seed: int = 0) -> list[np.ndarray]:
@@ -53,7 +69,9 @@ def test_fma_rounds_once(evaluate):
     # Products whose low bits decide, too: c close to -a * b.
     c = np.where(np.arange(a.size) % 2, c, -(a * b)).astype(np.float32)
     got = evaluate("fma.rn.f32 %d, %a0, %a1, %a2;", [a, b, c], "f4")
-    exact = [Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z)) for x, y, z in zip(a, b, c, strict=True)]
+    exact = [
+        Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z)) for x, y, z in zip(a, b, c, strict=True)
+    ]
     np.testing.assert_array_equal(got, np.array([_nearest_f32(value) for value in exact]))
     assert (got != a * b + c).any()
 
@@ -105,7 +123,9 @@ def test_comparisons_with_nan(evaluate, relation):
         if relation in ("num", "nan"):
             expected = unordered == (relation == "nan")
         else:
-            expected = (relation.endswith("u") and relation != "u") if unordered else plain[relation[:2]](x, y)
+            expected = (
+                (relation.endswith("u") and relation != "u") if unordered else plain[relation[:2]](x, y)
+            )
         assert got[i] == expected, (x, y)
 
 
@@ -125,7 +145,10 @@ def test_approximate_functions(evaluate, op, function, error):
 
 
 def test_exponential_of_minus_infinity_is_zero(evaluate):
-    assert evaluate("ex2.approx.ftz.f32 %d, %a0;", [np.full(32, -np.inf, np.float32)], "f4").tolist() == [0.0] * 32
+    assert (
+        evaluate("ex2.approx.ftz.f32 %d, %a0;", [np.full(32, -np.inf, np.float32)], "f4").tolist()
+        == [0.0] * 32
+    )
 
 
 def test_testp(evaluate):
@@ -171,7 +194,12 @@ def test_half_arithmetic(evaluate, kind):
         count = body.count("%a")
         got = evaluate(body, bits[:count], "u2")
         torch.testing.assert_close(
-            torch.from_numpy(got.view(np.int16)).view(a.dtype), expected, rtol=0, atol=0, equal_nan=True, msg=body
+            torch.from_numpy(got.view(np.int16)).view(a.dtype),
+            expected,
+            rtol=0,
+            atol=0,
+            equal_nan=True,
+            msg=body,
         )
 
 
@@ -183,7 +211,9 @@ def _round_half(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     for step in (-1, 1):
         near = (bits + step).view(dtype)
         closer = (near.double() - exact).abs() < (best.double() - exact).abs()
-        tie = ((near.double() - exact).abs() == (best.double() - exact).abs()) & (near.view(torch.int16) % 2 == 0)
+        tie = ((near.double() - exact).abs() == (best.double() - exact).abs()) & (
+            near.view(torch.int16) % 2 == 0
+        )
         finite = near.isfinite() & best.isfinite() & exact.isfinite()
         best = torch.where(finite & (closer | tie), near, best)
     return best
@@ -204,7 +234,11 @@ def test_packed_halves_are_two_halves(evaluate, kind):
 def test_half_functions(evaluate):
     x = torch.linspace(-3, 3, 64, dtype=torch.float16)
     bits = x.view(torch.int16).numpy().view(np.uint16)
-    got = torch.from_numpy(evaluate("ex2.approx.f16 %d, %a0;", [bits], "u2").view(np.int16)).view(torch.float16)
+    got = torch.from_numpy(evaluate("ex2.approx.f16 %d, %a0;", [bits], "u2").view(np.int16)).view(
+        torch.float16
+    )
     torch.testing.assert_close(got, torch.exp2(x.double()).half(), rtol=2**-10, atol=0)
-    got = torch.from_numpy(evaluate("tanh.approx.f16 %d, %a0;", [bits], "u2").view(np.int16)).view(torch.float16)
+    got = torch.from_numpy(evaluate("tanh.approx.f16 %d, %a0;", [bits], "u2").view(np.int16)).view(
+        torch.float16
+    )
     torch.testing.assert_close(got, torch.tanh(x.double()).half(), rtol=2**-9, atol=0)

@@ -4,7 +4,24 @@ import numpy as np
 import pytest
 
 _EDGES = {
-    32: [0, 1, 2, 3, 5, 31, 32, 33, 63, 64, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0xFFFFFFFE, 0x80000001, 0xFF00FF],
+    32: [
+        0,
+        1,
+        2,
+        3,
+        5,
+        31,
+        32,
+        33,
+        63,
+        64,
+        0x7FFFFFFF,
+        0x80000000,
+        0xFFFFFFFF,
+        0xFFFFFFFE,
+        0x80000001,
+        0xFF00FF,
+    ],
     64: [0, 1, 2, 7, 63, 64, 65, 2**63 - 1, 2**63, 2**64 - 1, 2**32, 2**32 - 1, 2**63 + 1, 0xFF00FF00FF],
     16: [0, 1, 2, 15, 16, 17, 0x7FFF, 0x8000, 0xFFFF, 0xFF],
 }
@@ -16,7 +33,9 @@ def _operands(bits: int, count: int, seed: int = 0) -> list[np.ndarray]:
     edges = np.array(_EDGES[bits], np.uint64)
     a, b = (each.ravel() for each in np.meshgrid(edges, edges))
     noise = [rng.integers(0, 2**bits, 60, np.uint64, endpoint=False) for _ in range(count)]
-    columns = [np.concatenate([edge, each]) for edge, each in zip((a, b, rng.permutation(a)), noise, strict=False)]
+    columns = [
+        np.concatenate([edge, each]) for edge, each in zip((a, b, rng.permutation(a)), noise, strict=False)
+    ]
     return [column.astype(f"u{bits // 8}") for column in columns[:count]]
 
 
@@ -57,7 +76,9 @@ def test_binary(evaluate, op, kind):
     bits = int(kind[1:])
     a, b = _operands(bits, 2)
     got = evaluate(f"{op}.{kind} %d, %a0, %a1;", [a, b], a.dtype)
-    expected = [_BINARY[op](x, y, kind) % 2**bits for x, y in zip(_python(a, kind), _python(b, kind), strict=True)]
+    expected = [
+        _BINARY[op](x, y, kind) % 2**bits for x, y in zip(_python(a, kind), _python(b, kind), strict=True)
+    ]
     assert [int(v) for v in got] == expected
 
 
@@ -206,7 +227,10 @@ def test_lop3(evaluate, table):
     a, b, c = _operands(32, 3)
     got = evaluate(f"lop3.b32 %d, %a0, %a1, %a2, {table};", [a, b, c], "u4")
     for i in range(a.size):
-        bits = [table >> ((int(a[i]) >> j & 1) << 2 | (int(b[i]) >> j & 1) << 1 | int(c[i]) >> j & 1) & 1 for j in range(32)]
+        bits = [
+            table >> ((int(a[i]) >> j & 1) << 2 | (int(b[i]) >> j & 1) << 1 | int(c[i]) >> j & 1) & 1
+            for j in range(32)
+        ]
         assert int(got[i]) == sum(bit << j for j, bit in enumerate(bits))
 
 

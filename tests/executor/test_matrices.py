@@ -1,4 +1,6 @@
-"""Tensor core instructions against float64, with the fragment layouts of the PTX manual written out lane by lane."""
+"""Tensor core instructions against float64, with the fragment layouts of the PTX manual written out lane by
+lane.
+"""
 
 import numpy as np
 import pytest
@@ -15,7 +17,9 @@ KINDS = {
 
 
 def _a_position(lane: int, element: int, per: int) -> tuple[int, int]:
-    """Row and column of element i of a lane's fragment of A, as the manual gives them for 8, 16 and 32 bits."""
+    """Row and column of element i of a lane's fragment of A, as the manual gives them for 8, 16 and 32
+    bits.
+    """
     group, thread = lane >> 2, lane & 3
     register, within = divmod(element, per)
     return group + 8 * (register % 2), thread * per + within + (register // 2) * 4 * per
@@ -65,7 +69,9 @@ def test_mma(kernel, kind, depth, accumulator, masked):
     c_words = 2 if accumulator == "f16" else 4
     file = "r" if accumulator != "f32" else "f"
     loads = []
-    for pointer, (count, prefix, start) in enumerate([(words[0], "r", 0), (words[1], "r", 8), (c_words, file, 16)]):
+    for pointer, (count, prefix, start) in enumerate(
+        [(words[0], "r", 0), (words[1], "r", 8), (c_words, file, 16)]
+    ):
         loads.append(f"mad.wide.u32 %rd5, %tid, {4 * count}, %rd{pointer};")
         loads += [f"ld.global.b32 %{prefix}{start + i}, [%rd5+{4 * i}];" for i in range(count)]
     d_registers, c_registers = _registers(file, 20, c_words), _registers(file, 16, c_words)
@@ -94,7 +100,11 @@ def test_mma(kernel, kind, depth, accumulator, masked):
     if kind == "tf32":
         a, b = ((x.view(torch.int32) & ~0x1FFF).view(torch.float32) for x in (a, b))
     expected = a.double() @ b.double() + c.double()
-    raw = torch.from_numpy(d.view(np.int16 if accumulator == "f16" else np.int32)).view(c_dtype).reshape(warps, 32, 4)
+    raw = (
+        torch.from_numpy(d.view(np.int16 if accumulator == "f16" else np.int32))
+        .view(c_dtype)
+        .reshape(warps, 32, 4)
+    )
     for warp in range(warps):
         got = torch.zeros(16, 8, dtype=torch.float64)
         for lane in range(32):
@@ -115,13 +125,10 @@ def test_mma_chain_keeps_its_accumulator_when_a_register_changes(kernel):
         mov.b32 %r0, 0x3f803f80; // bf16 ones
         mov.f32 %f0, 0f00000000;
         mov.f32 %f1, %f0; mov.f32 %f2, %f0; mov.f32 %f3, %f0;
-        mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f0,%f1,%f2,%f3}, {%r0,%r0,%r0,%r0}, {%r0,%r0}, {%f0,%f1,%f2,%f3};
-        mul.f32 %f1, %f1, 0f40000000;
-        mov.b32 %r0, 0x40004000; // twos
-        mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f0,%f1,%f2,%f3}, {%r0,%r0,%r0,%r0}, {%r0,%r0}, {%f0,%f1,%f2,%f3};
-        mad.wide.u32 %rd1, %tid, 16, %rd0;
-        st.global.v4.f32 [%rd1], {%f0,%f1,%f2,%f3};
-        """,
+        mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f0,%f1,%f2,%f3}, {%r0,%r0,%r0,%r0}, {%r0,%r0},
+        {%f0,%f1,%f2,%f3}; mul.f32 %f1, %f1, 0f40000000; mov.b32 %r0, 0x40004000; // twos
+        mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f0,%f1,%f2,%f3}, {%r0,%r0,%r0,%r0}, {%r0,%r0},
+        {%f0,%f1,%f2,%f3}; mad.wide.u32 %rd1, %tid, 16, %rd0; st.global.v4.f32 [%rd1], {%f0,%f1,%f2,%f3}; """,
         1,
     )
     d = np.zeros((32, 4), np.float32)

@@ -14,7 +14,9 @@ st.global.b32 [%rd3], %r0;
 """
 
 
-@pytest.mark.parametrize(("vector", "kind", "dtype"), [("v2", "b32", "u4"), ("v4", "b32", "u4"), ("v2", "b64", "u8")])
+@pytest.mark.parametrize(
+    ("vector", "kind", "dtype"), [("v2", "b32", "u4"), ("v4", "b32", "u4"), ("v2", "b64", "u8")]
+)
 def test_vectors(kernel, vector, kind, dtype):
     count, size = int(vector[1]), np.dtype(dtype).itemsize
     registers = ", ".join(f"%{'r' if size == 4 else 'fd'}{i}" for i in range(count))
@@ -203,7 +205,9 @@ def test_parameters_may_be_read_by_address(kernel):
     assert y.tolist() == [5, 6, 7, 8]
 
 
-@pytest.mark.parametrize(("threads", "where"), [(11, "4 bytes past the end of argument 0"), (200, "past the end")])
+@pytest.mark.parametrize(
+    ("threads", "where"), [(11, "4 bytes past the end of argument 0"), (200, "past the end")]
+)
 def test_loads_out_of_bounds(kernel, threads, where):
     with pytest.raises(MemoryAccessError, match=where):
         kernel(COPY, 2).launch(1, threads, [np.zeros(10, np.int32), np.zeros(300, np.int32)])

@@ -12,7 +12,9 @@ LOAD = "ld.shared.b32 %r0, [%r12];\n"
 
 
 def _launch(kernel, body: str, other: int, seed: int, threads: int = 128, **options) -> None:
-    kernel(OWN.replace("OTHER", str(other)) + body, 0, registers=SHARED).launch(2, threads, [], seed=seed, **options)
+    kernel(OWN.replace("OTHER", str(other)) + body, 0, registers=SHARED).launch(
+        2, threads, [], seed=seed, **options
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -22,11 +24,16 @@ def _launch(kernel, body: str, other: int, seed: int, threads: int = 128, **opti
         (STORE + LOAD, "reads|writes"),
         (STORE + "bar.sync 0;\n" + LOAD + STORE, "writes|reads"),
         ("st.shared.b32 [buffer], %tid;\n", "writes"),
-        (STORE + "bar.sync 0;\nred.shared.add.u32 [%r12], 1;\n" + "ld.shared.b32 %r0, [%r11];\n", "updates|reads"),
+        (
+            STORE + "bar.sync 0;\nred.shared.add.u32 [%r12], 1;\n" + "ld.shared.b32 %r0, [%r11];\n",
+            "updates|reads",
+        ),
     ],
 )
 def test_races_between_warps(kernel, body, what, seed):
-    with pytest.raises(RaceError, match=rf"warp \d ({what}) .* at line \d+, but warp \d ({what}) it at line \d+"):
+    with pytest.raises(
+        RaceError, match=rf"warp \d ({what}) .* at line \d+, but warp \d ({what}) it at line \d+"
+    ):
         _launch(kernel, body, 32, seed)
 
 
@@ -41,6 +48,12 @@ def test_races_between_warps(kernel, body, what, seed):
 )
 def test_what_barriers_order_is_no_race(kernel, body, seed):
     _launch(kernel, body, 32, seed)
+
+
+def test_two_warps_may_write_the_same_value(kernel):
+    _launch(kernel, "st.shared.b32 [buffer], 7;\nbar.sync 0;\nld.shared.b32 %r0, [buffer];\n", 32, 0)
+    with pytest.raises(RaceError):  # but whoever reads has to wait for both of them
+        _launch(kernel, "st.shared.b32 [buffer], 7;\nld.shared.b32 %r0, [buffer];\n", 32, 0)
 
 
 def test_lanes_of_one_warp_are_not_told_apart(kernel):
@@ -67,7 +80,12 @@ def test_detection_may_be_switched_off(kernel):
 
 def test_a_missing_barrier_also_shows_in_the_numbers(kernel):
     """Without detection, some seed reads what is not there yet."""
-    body = OWN.replace("OTHER", "96") + STORE + LOAD + "mad.wide.u32 %rd1, %tid, 4, %rd0;\nst.global.b32 [%rd1], %r0;"
+    body = (
+        OWN.replace("OTHER", "96")
+        + STORE
+        + LOAD
+        + "mad.wide.u32 %rd1, %tid, 4, %rd0;\nst.global.b32 [%rd1], %r0;"
+    )
     run = kernel(body, 1, registers=SHARED)
     wrong = 0
     for seed in range(5):

@@ -36,7 +36,12 @@ def test_shuffle(kernel, mode, width):
     run.launch(1, 96, [value, by, got])
     for i in range(96):
         lane, start = i % 32, i % 32 // width * width
-        source = {"idx": start | int(by[i]) % width, "up": lane - int(by[i]), "down": lane + int(by[i]), "bfly": lane ^ int(by[i])}
+        source = {
+            "idx": start | int(by[i]) % width,
+            "up": lane - int(by[i]),
+            "down": lane + int(by[i]),
+            "bfly": lane ^ int(by[i]),
+        }
         j = source[mode]
         good = j >= start if mode == "up" else j < start + width
         assert got[i] == (value[i // 32 * 32 + j] if good else value[i] + 1)
