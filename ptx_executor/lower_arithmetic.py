@@ -247,8 +247,9 @@ def compare(e: Emitter, op: Operation) -> None:
         [f"{truth} {symbol} {other}", f"~{truth} {symbol} {other}"] if combine else [truth, f"~{truth}"]
     )
     if result != "pred":
-        one = e.constant(1.0, _F32) if is_float(result) else e.constant(-1, _dtype(result))
-        return e.put(first, result, f"where({outcomes[0]}, {one}, {one} - {one})")
+        ones = {"f16": 0x3C00, "bf16": 0x3F80, "f32": 0x3F800000}.get(result.removesuffix("x2"), -1)
+        one = e.constant(ones, _dtype(result), _dtype(result).itemsize)
+        return e.put(first, result, f"where({outcomes[0]}, {one}, {e.constant(0, _dtype(result))})")
     second_value = e.let(outcomes[1]) if second is not None else ""
     e.put(first, "pred", outcomes[0])
     if second is not None:

@@ -90,11 +90,11 @@ def copy_async(e: Emitter, op: Operation) -> None:
     if not op.flag("async"):
         raise op.unsupported("only cp.async is implemented")
     if op.flag("commit_group"):
-        return e.emit(f"row.commit_copies({e.lanes()})")
+        return e.emit(f"row.copies.commit({e.lanes()})")
     if op.flag("wait_all"):
-        return e.emit(f"row.wait_copies({e.lanes()}, None)")
+        return e.emit(f"row.copies.wait({e.lanes()}, None)")
     if op.flag("wait_group"):
-        return e.emit(f"row.wait_copies({e.lanes()}, {getattr(op.operands[0], 'value', 0)})")
+        return e.emit(f"row.copies.wait({e.lanes()}, {getattr(op.operands[0], 'value', 0)})")
     has_policy = "L2::cache_hint" in op.instruction.mods
     op.flag("ca", "cg", "shared", "shared::cta", "global")
     op.drop("L2::")
@@ -108,7 +108,7 @@ def copy_async(e: Emitter, op: Operation) -> None:
     elif rest:
         used = e.value(rest[0], "u32")
     where = f"{address(e, destination)}, {address(e, source)}, {e.lanes()}"
-    return e.emit(f"row.copy_async({where}, {count}, {used}, {e.line})")
+    return e.emit(f"row.copies.start({where}, {count}, {used}, {e.line})")
 
 
 def convert_address(e: Emitter, op: Operation) -> None:

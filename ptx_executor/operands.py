@@ -56,6 +56,9 @@ class OperandReader(Cursor):
             first: Operand = None
         else:
             register = scope.register(token)
+            if register is None and not (token[0].isalpha() or token[0] in "_$%"):
+                self._at -= 1
+                raise self._error(f"unexpected {token!r}")
             if register is None:
                 return self._name(token, scope)
             first = register

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .atomics import update
+from .banks import bank_conflicts
+from .copies import AsyncCopies
 from .dtypes import NUMPY, UNSIGNED, Array
 from .errors import BarrierError, DeviceAssertion, MemoryAccessError
 from .memory import LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW, WINDOW_BITS, Place
@@ -20,17 +22,6 @@ if TYPE_CHECKING:
 Lanes = NDArray[np.int64] | None
 _WINDOWS = {SHARED_WINDOW >> WINDOW_BITS: "shared", LOCAL_WINDOW >> WINDOW_BITS: "local"}
 _WINDOWS[PARAM_WINDOW >> WINDOW_BITS] = "param"
-
-
-class _Copy(NamedTuple):
-    """An asynchronous copy on its way, for some lanes: `used` of `size` bytes are read, the rest is zero."""
-
-    lanes: NDArray[np.int64]
-    group: NDArray[np.int64]
-    destination: Offsets
-    source: Offsets
-    used: NDArray[np.int64]
-    size: int
 
 
 class Row:
@@ -58,8 +49,7 @@ class Row:
         self.owner = self.block * wave.warps * LANES + self.thread  # of local memory
         self.views: list[Array] = []
         self._specials: dict[str, NDArray[np.uint32]] = {}
-        self._copies: list[_Copy] = []
-        self._committed = np.zeros(self.n, np.int64)
+        self.copies = AsyncCopies(self)
 
     # Who and where.
 
@@ -119,7 +109,8 @@ class Row:
 
         return name
 
-    def _pick(self, values: Array, lanes: Lanes) -> Array:
+    def pick(self, values: Array, lanes: Lanes) -> Array:
+        """Values of the lanes that take part; `values` is `[n]`, or `[1]` for all."""
         full = spread(values, self.n)
         return full if lanes is None else full[lanes]
 
@@ -151,7 +142,7 @@ class Row:
         if space == "param" and address.size == 1:
             offset = int(address[0])
             return self.wave.parameters[offset : offset + element * count].view(UNSIGNED[element])[None]
-        address = self._pick(address, lanes)
+        address = self.pick(address, lanes)
         if space != "generic":
             return self._load(space, address, lanes, element, count, line)
         result = np.empty((address.size, count), UNSIGNED[element])
@@ -167,7 +158,7 @@ class Row:
             wave.report.global_load_bytes += size * address.size
             return wave.memory.read(wave.memory.offsets(address, size, self.place(lanes)), element, count)
         if space == "shared":
-            return wave.shared.read(self._shared(address, lanes, size, "read", line), element, count)
+            return wave.shared.read(self.shared_offsets(address, lanes, size, "read", line), element, count)
         if space == "local":
             owner = self.owner if lanes is None else self.owner[lanes]
             return wave.local.read(
@@ -178,7 +169,7 @@ class Row:
         at = address.astype(np.int64)[:, None] + np.arange(size)
         return wave.parameters[at].view(UNSIGNED[element])
 
-    def _shared(
+    def shared_offsets(
         self,
         address: Array,
         lanes: Lanes,
@@ -199,7 +190,9 @@ class Row:
         else:
             wave.report.shared_store_bytes += size * address.size
         if wave.count_conflicts:
-            wave.report.bank_conflicts += bank_conflicts(address, block, size)
+            wave.report.bank_conflicts += bank_conflicts(
+                address, np.arange(self.n) if lanes is None else lanes, size
+            )
         if wave.races is not None and address.size:
             same = None
             if data is not None:
@@ -210,9 +203,9 @@ class Row:
     def store(
         self, space: str, address: Array, lanes: Lanes, values: list[Array], element: int, line: int
     ) -> None:
-        address = self._pick(address, lanes)
+        address = self.pick(address, lanes)
         kind = UNSIGNED[element]
-        data = np.stack([self._pick(value.view(kind), lanes) for value in values], -1)
+        data = np.stack([self.pick(value.view(kind), lanes) for value in values], -1)
         if space != "generic":
             return self._store(space, address, lanes, data, element, line)
         everyone = np.arange(self.n) if lanes is None else lanes
@@ -231,7 +224,7 @@ class Row:
                 wave.memory.offsets(address, size, self.place(lanes), store=True), data, element, count
             )
         elif space == "shared":
-            offsets = self._shared(address, lanes, size, "write", line, data=data)
+            offsets = self.shared_offsets(address, lanes, size, "write", line, data=data)
             wave.shared.write(offsets, data, element, count)
         elif space == "local":
             owner = self.owner if lanes is None else self.owner[lanes]
@@ -254,9 +247,9 @@ class Row:
     ) -> Array:
         """`atom` and `red`: lanes come in random order. Returns the old values, unsigned, if `wants`."""
         wave = self.wave
-        address = self._pick(address, lanes)
+        address = self.pick(address, lanes)
         element = NUMPY[kind].itemsize * (2 if kind.endswith("x2") else 1)
-        data = [self._pick(value.view(UNSIGNED[element]), lanes) for value in values]
+        data = [self.pick(value.view(UNSIGNED[element]), lanes) for value in values]
         old = np.zeros(address.size, UNSIGNED[element])
         everyone = np.arange(self.n) if lanes is None else lanes
         spaces = self._space_of(address) if space == "generic" else [(space, np.ones(address.size, bool))]
@@ -266,7 +259,7 @@ class Row:
                 everyone[chosen],
             )
             if name == "shared":
-                offsets, arena = self._shared(inner, who, element, "atomic", line), wave.shared
+                offsets, arena = self.shared_offsets(inner, who, element, "atomic", line), wave.shared
             elif name == "global":
                 offsets = wave.memory.offsets(inner, element, self.place(who), store=True)
                 arena = wave.memory  # type: ignore[assignment]
@@ -307,94 +300,4 @@ class Row:
 
     def _matrix_rows(self, address: Array, warps: slice | Array, count: int, kind: str, line: int) -> Offsets:
         lanes = np.arange(self.n).reshape(-1, LANES)[warps][:, : 8 * count].ravel()
-        return self._shared(self._pick(address, lanes), lanes, 16, kind, line).reshape(-1, count, 8)
-
-    # Asynchronous copies.
-
-    def copy_async(
-        self, destination: Array, source: Array, lanes: Lanes, size: int, used: Array | None, line: int
-    ) -> None:
-        """`cp.async`: checked now; the data moves when it is waited for."""
-        lanes = np.arange(self.n) if lanes is None else lanes
-        wave, place = self.wave, self.place(lanes)
-        bytes_used = np.full(lanes.size, size) if used is None else self._pick(used, lanes).astype(np.int64)
-        if bytes_used.max(initial=0) > size:
-            raise MemoryAccessError(
-                f"line {line}: cp.async of {int(bytes_used.max())} bytes with a size of {size}"
-            )
-        to = self._shared(self._pick(destination, lanes), lanes, size, "write", line, pending=True)
-        address = self._pick(source, lanes)
-        at = np.zeros(lanes.size, np.int64)
-        skewed = np.flatnonzero((address & np.uint64(size - 1) != 0) & (bytes_used > 0))
-        if skewed.size:
-            raise MemoryAccessError(
-                f"{place(int(skewed[0]))}: the source of cp.async is not a multiple of {size}"
-            )
-        for amount in np.unique(bytes_used[bytes_used > 0]):
-            some = np.flatnonzero(bytes_used == amount)
-            at[some] = wave.memory.spans(address[some], int(amount), self.place(lanes[some]))
-        wave.report.global_load_bytes += int(bytes_used.sum())
-        self._copies.append(_Copy(lanes, self._committed[lanes], to, at, bytes_used, size))
-        if wave.early_copies and wave.rng.random() < 0.5:
-            self._land(lambda copy: wave.rng.random(copy.lanes.size) < 0.5, settled=False)
-
-    def commit_copies(self, lanes: Lanes) -> None:
-        """`cp.async.commit_group`."""
-        self._committed[slice(None) if lanes is None else lanes] += 1
-
-    def wait_copies(self, lanes: Lanes, pending: int | None) -> None:
-        """`cp.async.wait_group pending`; `None` waits for all, those of no group too."""
-        here = np.zeros(self.n, bool)
-        here[slice(None) if lanes is None else lanes] = True
-        if pending is None:
-            self._land(lambda copy: here[copy.lanes])
-        else:
-            self._land(lambda copy: here[copy.lanes] & (copy.group < self._committed[copy.lanes] - pending))
-
-    def _land(self, which, settled: bool = True) -> None:  # type: ignore[no-untyped-def]
-        """Move the data of the copies that `which` picks; unless `settled` they stay in flight as well."""
-        wave, left = self.wave, []
-        for copy in self._copies:
-            now = which(copy)
-            if now.any():
-                data = wave.memory.read(copy.source[now], 1, copy.size)
-                data[np.arange(copy.size) >= copy.used[now][:, None]] = 0
-                wave.shared.write(copy.destination[now], data, 1, copy.size)
-                if settled and wave.races is not None:
-                    wave.races.landed(
-                        self.index, self.block[copy.lanes[now]], copy.destination[now], copy.size
-                    )
-            if settled and not now.all():
-                stay = ~now
-                left.append(
-                    _Copy(
-                        copy.lanes[stay],
-                        copy.group[stay],
-                        copy.destination[stay],
-                        copy.source[stay],
-                        copy.used[stay],
-                        copy.size,
-                    )
-                )
-        if settled:
-            self._copies = left
-
-
-def bank_conflicts(address: Array, block: NDArray[np.int64], size: int) -> int:
-    """Extra passes over the 32 banks of 4 bytes that an access takes, beyond what its width needs.
-
-    Lanes are taken in the order of the warp, as many together as make 128 bytes.
-    """
-    together = max(1, min(LANES, 128 // size)) if size > 4 else LANES
-    warp = np.arange(address.size) // together
-    words = address.astype(np.int64)[:, None] // 4 + np.arange(max(1, size // 4))
-    keys = np.unique(
-        np.stack([np.broadcast_to((warp + block * 10**6)[:, None], words.shape).ravel(), words.ravel()]),
-        axis=1,
-    )
-    owner, bank = keys[0], keys[1] % 32
-    _, counts = np.unique(owner * 32 + bank, return_counts=True)
-    groups = np.unique(owner * 32 + bank) // 32
-    worst = np.zeros(np.unique(groups).size, np.int64)
-    np.maximum.at(worst, np.unique(groups, return_inverse=True)[1], counts)
-    return int((worst - 1).sum())
+        return self.shared_offsets(self.pick(address, lanes), lanes, 16, kind, line).reshape(-1, count, 8)

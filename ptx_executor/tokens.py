@@ -54,6 +54,8 @@ class Cursor:
         return self._tokens[self._at].text
 
     def _next(self) -> str:
+        if not self._peek():
+            raise self._error("the text ends too early")
         self._at += 1
         return self._tokens[self._at - 1].text
 

@@ -5,7 +5,12 @@ import pytest
 import torch
 
 X = np.random.default_rng(0).integers(0, 2**32, 256, np.uint32)
-CELL = "and.b32 %r1, %tid, 3;\nmad.wide.u32 %rd2, %tid, 4, %rd0;\nmad.wide.u32 %rd3, %r1, 4, %rd1;\nld.global.b32 %r0, [%rd2];\n"
+CELL = """
+and.b32 %r1, %tid, 3;
+mad.wide.u32 %rd2, %tid, 4, %rd0;
+mad.wide.u32 %rd3, %r1, 4, %rd1;
+ld.global.b32 %r0, [%rd2];
+"""
 
 
 @pytest.mark.parametrize(

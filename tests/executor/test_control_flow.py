@@ -102,7 +102,7 @@ def test_a_shuffle_that_half_of_its_members_never_reach(kernel):
         """,
         1,
     )
-    with pytest.raises(BarrierError, match="deadlock.*a part of warp 0"):
+    with pytest.raises(BarrierError, match=r"deadlock.*a part of warp 0"):
         run.launch(1, 32, [np.zeros(32, np.int32)])
 
 
@@ -127,7 +127,16 @@ def test_indexed_branch(kernel):
 
 def test_scopes_of_inline_assembly(kernel):
     """Two blocks declare the same register and label."""
-    block = "{ .reg .pred p; .reg .b32 t; setp.lt.u32 p, %tid, LIMIT; mov.b32 t, 0; @!p bra skip; mov.b32 t, 1; skip: add.u32 %r0, %r0, t; }"
+    block = """{
+        .reg .pred p;
+        .reg .b32 t;
+        setp.lt.u32 p, %tid, LIMIT;
+        mov.b32 t, 0;
+        @!p bra skip;
+        mov.b32 t, 1;
+        skip:
+        add.u32 %r0, %r0, t;
+        }"""
     run = kernel(
         f"mov.b32 %r0, 0;\n{block.replace('LIMIT', '8')}\n{block.replace('LIMIT', '20')}\n{STORE}", 1
     )
@@ -244,7 +253,7 @@ def test_barrier_in_one_branch_of_a_warp(kernel):
 
 def test_barrier_reached_at_different_places(kernel):
     run = kernel("setp.lt.u32 %p0, %tid, 32;\n@%p0 bra A;\nbar.sync 0;\nret;\nA:\nbar.sync 0;", 0)
-    with pytest.raises(BarrierError, match="divergent barrier 0: .* at lines"):
+    with pytest.raises(BarrierError, match=r"divergent barrier 0: .* at lines"):
         run.launch(1, 64, [])
 
 

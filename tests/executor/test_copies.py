@@ -42,7 +42,7 @@ def test_data_does_not_come_before(kernel, body):
     _, y = _launch(kernel, body, detect_races=False)
     assert (y == 0xFF).all()
     with pytest.raises(
-        RaceError, match="an asynchronous copy of warp . .line .* to it has not been waited for"
+        RaceError, match=r"an asynchronous copy of warp . .line .* to it has not been waited for"
     ):
         _launch(kernel, body)
 

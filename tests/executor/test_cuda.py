@@ -135,7 +135,7 @@ def test_races_also_show_in_the_numbers_of_some_seed(get, name, fault):
 
 def test_misaligned_vectors_are_caught(get):
     x = _normal(1025).bfloat16()
-    with pytest.raises(MemoryAccessError, match="cp.async is not a multiple of 16"):
+    with pytest.raises(MemoryAccessError, match=r"cp\.async is not a multiple of 16"):
         get("pipelined_reverse").launch(1, 128, [x[1:], _nan(1024, dtype=torch.bfloat16), 1024])
 
 

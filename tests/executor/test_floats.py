@@ -135,7 +135,8 @@ def test_comparisons_with_nan(evaluate, relation):
         ("ex2.approx.f32", np.exp2, 2**-22), ("ex2.approx.ftz.f32", np.exp2, 2**-22),
         ("lg2.approx.f32", np.log2, 2**-22), ("rsqrt.approx.f32", lambda x: 1 / np.sqrt(x), 2**-22),
         ("rcp.approx.ftz.f32", lambda x: 1 / x, 2**-22), ("sqrt.approx.f32", np.sqrt, 2**-22),
-        ("sin.approx.f32", np.sin, 2**-20), ("cos.approx.f32", np.cos, 2**-20), ("tanh.approx.f32", np.tanh, 2**-10),
+        ("sin.approx.f32", np.sin, 2**-20), ("cos.approx.f32", np.cos, 2**-20),
+        ("tanh.approx.f32", np.tanh, 2**-10),
     ],
 )  # fmt: skip
 def test_approximate_functions(evaluate, op, function, error):
@@ -229,6 +230,17 @@ def test_packed_halves_are_two_halves(evaluate, kind):
         halves = [each.view(np.uint16)[:300] for each in packed[:count]]
         one = evaluate(f"{op}.{kind} %d, {arguments};", halves, "u2")
         np.testing.assert_array_equal(both[:300], one, op)
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+def test_set_gives_ones_of_its_type(evaluate, kind):
+    (a, b), bits = _torch_halves(kind, 2)
+    packed = [each[:374].view(np.uint32) for each in bits]
+    got = evaluate(f"set.gt.{kind}x2.{kind}x2 %d, %a0, %a1;", packed, "u4").view(np.int16)
+    assert torch.equal(torch.from_numpy(got).view(a.dtype), (a > b)[:374].to(a.dtype))
+    x, y = _floats(2)
+    assert evaluate("set.lt.u32.f32 %d, %a0, %a1;", [x, y], "i4").tolist() == (-(x < y).astype(int)).tolist()
+    assert evaluate("set.lt.f32.f32 %d, %a0, %a1;", [x, y], "f4").tolist() == (x < y).astype(float).tolist()
 
 
 def test_half_functions(evaluate):

@@ -266,7 +266,12 @@ def test_dp4a(evaluate):
 
 def test_pack_and_unpack(evaluate):
     a = _operands(64, 1)[0]
-    body = "mov.b64 {%r1, %r2}, %a0;\nmov.b32 {%h1, %h2}, %r1;\nmov.b32 %r3, {%h2, %h1};\nmov.b64 %d, {%r2, %r3};"
+    body = """
+    mov.b64 {%r1, %r2}, %a0;
+    mov.b32 {%h1, %h2}, %r1;
+    mov.b32 %r3, {%h2, %h1};
+    mov.b64 %d, {%r2, %r3};
+    """
     halves = a.view(np.uint16).reshape(-1, 4)
     expected = np.ascontiguousarray(halves[:, [2, 3, 1, 0]]).view(np.uint64)[:, 0]
     np.testing.assert_array_equal(evaluate(body, [a], "u8"), expected)

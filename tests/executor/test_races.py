@@ -6,7 +6,12 @@ import pytest
 from ptx_executor import RaceError
 
 SHARED = ".shared .align 16 .b8 buffer[1024];"
-OWN = "mov.u32 %r10, buffer;\nmad.lo.u32 %r11, %tid, 4, %r10;\nxor.b32 %r12, %tid, OTHER;\nmad.lo.u32 %r12, %r12, 4, %r10;\n"
+OWN = """
+mov.u32 %r10, buffer;
+mad.lo.u32 %r11, %tid, 4, %r10;
+xor.b32 %r12, %tid, OTHER;
+mad.lo.u32 %r12, %r12, 4, %r10;
+"""
 STORE = "st.shared.b32 [%r11], %tid;\n"
 LOAD = "ld.shared.b32 %r0, [%r12];\n"
 
@@ -61,7 +66,8 @@ def test_lanes_of_one_warp_are_not_told_apart(kernel):
 
 
 def test_narrow_neighbours_do_not_collide(kernel):
-    body = "mov.u32 %r10, buffer;\nadd.u32 %r10, %r10, %tid;\nst.shared.b8 [%r10], %tid;\nld.shared.b8 %r0, [%r10];\n"
+    body = "mov.u32 %r10, buffer;\nadd.u32 %r10, %r10, %tid;\n"
+    body += "st.shared.b8 [%r10], %tid;\nld.shared.b8 %r0, [%r10];\n"
     kernel(body, 0, registers=SHARED).launch(1, 66, [])
 
 
