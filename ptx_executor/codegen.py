@@ -272,14 +272,17 @@ class Emitter:
     # Matrix fragments: built once from their registers and kept until one of these changes.
 
     def fragment(self, role: str, registers: tuple[Operand, ...], expression: str) -> str:
-        key = (role, tuple(r for r in registers if isinstance(r, Register)))
+        key = self._key(role, registers)
         if key not in self._fragments:
             self._fragments[key] = self.let(expression, "f")
         return self._fragments[key]
 
     def keep_fragment(self, role: str, registers: tuple[Operand, ...], name: str) -> None:
-        if self.mask in (None, "m"):
-            self._fragments[(role, tuple(r for r in registers if isinstance(r, Register)))] = name
+        self._fragments[self._key(role, registers)] = name
+
+    def _key(self, role: str, registers: tuple[Operand, ...]) -> tuple[str, tuple[Register, ...]]:
+        """A fragment holds the warps of one mask only."""
+        return f"{role} {self.mask}", tuple(r for r in registers if isinstance(r, Register))
 
     def written(self, register: Operand) -> None:
         """Forget the fragments that were built from a register."""

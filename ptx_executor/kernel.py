@@ -104,7 +104,7 @@ class Kernel:
         first = self.segments[index].first
         return f"the code from line {first.line} on ({first.text})"
 
-    def locate(self, error: PtxError) -> PtxError:
+    def _locate(self, error: PtxError) -> PtxError:
         """The same error with the kernel's name and the line of the PTX that it was raised at."""
         trace = error.__traceback__
         while trace is not None:
@@ -113,7 +113,7 @@ class Kernel:
                 line = lines[trace.tb_lineno - 1]
                 return type(error)(f"{self.name}, line {line}: {error}: {self._text.get(line, '')}")
             trace = trace.tb_next
-        return error
+        return type(error)(f"{self.name}: {error}")
 
     def launch(
         self,
@@ -170,24 +170,27 @@ class Kernel:
         arguments.copy_in(memory.bytes)
         rng, report = np.random.default_rng(seed), Report(shared_bytes=self.static_shared + shared_bytes)
         blocks = rng.permutation(grid3[0] * grid3[1] * grid3[2])
-        size = wave_blocks or self._wave_blocks(block3, shared_bytes)
-        with np.errstate(all="ignore"):
-            for at in range(0, blocks.size, size):
-                Wave(
-                    self,
-                    blocks[at : at + size],
-                    grid3,
-                    block3,
-                    arguments.bytes,
-                    memory,
-                    shared_bytes,
-                    rng,
-                    report,
-                    deadline=started + time_limit,
-                    detect_races=detect_races,
-                    early_copies=early_copies,
-                    count_conflicts=count_bank_conflicts,
-                ).run()
+        size = wave_blocks or self._wave_blocks(block3, shared_bytes, detect_races)
+        try:
+            with np.errstate(all="ignore"):
+                for at in range(0, blocks.size, size):
+                    Wave(
+                        self,
+                        blocks[at : at + size],
+                        grid3,
+                        block3,
+                        arguments.bytes,
+                        memory,
+                        shared_bytes,
+                        rng,
+                        report,
+                        deadline=started + time_limit,
+                        detect_races=detect_races,
+                        early_copies=early_copies,
+                        count_conflicts=count_bank_conflicts,
+                    ).run()
+        except PtxError as error:
+            raise self._locate(error) from None
         module.copy_out(memory.bytes)
         arguments.copy_out(memory.bytes)
         report.seconds = time.perf_counter() - started
@@ -210,10 +213,15 @@ class Kernel:
                 f"expected at most {_MAX_SHARED} in all"
             )
 
-    def _wave_blocks(self, block: tuple[int, int, int], shared_bytes: int) -> int:
+    def _wave_blocks(self, block: tuple[int, int, int], shared_bytes: int, detect_races: bool) -> int:
         threads = round_up(block[0] * block[1] * block[2], 32)
-        bytes_ = threads * (self.local_bytes + sum(BYTES[register.type] for register in self.registers))
-        bytes_ += self.static_shared + shared_bytes
+        shared = self.static_shared + shared_bytes
+        bytes_ = (
+            threads * (self.local_bytes + sum(BYTES[register.type] for register in self.registers)) + shared
+        )
+        if detect_races:
+            # Reads and writes of every warp, 8 bytes each, for every cell.
+            bytes_ += shared // self.shared_cell[0] * threads // 32 * 16
         return max(1, min(_WAVE_BLOCKS, _WAVE_BYTES // max(bytes_, 1)))
 
 

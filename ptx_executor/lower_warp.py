@@ -123,7 +123,7 @@ def multiply_matrices(e: Emitter, op: Operation) -> None:
     sizes = (16 * depth // 32 // per_register, 8 * depth // 32 // per_register, 2 if c_kind == "f16" else 4)
     if (len(items(a)), len(items(b)), len(items(c))) != sizes or len(items(d)) != sizes[2]:
         raise op.unsupported("wrong number of registers")
-    warps = e.fragment(f"warps {e.mask}", (), _group(e, e.mask))
+    warps = e.fragment("warps", (), _group(e, e.mask))
     raw = "b32" if c_kind != "f32" else "f32"
     left = e.fragment(f"a {a_kind}", items(a), f"matrix_a({_registers(e, a, 'b32')}, '{a_kind}', {warps})")
     right = e.fragment(f"b {b_kind}", items(b), f"matrix_b({_registers(e, b, 'b32')}, '{b_kind}', {warps})")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from .barriers import Barriers
 from .dtypes import BYTES, NUMPY, UNSIGNED, Array
-from .errors import BarrierError, ExecutionTimeout, PtxError
+from .errors import BarrierError, ExecutionTimeout
 from .memory import BlockMemory, GlobalMemory
 from .program import Immediate, Negated, Operand, Register
 from .races import RaceDetector
@@ -116,9 +116,7 @@ class Wave:
                     break
                 budget -= 1
                 if time.perf_counter() > self._deadline:
-                    raise ExecutionTimeout(
-                        f"{self.kernel.name}: out of time in {self.kernel.where(int(row.pc.min()))}"
-                    )
+                    raise ExecutionTimeout(f"out of time in {self.kernel.where(int(row.pc.min()))}")
         if any(row.alive.any() for row in self.rows):
             self._deadlock()
 
@@ -180,10 +178,7 @@ class Wave:
         self.report.instructions += warps * (len(segment.body) + (segment.end is not None))
         if segment.body:
             run = self.kernel.compiled(pc, masked=not everyone)
-            try:
-                run(self._views(row), row, mask)
-            except PtxError as error:
-                raise self.kernel.locate(error) from None
+            run(self._views(row), row, mask)
         self._leave(row, segment, mask)
         return True
 

@@ -136,6 +136,29 @@ def test_mma_chain_keeps_its_accumulator_when_a_register_changes(kernel):
     np.testing.assert_array_equal(d, np.tile([80.0, 96.0, 80.0, 80.0], (32, 1)))
 
 
+def test_mma_under_a_guard_takes_its_own_warps(kernel):
+    """A fragment that was built for all warps is not that of the warps for which a guard holds."""
+    mma = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+    tile = "{%f0,%f1,%f2,%f3}, {%r0,%r0,%r0,%r0}, {%r0,%r0}, {%f0,%f1,%f2,%f3}"
+    run = kernel(
+        f"""
+        mov.b32 %r0, 0x3f803f80;
+        mov.f32 %f0, 0f00000000;
+        mov.f32 %f1, %f0; mov.f32 %f2, %f0; mov.f32 %f3, %f0;
+        setp.gt.u32 %p0, %tid, 31;
+        {mma} {tile};
+        @%p0 {mma} {tile};
+        {mma} {tile};
+        mad.wide.u32 %rd1, %tid, 4, %rd0;
+        st.global.f32 [%rd1], %f3;
+        """,
+        1,
+    )
+    d = np.zeros(96, np.float32)
+    run.launch(1, 96, [d])
+    np.testing.assert_array_equal(d, np.repeat([32.0, 48.0, 48.0], 32))
+
+
 @pytest.mark.parametrize("count", [1, 2, 4])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_ldmatrix_and_stmatrix(kernel, count, transposed):
