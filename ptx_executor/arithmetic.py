@@ -224,6 +224,14 @@ def bit_field_insert(field: Array, into: Array, start: Array, length: Array) -> 
     return (into & ~mask) | (shift_left(field, start) & mask)
 
 
+def bit_mask(start: Array, width: Array, wrap: bool) -> NDArray[np.uint32]:
+    """`bmsk`: `width` ones from bit `start` on; both are taken modulo 32 (`wrap`) or up to 32 (`clamp`)."""
+    if wrap:
+        start, width = start & np.uint32(31), width & np.uint32(31)
+    ones = (np.uint64(1) << np.minimum(width, np.uint32(32)).astype(np.uint64)) - np.uint64(1)
+    return (ones << np.minimum(start, np.uint32(32)).astype(np.uint64)).astype(np.uint32)
+
+
 def permute_bytes(a: Array, b: Array, selector: Array) -> NDArray[np.uint32]:
     """`prmt` in its default mode: bytes of b:a picked by the nibbles of `selector`, or their sign."""
     both = (b.astype(np.uint64) << np.uint64(32)) | a

@@ -92,31 +92,42 @@ def add_sub(e: Emitter, op: Operation) -> None:
     destination, a, b = op.operands
     x, y = e.value(a, kind), e.value(b, kind)
     if op.opcode in ("addc", "subc") or carry_out:
-        carry_in = e.value(CARRY, "pred") if op.opcode in ("addc", "subc") else "False"
         unsigned = f"b{8 * BYTES[kind]}"
-        subtract = op.opcode.startswith("sub")
-        result = e.let(f"with_carry({e.value(a, unsigned)}, {e.value(b, unsigned)}, {carry_in}, {subtract})")
-        e.put(destination, unsigned, f"{result}[0]")
-        if carry_out:
-            e.put(CARRY, "pred", f"{result}[1]")
-        return None
+        return _with_carry(
+            e, op, destination, unsigned, e.value(a, unsigned), e.value(b, unsigned), carry_out
+        )
     if saturating:
         return e.put(destination, kind, f"{op.opcode}_sat({x}, {y})")
     return e.call(destination, kind, {"add": "add", "sub": "subtract"}[op.opcode], x, y)
 
 
+def _with_carry(
+    e: Emitter, op: Operation, destination: Operand, kind: str, a: str, b: str, carry_out: bool
+) -> None:
+    """a + b or a - b of unsigned values, with the carry that the opcode reads or `.cc` writes."""
+    carry_in = e.value(CARRY, "pred") if op.opcode in ("addc", "subc", "madc") else "False"
+    result = e.let(f"with_carry({a}, {b}, {carry_in}, {op.opcode.startswith('sub')})")
+    e.put(destination, kind, f"{result}[0]")
+    if carry_out:
+        e.put(CARRY, "pred", f"{result}[1]")
+
+
 def multiply(e: Emitter, op: Operation) -> None:
-    """mul, mad (lo, hi, wide) and fma."""
+    """mul, mad, madc (lo, hi, wide) and fma."""
     kind = op.kind()
     if is_float(kind):
         return float_arithmetic(e, op, kind)
-    part = op.choice("lo", "hi", "wide", default="lo")
+    part, carry_out = op.choice("lo", "hi", "wide", default="lo"), op.flag("cc")
     destination, a, b, *rest = op.operands
     x, y = e.value(a, kind), e.value(b, kind)
     result = kind[0] + str(16 * BYTES[kind]) if part == "wide" else kind
     function = {"lo": "multiply", "hi": "mul_hi", "wide": "widen"}[part]
     if not rest:
         return e.call(destination, result, function, x, y)
+    if carry_out or op.opcode == "madc":
+        unsigned = f"b{8 * BYTES[kind]}"
+        product = f"{function}({x}, {y}).view('{_dtype(unsigned).str}')"
+        return _with_carry(e, op, destination, unsigned, product, e.value(rest[0], unsigned), carry_out)
     return e.call(destination, result, "add", f"{function}({x}, {y})", e.value(rest[0], result))
 
 
@@ -177,7 +188,7 @@ def shift(e: Emitter, op: Operation) -> None:
 
 
 def bit_field(e: Emitter, op: Operation) -> None:
-    """bfe, bfi, shf, prmt, lop3, popc, clz, bfind, brev, dp4a."""
+    """bfe, bfi, bmsk, shf, prmt, lop3, popc, clz, bfind, brev, dp4a."""
     if op.opcode == "dp4a":
         right, left = op.kind(), op.kind()
         values = [e.value(operand, "b32") for operand in op.operands[1:]]
@@ -195,6 +206,10 @@ def bit_field(e: Emitter, op: Operation) -> None:
         is_left, wrap = op.choice("l", "r") == "l", op.choice("wrap", "clamp") == "wrap"
         values = [e.value(source, "u32") for source in sources]
         return e.put(destination, "b32", f"funnel_shift({', '.join(values)}, {is_left}, {wrap})")
+    if op.opcode == "bmsk":
+        wrap = op.choice("wrap", "clamp") == "wrap"
+        start, width = (e.value(source, "u32") for source in sources)
+        return e.put(destination, "b32", f"bit_mask({start}, {width}, {wrap})")
     if op.opcode in ("bfe", "bfi"):
         n = 1 if op.opcode == "bfe" else 2
         values = [e.value(s, kind) for s in sources[:n]] + [e.value(s, "u32") for s in sources[n:]]
@@ -332,13 +347,15 @@ _F32 = _dtype("f32")
 
 HANDLERS = {
     **dict.fromkeys(("add", "sub", "addc", "subc"), add_sub),
-    **dict.fromkeys(("mul", "mad", "fma"), multiply),
+    **dict.fromkeys(("mul", "mad", "madc", "fma"), multiply),
     **dict.fromkeys(("div", "rem"), divide),
     **dict.fromkeys(("min", "max"), min_max),
     **dict.fromkeys(("neg", "abs"), negate_abs),
     **dict.fromkeys(("and", "or", "xor", "not", "cnot"), bitwise),
     **dict.fromkeys(("shl", "shr"), shift),
-    **dict.fromkeys(("bfe", "bfi", "shf", "prmt", "lop3", "popc", "clz", "bfind", "brev", "dp4a"), bit_field),
+    **dict.fromkeys(
+        ("bfe", "bfi", "bmsk", "shf", "prmt", "lop3", "popc", "clz", "bfind", "brev", "dp4a"), bit_field
+    ),
     **dict.fromkeys(("setp", "set"), compare),
     **dict.fromkeys(("selp", "slct"), select),
     **dict.fromkeys(("ex2", "lg2", "sin", "cos", "tanh", "rsqrt"), float_function),

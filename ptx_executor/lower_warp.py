@@ -131,7 +131,8 @@ def multiply_matrices(e: Emitter, op: Operation) -> None:
     constant = not all(isinstance(item, Register) for item in items(c))
     built = f"matrix_c({_registers(e, c, raw)}, '{c_kind}', {warps}, row.n)"
     addend = e.let(built) if constant else e.fragment(role, items(c), built)
-    result = e.let(f"multiply_add({left}, {right}, {addend})", "d")
+    saturate = op.flag("satfinite") and c_kind == "s32"
+    result = e.let(f"multiply_add({left}, {right}, {addend}, {saturate})", "d")
     e.emit(f"put_matrix({result}, {_registers(e, d, raw)}, {warps})")
     for item in items(d):
         e.written(item)

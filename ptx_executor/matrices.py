@@ -53,11 +53,14 @@ def matrix_c(registers: tuple[Array, ...], kind: str, warps: Warps, n: int) -> A
     return values.transpose(0, 3, 1, 2, 4).reshape(-1, 16, 8).view("i4" if kind == "s32" else "f4")
 
 
-def multiply_add(a: NDArray[np.float32], b: NDArray[np.float32], c: Array) -> Array:
-    """a @ b + c. Products are exact; they are summed in float32, and rounded once more for float16
-    accumulators.
+def multiply_add(a: NDArray[np.float32], b: NDArray[np.float32], c: Array, saturate: bool = False) -> Array:
+    """a @ b + c: exact products, summed in float32 and rounded once more for float16 accumulators.
+
+    With `saturate` integers stop at the ends of int32; else they wrap.
     """
     product = np.matmul(a, b)
+    if c.dtype == np.int32 and saturate:
+        return np.clip(c + product.astype(np.int64), -(2**31), 2**31 - 1).astype(np.int32)
     if c.dtype == np.int32:
         return c + product.astype(np.int32)
     if c.dtype == np.float16:

@@ -1,13 +1,16 @@
 // Small kernels that use what real ones use. FAULT 0 is right; every other number plants one fault.
-#include <cstdint>
 #include <cuda_bf16.h>
+#include <cstdint>
 
 using bf16 = __nv_bfloat16;
 
-__device__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+__device__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
 
 __device__ void copy16(void* to, const void* from, bool used) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(used ? 16 : 0));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(used ? 16 : 0));
 }
 
 __device__ void commit() { asm volatile("cp.async.commit_group;"); }
@@ -31,7 +34,8 @@ __device__ void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
 
 __device__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
@@ -64,13 +68,15 @@ __global__ void block_sum(const float* x, float* sums, int n) {
   }
 }
 
-// y = x^T in tiles of 32 x 32, 32 x 8 threads. Fault 1: a missing barrier. Fault 2: it writes past the ragged edge.
+// y = x^T in tiles of 32 x 32, 32 x 8 threads. Fault 1: a missing barrier. Fault 2: it writes past the ragged
+// edge.
 template <int FAULT>
 __global__ void transpose(const float* x, float* y, int rows, int columns) {
   __shared__ float tile[32][33];
   int column = blockIdx.x * 32 + threadIdx.x, row = blockIdx.y * 32 + threadIdx.y;
   for (int i = 0; i < 32; i += 8)
-    if (column < columns && row + i < rows) tile[threadIdx.y + i][threadIdx.x] = x[(row + i) * columns + column];
+    if (column < columns && row + i < rows)
+      tile[threadIdx.y + i][threadIdx.x] = x[(row + i) * columns + column];
   if (FAULT != 1) __syncthreads();
   int to_column = blockIdx.y * 32 + threadIdx.x, to_row = blockIdx.x * 32 + threadIdx.y;
   for (int i = 0; i < 32; i += 8)
@@ -78,8 +84,9 @@ __global__ void transpose(const float* x, float* y, int rows, int columns) {
       y[(to_row + i) * rows + to_column] = tile[threadIdx.x][threadIdx.y + i];
 }
 
-// y = x reversed within each run of 1024 bf16, through three stages of shared memory. n is a multiple of 1024.
-// Fault 1: wrong wait count. Fault 2: the stage is filled again with no barrier. Fault 3: the stage before is read.
+// y = x reversed within each run of 1024 bf16, through three stages of shared memory. n is a multiple of
+// 1024. Fault 1: wrong wait count. Fault 2: the stage is filled again with no barrier. Fault 3: the stage
+// before is read.
 template <int FAULT>
 __global__ void pipelined_reverse(const bf16* x, bf16* y, int n) {
   __shared__ __align__(16) bf16 stage[3][1024];
@@ -141,7 +148,8 @@ __global__ void matmul(const bf16* a, const bf16* b, float* c, int m, int n, int
 }
 
 // Causal attention over 32 channels: q, k, v, o [length, 32]; one block for 64 queries, keys 32 at a time.
-// Fault 1: no rescale. Fault 2: the mask is off by one. Fault 3: wrong wait. Fault 4: the last barrier is missing.
+// Fault 1: no rescale. Fault 2: the mask is off by one. Fault 3: wrong wait. Fault 4: the last barrier is
+// missing.
 template <int FAULT>
 __global__ void attention(const bf16* q, const bf16* k, const bf16* v, float* o, int length, float scale) {
   __shared__ __align__(128) bf16 sq[64 * 32], sk[2][32 * 32], sv[2][32 * 32];
@@ -168,7 +176,8 @@ __global__ void attention(const bf16* q, const bf16* k, const bf16* v, float* o,
     wait<FAULT == 3 ? 2 : 1>();
     __syncthreads();
     if (step == 0)
-      for (int kk = 0; kk < 2; kk++) load_matrices(fq[kk], sq + swizzled(warp * 16 + lane % 16, kk * 2 + lane / 16));
+      for (int kk = 0; kk < 2; kk++)
+        load_matrices(fq[kk], sq + swizzled(warp * 16 + lane % 16, kk * 2 + lane / 16));
     float score[4][4] = {};
     for (int kk = 0; kk < 2; kk++)
       for (int j = 0; j < 2; j++) {
@@ -199,8 +208,9 @@ __global__ void attention(const bf16* q, const bf16* k, const bf16* v, float* o,
         total[i / 2] += score[j][i];
       }
     for (int kk = 0; kk < 2; kk++) {
-      float(&low)[4] = score[2 * kk], (&high)[4] = score[2 * kk + 1];
-      uint32_t p[4] = {pack(low[0], low[1]), pack(low[2], low[3]), pack(high[0], high[1]), pack(high[2], high[3])};
+      float (&low)[4] = score[2 * kk], (&high)[4] = score[2 * kk + 1];
+      uint32_t p[4] = {pack(low[0], low[1]), pack(low[2], low[3]), pack(high[0], high[1]),
+                       pack(high[2], high[3])};
       for (int j = 0; j < 2; j++) {
         uint32_t fv[4];
         load_matrices_transposed(fv, sv[step % 2] + swizzled(kk * 16 + lane % 16, j * 2 + lane / 16));
@@ -214,7 +224,8 @@ __global__ void attention(const bf16* q, const bf16* k, const bf16* v, float* o,
     for (int step = 1; step <= 2; step *= 2) total[r] += __shfl_xor_sync(0xffffffff, total[r], step);
     int row = q0 + warp * 16 + lane / 4 + r * 8;
     for (int j = 0; j < 4 && row < length; j++)
-      for (int i = 0; i < 2; i++) o[(size_t)row * 32 + j * 8 + lane % 4 * 2 + i] = out[j][2 * r + i] / total[r];
+      for (int i = 0; i < 2; i++)
+        o[(size_t)row * 32 + j * 8 + lane % 4 * 2 + i] = out[j][2 * r + i] / total[r];
   }
 }
 
@@ -236,12 +247,24 @@ extern "C" __global__ void assorted(const float* x, float* y, int n, int pick) {
   for (int j = 0; j < 8; j++) own[j] = x[i] + j;
   float value = own[(i + pick) % 8];
   switch (i % 6) {
-    case 0: value = slow_power(value, i % 4); break;
-    case 1: value = table[pick & 3] * value; break;
-    case 2: value = sinf(value * 1e5f); break;
-    case 3: value = erff(value) + tanhf(value); break;
-    case 4: value = logf(fabsf(value) + 1.f) / 3.f; break;
-    default: value = static_cast<float>(static_cast<long long>(value * 1e6f) % 1234567); break;
+    case 0:
+      value = slow_power(value, i % 4);
+      break;
+    case 1:
+      value = table[pick & 3] * value;
+      break;
+    case 2:
+      value = sinf(value * 1e5f);
+      break;
+    case 3:
+      value = erff(value) + tanhf(value);
+      break;
+    case 4:
+      value = logf(fabsf(value) + 1.f) / 3.f;
+      break;
+    default:
+      value = static_cast<float>(static_cast<long long>(value * 1e6f) % 1234567);
+      break;
   }
   if (!(value == value)) asm volatile("trap;");
   y[i] = value;

@@ -196,6 +196,18 @@ def test_bit_fields(evaluate, kind):
             assert int(got[i]) == result
 
 
+@pytest.mark.parametrize("mode", ["wrap", "clamp"])
+def test_bit_mask(evaluate, mode):
+    start, width = (
+        np.resize(np.array(each, np.uint32), 64)
+        for each in ([0, 1, 8, 31, 32, 33, 255], [0, 1, 5, 31, 32, 40])
+    )
+    got = evaluate(f"bmsk.{mode}.b32 %d, %a0, %a1;", [start, width], "u4")
+    for i in range(64):
+        a, b = (int(v) % 32 if mode == "wrap" else min(int(v), 32) for v in (start[i], width[i]))
+        assert int(got[i]) == ((1 << b) - 1 << a) % 2**32
+
+
 @pytest.mark.parametrize("bits", [32, 64])
 def test_counting(evaluate, bits):
     a = _operands(bits, 1)[0]
@@ -254,6 +266,29 @@ def test_carry_chain(evaluate):
     """
     np.testing.assert_array_equal(evaluate(body.replace("OP", "add"), [a, b], "u8"), a + b)
     np.testing.assert_array_equal(evaluate(body.replace("OP", "sub"), [a, b], "u8"), a - b)
+
+
+def test_product_of_64_bits_by_words_of_32(evaluate):
+    a, b = _operands(64, 2)
+    body = """
+    mov.b64 {%r1, %r2}, %a0;
+    mov.b64 {%r3, %r4}, %a1;
+    mul.lo.u32 %r5, %r1, %r3;
+    mul.hi.u32 %r6, %r1, %r3;
+    mad.lo.cc.u32 %r6, %r1, %r4, %r6;
+    madc.hi.u32 %r7, %r1, %r4, 0;
+    mad.lo.cc.u32 %r6, %r2, %r3, %r6;
+    madc.hi.cc.u32 %r7, %r2, %r3, %r7;
+    addc.u32 %r8, 0, 0;
+    mad.lo.cc.u32 %r7, %r2, %r4, %r7;
+    madc.hi.u32 %r8, %r2, %r4, %r8;
+    mov.b64 %d, {HALF};
+    """
+    products = [int(x) * int(y) for x, y in zip(a, b, strict=True)]
+    low = evaluate(body.replace("HALF", "%r5, %r6"), [a, b], "u8")
+    assert [int(v) for v in low] == [p % 2**64 for p in products]
+    high = evaluate(body.replace("HALF", "%r7, %r8"), [a, b], "u8")
+    assert [int(v) for v in high] == [p >> 64 for p in products]
 
 
 def test_dp4a(evaluate):

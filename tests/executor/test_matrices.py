@@ -118,6 +118,25 @@ def test_mma(kernel, kind, depth, accumulator, masked):
             assert ((got - expected).abs() <= step * magnitude).all()
 
 
+@pytest.mark.parametrize(("mode", "expected"), [(".satfinite", 2**31 - 1), ("", -(2**31) + 1010)])
+def test_integers_saturate_on_request(kernel, mode, expected):
+    run = kernel(
+        f"""
+        mov.b32 %r0, 0x01010101;
+        mov.b32 %r1, 0x20202020;
+        mov.b32 %r4, 0x7ffffff2;
+        mma.sync.aligned.m16n8k32.row.col{mode}.s32.s8.s8.s32
+            {{%r5,%r6,%r7,%r8}}, {{%r0,%r0,%r0,%r0}}, {{%r1,%r1}}, {{%r4,%r4,%r4,%r4}};
+        mad.wide.u32 %rd1, %tid, 4, %rd0;
+        st.global.b32 [%rd1], %r7;
+        """,
+        1,
+    )
+    d = np.zeros(32, np.int32)
+    run.launch(1, 32, [d])
+    assert (d == expected).all()
+
+
 def test_mma_chain_keeps_its_accumulator_when_a_register_changes(kernel):
     """Fragments are kept between instructions; a register that is written in between has to be seen."""
     run = kernel(
