@@ -49,13 +49,6 @@ def _span(value: Any, name: str) -> _Span | None:
     return None
 
 
-def pointer(value: Any) -> int:
-    """Where an array starts in the host's memory."""
-    if isinstance(value, np.ndarray):
-        return int(value.__array_interface__["data"][0])
-    return int(value.data_ptr())
-
-
 def _host_bytes(low: int, high: int) -> NDArray[np.uint8]:
     return np.ctypeslib.as_array((ctypes.c_uint8 * (high - low)).from_address(low))
 
@@ -118,11 +111,15 @@ class Arguments:
             self._places.append((span, region))
             cursor = region.start + region.size
 
-    def _address(self, value: Any) -> int:
-        low = pointer(value)
+    def _address(self, own: _Span) -> int:
+        """Where the kernel finds an array. An empty one has a place of its own, that nothing may touch."""
         for span, region in self._places:
-            if span.low <= low < span.high or low == span.low:
-                return GLOBAL_BASE + region.start + low - span.low
+            if (
+                span.low <= own.low
+                and own.high <= span.high
+                and (own.low < own.high) == (span.low < span.high)
+            ):
+                return GLOBAL_BASE + region.start + own.low - span.low
         raise AssertionError("an argument without memory")
 
     def _encode(self, value: Any, parameter: Variable, name: str) -> bytes:
@@ -153,8 +150,8 @@ class Arguments:
             return value
         if value is None:
             return bytes(8)
-        if _span(value, name) is not None:
-            return self._address(value).to_bytes(8, "little")
+        if (span := _span(value, name)) is not None:
+            return self._address(span).to_bytes(8, "little")
         if isinstance(value, np.generic):
             return value.tobytes()
         if isinstance(value, bool | int):

@@ -128,10 +128,8 @@ class Emitter:
             return
         register, negated = guard
         predicate = ("~" if negated else "") + self.view(register, NUMPY["pred"])
-        outer, self.mask = (
-            self.mask,
-            self.let(f"{self.mask} & {predicate}" if self.mask else f"{predicate} & True", "g"),
-        )
+        outer = self.mask
+        self.mask = self.let(f"{outer or True} & {predicate}", "g")
         self.emit(f"if {self.mask}.any():")
         self._indent += 1
         before = dict(self._fragments)
@@ -165,9 +163,8 @@ class Emitter:
         if bits:
             array = np.array([value & ((1 << 8 * bits) - 1)], UNSIGNED[bits]).view(kind)[:1]
         elif kind.kind in "iu":
-            array = np.array([int(value) & ((1 << 8 * kind.itemsize) - 1)], UNSIGNED[kind.itemsize]).view(
-                kind
-            )
+            size = kind.itemsize
+            array = np.array([int(value) & ((1 << 8 * size) - 1)], UNSIGNED[size]).view(kind)
         else:
             array = np.array([value], kind)
         key = (kind.str, int.from_bytes(array.tobytes(), "little"))

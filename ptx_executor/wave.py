@@ -32,7 +32,7 @@ class Wave:
     """Some blocks of a launch, which run together.
 
     All blocks take the same steps as far as they agree: a step runs one segment of one warp of every block
-        that is there.
+    that is there.
     """
 
     def __init__(
@@ -54,11 +54,8 @@ class Wave:
     ) -> None:
         self.kernel, self.blocks, self.grid, self.block_size = kernel, blocks, grid, block_size
         self.parameters, self.memory, self.rng, self.report = parameters, memory, rng, report
-        self.dynamic_shared, self.early_copies, self.count_conflicts = (
-            dynamic_shared,
-            early_copies,
-            count_conflicts,
-        )
+        self.dynamic_shared, self.early_copies = dynamic_shared, early_copies
+        self.count_conflicts = count_conflicts
         self._deadline = deadline
         self.threads = block_size[0] * block_size[1] * block_size[2]
         self.warps = -(-self.threads // LANES)

@@ -278,7 +278,7 @@ def test_bfloat16_tensors_and_empty_ones(kernel):
     kernel(COPY, 2).launch(1, 32, [x, y])
     assert torch.equal(x, y)
     with pytest.raises(MemoryAccessError, match=r"argument 0 \(0 bytes\)"):
-        kernel(COPY, 2).launch(1, 32, [x[:0].clone(), y])
+        kernel(COPY, 2).launch(1, 32, [x[:0], x])
 
 
 def test_what_a_launch_refuses(kernel):
