@@ -30,7 +30,7 @@ def _span(value: Any, name: str) -> _Span | None:
     """The memory of a numpy array or of a tensor on the CPU; `None` for anything else.
 
     A view reaches from its first to its last element, and keeps its place in the allocation: a pointer that
-        is not aligned on a GPU, where allocations are multiples of 256, is not aligned here.
+    is not aligned on a GPU, where allocations are multiples of 256, is not aligned here.
     """
     if isinstance(value, np.ndarray):
         low, high = np.lib.array_utils.byte_bounds(value)
@@ -58,8 +58,7 @@ class Arguments:
 
     Args:
         values: one for each parameter: an array or CPU tensor (its address), `None` (a null pointer), a
-            number, `bytes`, or a
-            tuple of these, which is a struct with C's alignment.
+            number, `bytes`, or a tuple of these, which is a struct with C's alignment.
         parameters: the parameters of the kernel.
         start: first free byte of global memory.
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import special
 from .dtypes import BYTES, NUMPY, SIGNED, UNSIGNED, is_float, is_signed
 from .errors import UnsupportedInstruction
 from .memory import GLOBAL_BASE
@@ -188,6 +189,8 @@ class Emitter:
         if isinstance(operand, Immediate):
             return self._immediate(operand, kind)
         if isinstance(operand, Special):
+            if operand.name not in special.NAMES:
+                raise UnsupportedInstruction(f"line {self.line}: unknown special register %{operand.name}")
             return f"row.special({operand.name!r}).astype('{UNSIGNED[BYTES[kind]].str}').view('{target.str}')"
         if isinstance(operand, Symbol):
             return self.constant(self.address_of(operand), UNSIGNED[BYTES[kind]])

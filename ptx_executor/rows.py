@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from . import special
 from .atomics import update
 from .banks import bank_conflicts
 from .copies import AsyncCopies
@@ -54,57 +55,20 @@ class Row:
     # Who and where.
 
     def special(self, name: str) -> Array:
-        """A special register, `[n]`."""
-        if name in ("clock", "clock64", "globaltimer", "clock_hi"):
-            return np.full(self.n, self.wave.report.instructions, np.uint64)
+        """A special register, `[n]`; all but the clocks stay as they are."""
+        if "clock" in name or name == "globaltimer":
+            return special.read(self, name)
         if name not in self._specials:
-            self._specials[name] = self._special(name).astype(np.uint32)
+            self._specials[name] = special.read(self, name).astype(np.uint32)
         return self._specials[name]
-
-    def _special(self, name: str) -> Array:
-        wave = self.wave
-        base, _, axis = name.partition(".")
-        if axis in ("x", "y", "z"):
-            i = "xyz".index(axis)
-            if base == "tid":
-                return self._coordinates(self.thread, wave.block_size)[i]
-            if base == "ctaid":
-                return self._coordinates(wave.blocks[self.block], wave.grid)[i]
-            sizes = {"ntid": wave.block_size, "nctaid": wave.grid}
-            if base in sizes:
-                return np.full(self.n, sizes[base][i])
-        lane = self.thread % LANES
-        bit = np.uint32(1) << lane.astype(np.uint32)
-        values = {
-            "laneid": lane,
-            "warpid": self.thread // LANES,
-            "nwarpid": np.full(self.n, wave.warps),
-            "lanemask_eq": bit,
-            "lanemask_lt": bit - np.uint32(1),
-            "lanemask_le": bit | (bit - np.uint32(1)),
-            "lanemask_gt": ~(bit | (bit - np.uint32(1))),
-            "lanemask_ge": ~(bit - np.uint32(1)),
-            "smid": wave.blocks[self.block] % 108,
-            "nsmid": np.full(self.n, 108),
-            "gridid": np.zeros(self.n),
-            "dynamic_smem_size": np.full(self.n, wave.dynamic_shared),
-            "total_smem_size": np.full(self.n, wave.shared.size),
-        }
-        if name not in values:
-            raise MemoryAccessError(f"special register %{name} is not implemented")
-        return values[name]
-
-    @staticmethod
-    def _coordinates(linear: Array, size: tuple[int, int, int]) -> tuple[Array, Array, Array]:
-        return linear % size[0], linear // size[0] % size[1], linear // (size[0] * size[1])
 
     def place(self, lanes: Lanes) -> Place:
         """For messages: which thread of which block an element of an access belongs to."""
 
         def name(at: int) -> str:
             lane = int(lanes[at % lanes.size]) if lanes is not None else at % self.n
-            block = [int(v) for v in self._coordinates(self.wave.blocks[self.block[lane]], self.wave.grid)]
-            thread = [int(v) for v in self._coordinates(self.thread[lane], self.wave.block_size)]
+            block = [int(v) for v in special.coordinates(self.wave.blocks[self.block[lane]], self.wave.grid)]
+            thread = [int(v) for v in special.coordinates(self.thread[lane], self.wave.block_size)]
             return f"block {tuple(block)}, thread {tuple(thread)}"
 
         return name
@@ -118,7 +82,7 @@ class Row:
         """The warps of a mask, all of whose lanes have to be in it."""
         by_warp = mask.reshape(-1, LANES)
         some = by_warp.any(1)
-        if (by_warp.any(1) != by_warp.all(1)).any():
+        if (some != by_warp.all(1)).any():
             raise BarrierError(f"line {line}: an aligned instruction is executed by a part of a warp")
         return np.flatnonzero(some)
 

@@ -103,6 +103,7 @@ def test_errors_name_the_line(body, message):
         ("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%f0}, {%f0}, {%f0}, {%f0};", "no such shape"),
         ("add.u32 %h0, %r0, %r0;", "%h0 is narrower than .u32"),
         ("mov.u32 %r0, missing;", "unknown variable missing"),
+        ("mov.u32 %r0, %cluster_ctaid.x;", "unknown special register %cluster_ctaid.x"),
         ("shfl.sync.idx.b32 %r0, %r1, 0, 31, 0x3;", "a constant member mask"),
     ],
 )
