@@ -50,8 +50,7 @@ class Barriers:
 
         Raises:
             BarrierError: if the warps of a block come to a barrier of the whole block at different
-                instructions, or
-                with different counts, or one of them comes twice.
+                instructions, or with different counts, or one of them comes twice.
         """
         if not 0 <= number < _COUNT:
             raise BarrierError(f"line {instruction.line}: barrier {number} of {_COUNT}")

@@ -105,8 +105,7 @@ class GlobalMemory(Arena):
 
         Raises:
             MemoryAccessError: if one access of `size` bytes is not aligned, not within one region, or is a
-                store to
-                a region that is read-only.
+                store to a region that is read-only.
         """
         offset = self.spans(address, size, place, store)
         _check_alignment(offset, size, "global", place)

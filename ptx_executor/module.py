@@ -24,8 +24,7 @@ class Module(Mapping[str, Kernel]):
     Attributes:
         program: the module as it was read.
         variables: bytes of the global and constant variables by name; launches change the global ones, and
-            what is written here
-            is seen by the next launch (as after `cudaMemcpyToSymbol`).
+            what is written here is seen by the next launch (as after `cudaMemcpyToSymbol`).
     """
 
     def __init__(self, program: Program) -> None:

@@ -12,9 +12,8 @@ class Report:
     Attributes:
         instructions: instructions, counted once for each warp that runs them.
         barriers: times that a block passed a barrier.
-        global_load_bytes, global_store_bytes: bytes that lanes asked for, asynchronous copies included, as if
-            there were
-            no cache.
+        global_load_bytes, global_store_bytes: bytes that lanes asked for, asynchronous copies included, as
+            if there were no cache.
         shared_load_bytes, shared_store_bytes: the same for shared memory.
         atomics: lanes that updated global memory.
         bank_conflicts: extra passes over the banks of shared memory, if the launch counted them.
