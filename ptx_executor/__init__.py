@@ -6,6 +6,7 @@ and CPU tensors: warps in random order, `cp.async` data late, every access check
     found. See docs/ptx-executor.md.
 """
 
+from .arguments import Pointer
 from .dtypes import poison
 from .errors import (
     BarrierError,
@@ -31,6 +32,7 @@ __all__ = [
     "MemoryAccessError",
     "Module",
     "ParseError",
+    "Pointer",
     "PtxError",
     "RaceError",
     "Report",

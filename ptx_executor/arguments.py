@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,16 @@ from .memory import GLOBAL_BASE, Region, round_up
 from .program import Variable
 
 _ALIGNMENT = 256
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """The address of byte `offset` of an array or tensor; the kernel may reach all of it, before and
+    behind.
+    """
+
+    array: Any
+    offset: int = 0
 
 
 class _Span(NamedTuple):
@@ -32,6 +43,8 @@ def _span(value: Any, name: str) -> _Span | None:
     A view reaches from its first to its last element, and keeps its place in the allocation: a pointer that
     is not aligned on a GPU, where allocations are multiples of 256, is not aligned here.
     """
+    if isinstance(value, Pointer):
+        return _span(value.array, name)
     if isinstance(value, np.ndarray):
         low, high = np.lib.array_utils.byte_bounds(value)
         root: Any = value
@@ -150,7 +163,8 @@ class Arguments:
         if value is None:
             return bytes(8)
         if (span := _span(value, name)) is not None:
-            return self._address(span).to_bytes(8, "little")
+            offset = value.offset if isinstance(value, Pointer) else 0
+            return (self._address(span) + offset).to_bytes(8, "little")
         if isinstance(value, np.generic):
             return value.tobytes()
         if isinstance(value, bool | int):

@@ -1,8 +1,7 @@
 """What the arithmetic instructions compute, on numpy arrays.
 
-float32 sums, products and quotients are those of IEEE float32. fma is taken in float64 and rounded to
-float32: exact but for a double rounding in rare ties. The `.approx` functions are as exact as numpy's, which
-is a little better than the GPU's; only `tanh.approx` is cut to the 11 bits that the GPU promises.
+float32 and float16 arithmetic is that of IEEE, fma included. The `.approx` functions are as exact as numpy's,
+which is a little better than the GPU's; only `tanh.approx` is cut to the 11 bits that the GPU promises.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from .dtypes import Array, f32_to_bf16, f64_to_bf16
 
 F32, F64 = np.float32, np.float64
 _TINY = np.array([np.finfo(F32).tiny], F32)
+_HALF, _HALF_MASK = np.uint64(1 << 28), np.uint64((1 << 29) - 1)  # the bits of float64 below those of float32
 
 # Floats.
 
@@ -40,14 +40,32 @@ def directed(values: NDArray[np.float64], mode: str) -> NDArray[np.float32]:
     return np.where(near < values, np.nextafter(near, inf), near)
 
 
-def fma_wide(a: Array, b: Array, c: Array) -> NDArray[np.float64]:
-    """a * b + c in float64; the product of two float32 is exact there."""
-    product = np.multiply(a, b, dtype=F64)
-    return np.add(product, c, dtype=F64)
+def add_odd(a: Array, b: Array) -> NDArray[np.float64]:
+    """a + b in float64, rounded 'to odd': a second rounding, to 24 bits or fewer, is then the right one."""
+    a, b = a.astype(F64), b.astype(F64)
+    total = a + b
+    # What the rounding left out (Knuth's TwoSum).
+    part = total - a
+    rest = (a - (total - part)) + (b - part)
+    even = (total.view(np.uint64) & np.uint64(1)) == 0
+    step = even & (rest != 0) & np.isfinite(rest)
+    return np.where(step, np.nextafter(total, np.copysign(np.inf, rest)), total)
+
+
+def fma_odd(a: Array, b: Array, c: Array) -> NDArray[np.float64]:
+    """a * b + c of floats of 24 bits or fewer in float64, rounded to odd; the product is exact."""
+    return add_odd(np.multiply(a, b, dtype=F64), c)
 
 
 def fma_f32(a: Array, b: Array, c: Array) -> NDArray[np.float32]:
-    return fma_wide(a, b, c).astype(F32)
+    """a * b + c, rounded once."""
+    total = np.add(np.multiply(a, b, dtype=F64), c, dtype=F64)
+    # The rounding to float64 matters only where it lands half way between two float32.
+    doubtful = (total.view(np.uint64) & _HALF_MASK) == _HALF
+    doubtful |= (np.abs(total) < _TINY) & (total != 0)
+    if doubtful.any():
+        total = fma_odd(a, b, c)
+    return total.astype(F32)
 
 
 def fma_f64(a: NDArray[np.float64], b: NDArray[np.float64], c: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -56,15 +74,11 @@ def fma_f64(a: NDArray[np.float64], b: NDArray[np.float64], c: NDArray[np.float6
     return (a.astype(wide) * b + c).astype(F64)
 
 
-def add_wide(a: Array, b: Array) -> NDArray[np.float64]:
-    return np.add(a, b, dtype=F64)
+def sub_odd(a: Array, b: Array) -> NDArray[np.float64]:
+    return add_odd(a, -b)
 
 
-def sub_wide(a: Array, b: Array) -> NDArray[np.float64]:
-    return np.subtract(a, b, dtype=F64)
-
-
-def mul_wide_f(a: Array, b: Array) -> NDArray[np.float64]:
+def mul_wide(a: Array, b: Array) -> NDArray[np.float64]:
     return np.multiply(a, b, dtype=F64)
 
 

@@ -135,9 +135,9 @@ class Kernel:
             grid: blocks in x, y, z; missing ones are 1.
             block: threads of a block in x, y, z.
             args: one for each parameter: a numpy array or torch tensor on the CPU (its address; views and
-                strides are allowed), `None` (a null pointer), a number, `bytes`, or a tuple of these for a
-                struct with C's alignment. Python's own numbers take the size of their parameter, inside a
-                struct 4 bytes.
+                strides are allowed), a `Pointer` into one, `None` (a null pointer), a number, `bytes`, or a
+                tuple of these for a struct with C's alignment. Python's own numbers take the size of their
+                parameter, inside a struct 4 bytes.
             shared_bytes: dynamic shared memory of a block.
             seed: of the order of blocks, warps and atomics. The same seed gives the same result.
             time_limit: seconds.

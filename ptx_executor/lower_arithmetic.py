@@ -47,7 +47,7 @@ def float_arithmetic(e: Emitter, op: Operation, kind: str) -> None:
     if directed:
         if name == "rcp":
             name, values = "div", [e.constant(1.0, _F32), *values]
-        function = {"mul": "mul_wide_f"}.get(name, f"{name}_wide")
+        function = {"add": "add_odd", "sub": "sub_odd", "fma": "fma_odd"}.get(name, f"{name}_wide")
         return _put_float(
             e, destination, kind, f"directed({function}({', '.join(values)}), '{mode}')", ftz, sat, relu
         )
@@ -59,7 +59,7 @@ def float_arithmetic(e: Emitter, op: Operation, kind: str) -> None:
         "sqrt": "sqrt",
         "rcp": "rcp",
     }
-    functions["fma"] = "fma_wide" if is_half(kind) else f"fma_{kind}"
+    functions["fma"] = "fma_odd" if is_half(kind) else f"fma_{kind}"
     if not (ftz or sat or relu or is_half(kind)):
         return e.call(destination, kind, functions[name], *values)
     return _put_float(e, destination, kind, f"{functions[name]}({', '.join(values)})", ftz, sat, relu)

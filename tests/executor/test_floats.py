@@ -76,6 +76,30 @@ def test_fma_rounds_once(evaluate):
     assert (got != a * b + c).any()
 
 
+@pytest.mark.parametrize("mode", ["rn", "rz", "rm", "rp"])
+def test_fma_is_exact_where_float64_is_not(evaluate, mode):
+    """a * b lies on a float32 or half way between two, and c decides from below the last bit of float64."""
+    a = np.array([1 + 2**-12, 1 + 2**-12, 1, 1, -1, 2.0**-75, 2.0**-75, 1, 2.0**-100], np.float32)
+    b = np.array([1 + 2**-12, 1 + 2**-12, 1, 1, 1, 2.0**-75, 2.0**-75, 0, 2.0**-100], np.float32)
+    c = np.array(
+        [2.0**-80, -(2.0**-80), 2.0**-80, -(2.0**-80), 2.0**-80, 1, -1, 2.0**-149, 1e-45], np.float32
+    )
+    a, b, c = (np.resize(each, 64) for each in (a, b, c))
+    got = evaluate(f"fma.{mode}.f32 %d, %a0, %a1, %a2;", [a, b, c], "f4")
+    for i, value in enumerate(got):
+        exact = Fraction(float(a[i])) * Fraction(float(b[i])) + Fraction(float(c[i]))
+        near = _nearest_f32(exact)
+        if mode == "rn":
+            assert value == near
+            continue
+        around = sorted(
+            {float(np.nextafter(near, np.float32(end))) for end in (-np.inf, np.inf)} | {float(near)}
+        )
+        below = max(each for each in around if Fraction(each) <= exact)
+        above = min(each for each in around if Fraction(each) >= exact)
+        assert value == {"rm": below, "rp": above, "rz": below if exact > 0 else above}[mode]
+
+
 @pytest.mark.parametrize("mode", ["rz", "rm", "rp"])
 def test_directed_rounding(evaluate, mode):
     a, b, c = (each[225:] for each in _floats(3))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ptx_executor import LaunchError, MemoryAccessError, Module, poison
+from ptx_executor import LaunchError, MemoryAccessError, Module, Pointer, poison
 
 COPY = """
 mad.wide.u32 %rd2, %tid, 4, %rd0;
@@ -245,6 +245,18 @@ def test_a_view_keeps_the_alignment_it_has_in_its_allocation(kernel, library):
     assert x.tolist()[:6] == [0, 1, 2, 3, 7, 5]
     with pytest.raises(MemoryAccessError, match="not a multiple of 16"):
         run.launch(1, 1, [x[1:]])
+
+
+def test_a_pointer_into_an_array_keeps_all_of_it_in_reach(kernel):
+    run = kernel("ld.global.b32 %r0, [%rd0+-4];\nst.global.b32 [%rd0], %r0;", 1)
+    x = torch.arange(8, dtype=torch.int32)
+    run.launch(1, 1, [Pointer(x, 12)])
+    assert x.tolist() == [0, 1, 2, 2, 4, 5, 6, 7]
+    with pytest.raises(MemoryAccessError, match="4 bytes before the start"):
+        run.launch(1, 1, [Pointer(x, 0)])
+    vector = kernel("ld.global.v2.b32 {%r0, %r1}, [%rd0];\nst.global.b32 [%rd0], %r1;", 1)
+    with pytest.raises(MemoryAccessError, match="not a multiple of 8"):
+        vector.launch(1, 1, [Pointer(x[1:], 0)])
 
 
 def test_overlapping_views_share_their_memory(kernel):
