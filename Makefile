@@ -33,7 +33,7 @@ bench: $(VENV)/.tools
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy stream_r1 stream_r1_kernels
+	$(BIN)/mypy stream_r1 stream_r1_kernels ptx_executor
 	find csrc -name '*.cpp' -o -name '*.h' | xargs -r $(BIN)/clang-format --dry-run --Werror
 
 # The tiny world from the film on; each step resumes where it was stopped.
