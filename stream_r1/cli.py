@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -232,6 +233,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = [arg for arg in args if arg != "--debug"]  # welcome anywhere on the line
     for library in ("DIFFUSERS", "TRANSFORMERS"):  # their remarks on loading are not about what the user did
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    # torch's, of a float32 norm of bfloat16 values under autocast, which is what is meant
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     try:
         app(args, prog_name="stream-r1", standalone_mode=True)
     except KeyboardInterrupt:
