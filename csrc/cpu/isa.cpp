@@ -12,8 +12,12 @@ namespace {
 Isa best_isa() {
 #if defined(__x86_64__) && defined(STREAM_R1_HAS_AVX512)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+#if defined(STREAM_R1_HAS_AVX512_BF16)
+    if (__builtin_cpu_supports("avx512bf16")) return Isa::avx512_bf16;
+#endif
     return Isa::avx512;
+  }
 #endif
 #if defined(__x86_64__) && defined(STREAM_R1_HAS_AVX2)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
@@ -25,7 +29,7 @@ Isa best_isa() {
 Isa lowered_by_environment(Isa best) {
   const char* wish = std::getenv("STREAM_R1_ISA");
   if (wish == nullptr) return best;
-  for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512})
+  for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16})
     if (std::strcmp(wish, isa_name(isa)) == 0) return std::min(isa, best);
   return best;
 }
@@ -41,6 +45,8 @@ Isa cpu_isa() {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::avx512_bf16:
+      return "avx512_bf16";
     case Isa::avx512:
       return "avx512";
     case Isa::avx2:
