@@ -75,34 +75,29 @@ inline Vec exp(Vec x) {
   return x < lowest ? Vec{} : p * power;
 }
 
-// 2^x for x < 128, to about one unit in the last place; zero below -150 at the latest. The polynomial is
-// minimax on [-1/2, 1/2].
+// 2^x for x < 128, to about one unit in the last place; zero below -126.5. The polynomial is minimax on
+// [-1/2, 1/2].
 inline Vec exp2(Vec x) {
-  const Vec lowest = splat(-150.0f);
-  const Vec bounded = x < lowest ? lowest : x;  // not a number stays what it is
+  const float magic = 12582912.0f + 127.0f;
 #ifdef __AVX512F__
-  const Vec n = (Vec)_mm512_roundscale_ps((__m512)bounded, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vec bounded = (Vec)_mm512_max_ps((__m512)splat(-127.0f), (__m512)x);  // not a number stays what it is
 #else
-  const Vec shifted = bounded + 12582912.0f;  // the nearest integer, in the low bits of the mantissa
-  const Vec n = shifted - 12582912.0f;
+  const Vec bounded = x < -127.0f ? splat(-127.0f) : x;
 #endif
-  const Vec r = bounded - n;
+  const Vec shifted = bounded + magic;  // the nearest integer + 127, in the low bits of the mantissa
+  const Vec r = bounded - (shifted - magic);
   Vec p = splat(1.327647199e-3f);
   p = p * r + 9.675541334e-3f;
   p = p * r + 5.550713273e-2f;
   p = p * r + 2.402211972e-1f;
   p = p * r + 6.931469671e-1f;
   p = p * r + 1.000000072f;
-#ifdef __AVX512F__
-  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)n);
-#else
   IntVec bits;
   std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits << 23) + 0x3f800000;
+  bits <<= 23;  // the power's exponent
   Vec power;
   std::memcpy(&power, &bits, sizeof power);
-  return x < splat(-126.0f) ? Vec{} : p * power;
-#endif
+  return p * power;
 }
 
 // Scratch memory of a task: aligned to a cache line, not initialised.

@@ -106,6 +106,7 @@ Prepared prepare(const char* op, const Tensor& q, double scale) {
   p.args.scale = static_cast<float>(scale);
   p.args.q = source(p.q);
   p.args.q_strides = strides_of(p.q);
+  p.args.brgemm = pick_brgemm();
   return p;
 }
 
@@ -125,7 +126,10 @@ std::tuple<Tensor, Tensor> forward(Prepared& p, const std::vector<QueryBlock>& b
   for (const QueryBlock& piece : pieces) costs.push_back(pairs(piece) + piece.end - piece.begin);
   auto* kernel = pick_attention_forward();
   const bool small = heads_in_all * pairs(blocks) * q.size(3) < kSmallWork;
-  run_balanced(heads_in_all, costs, small, [&](int64_t begin, int64_t end) { kernel(p.args, begin, end); });
+  run_balanced(heads_in_all, costs, small, [&](int64_t begin, int64_t end) {
+    kernel(p.args, begin, end);
+    release_brgemm();
+  });
   return {out, lse};
 }
 
@@ -188,8 +192,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(Prepared& p, const std::vector<Query
   args.num_tiles = static_cast<int64_t>(tiles.size());
   args.splits = splits;
   auto* kernel = pick_attention_backward();
-  run_balanced(heads_in_all, std::vector<int64_t>(splits, 1), small,
-               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  run_balanced(heads_in_all, std::vector<int64_t>(splits, 1), small, [&](int64_t begin, int64_t end) {
+    kernel(args, begin, end);
+    release_brgemm();
+  });
   if (splits > 1) grad_q = grad_q.sum(0).to(q.scalar_type());
   return {grad_q, grad_k, grad_v};
 }

@@ -173,20 +173,20 @@ class BackwardHead {
   void add_tile(int64_t tile, int64_t seen, bool fresh) {
     constexpr int64_t kWords = kQueries / Math::kPerWord;
     const int64_t wide = round_up(count(tile), kLanes), words = words_of<Math>(count(tile));
-    product<Math>(seen, wide, sizes_.words, m_.keys, sizes_.row, m_.queries_t + transposed(tile), kQueries,
-                  {Start::zero}, m_.weights, kQueries);
-    product<Math>(seen, wide, sizes_.words, m_.values, sizes_.row, m_.grads_t + transposed(tile), kQueries,
-                  {Start::zero}, m_.grad_scores, kQueries);
+    product<Math>(a_.brgemm, seen, wide, sizes_.words, m_.keys, sizes_.row, m_.queries_t + transposed(tile),
+                  kQueries, {Start::zero}, m_.weights, kQueries);
+    product<Math>(a_.brgemm, seen, wide, sizes_.words, m_.values, sizes_.row, m_.grads_t + transposed(tile),
+                  kQueries, {Start::zero}, m_.grad_scores, kQueries);
     softmax_backward<Math>(seen, wide, factor_, m_.lse + tile * kQueries, m_.delta + tile * kQueries,
                            m_.weights, m_.grad_scores, m_.weight_rows, m_.grad_rows);
-    product<Math>(sizes_.head_dim, wide, words_of<Math>(seen), m_.keys_t, m_.key_words, m_.grad_scores,
-                  kQueries, {Start::there}, grad_queries(tile), kQueries);
+    product<Math>(a_.brgemm, sizes_.head_dim, wide, words_of<Math>(seen), m_.keys_t, m_.key_words,
+                  m_.grad_scores, kQueries, {Start::there}, grad_queries(tile), kQueries);
     if (!fresh) return;
     const float* grad_rows = Math::kPerWord > 1 ? m_.grad_rows : m_.grad_scores;
-    product<Math>(seen, sizes_.width, words, m_.weight_rows, kWords, m_.grads + by_token(tile), sizes_.width,
-                  {Start::there}, m_.grad_values, sizes_.width);
-    product<Math>(seen, sizes_.width, words, grad_rows, kWords, m_.queries + by_token(tile), sizes_.width,
-                  {Start::there}, m_.grad_keys, sizes_.width);
+    product<Math>(a_.brgemm, seen, sizes_.width, words, m_.weight_rows, kWords, m_.grads + by_token(tile),
+                  sizes_.width, {Start::there}, m_.grad_values, sizes_.width);
+    product<Math>(a_.brgemm, seen, sizes_.width, words, grad_rows, kWords, m_.queries + by_token(tile),
+                  sizes_.width, {Start::there}, m_.grad_keys, sizes_.width);
   }
 
   void write_queries(int64_t tile, int64_t split) {

@@ -12,9 +12,15 @@
 namespace stream_r1::STREAM_R1_ISA {
 namespace {
 
-constexpr int64_t kKeys = 120;  // most keys of a tile
+constexpr int64_t kKeys = 192;  // most keys of a tile
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+// Queries of a tile, all tiles of a block about as long as each other.
+int64_t tile_step(int64_t queries) {
+  const int64_t tiles = (queries + kQueries - 1) / kQueries;
+  return round_up((queries + tiles - 1) / tiles, kLanes);
+}
 
 // Scratch of the forward of one block of queries.
 template <class Math>
@@ -96,15 +102,17 @@ class ForwardItem {
         h_(h),
         block_(block),
         tiles_((block.end - block.begin + kQueries - 1) / kQueries),
+        step_(tile_step(block.end - block.begin)),
         factor_(static_cast<float>(args.scale * kLog2E)) {}
 
   void run() {
     for (int64_t tile = 0; tile < tiles_; ++tile) start(tile);
     for (int r = 0; r < block_.num_ranges; ++r) {
       const KeyRange& range = block_.ranges[r];
-      // Tiles as long as each other, of whole product tiles.
+      // Tiles about as long as each other.
       const int64_t length = range.end - range.begin, count = (length + kKeys - 1) / kKeys;
-      const int64_t step = count == 0 ? kKeys : round_up((length + count - 1) / count, kTileRows);
+      const int64_t step =
+          count == 0 ? kKeys : round_up((length + count - 1) / count, kTileRows<kTileVectors>);
       for (int64_t key = range.begin; key < range.end; key += step)
         add_keys(a_.keys[range.source], key, std::min(step, range.end - key));
     }
@@ -112,8 +120,8 @@ class ForwardItem {
   }
 
  private:
-  int64_t first(int64_t tile) const { return block_.begin + tile * kQueries; }
-  int64_t count(int64_t tile) const { return std::min(kQueries, block_.end - first(tile)); }
+  int64_t first(int64_t tile) const { return block_.begin + tile * step_; }
+  int64_t count(int64_t tile) const { return std::min(step_, block_.end - first(tile)); }
   float* queries(int64_t tile) { return m_.queries_t + tile * sizes_.words * m_.columns; }
   float* sums(int64_t tile) { return m_.sums + tile * sizes_.width * m_.columns; }
 
@@ -133,11 +141,11 @@ class ForwardItem {
     transpose(by_token, words, sizes_.head_dim, sizes_.width, m_.values, m_.key_words);
     for (int64_t tile = 0; tile < tiles_; ++tile) {
       const int64_t wide = round_up(count(tile), kLanes), columns = m_.columns;
-      product<Math>(seen, wide, sizes_.words, m_.keys, sizes_.row, queries(tile), columns, {Start::zero},
-                    m_.scores, columns);
+      product<Math>(a_.brgemm, seen, wide, sizes_.words, m_.keys, sizes_.row, queries(tile), columns,
+                    {Start::zero}, m_.scores, columns);
       softmax_step<Math>(m_.scores, seen, wide, columns, factor_, m_.maximum + tile * columns,
                          m_.total + tile * columns, m_.decay);
-      product<Math>(sizes_.head_dim, wide, words, m_.values, m_.key_words, m_.scores, columns,
+      product<Math>(a_.brgemm, sizes_.head_dim, wide, words, m_.values, m_.key_words, m_.scores, columns,
                     {Start::decayed, m_.decay}, sums(tile), columns);
     }
   }
@@ -167,8 +175,8 @@ class ForwardItem {
   ForwardMemory<Math>& m_;
   int64_t b_, h_;
   const QueryBlock& block_;
-  int64_t tiles_;
-  float factor_;  // the scale, for powers of two
+  int64_t tiles_, step_;  // tiles of queries, and queries of one
+  float factor_;          // the scale, for powers of two
 };
 
 template <class Math>

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cpu/brgemm.h"
 #include "cpu/isa.h"
 #include "cpu/views.h"
 
@@ -42,7 +43,8 @@ struct AttentionArgs {
   int64_t num_blocks;
   Target out;
   Strides out_strides;
-  float* lse;  // [B, H, T]
+  float* lse;      // [B, H, T]
+  Brgemm* brgemm;  // may be null
 };
 
 // Queries of a tile, and the longest block of queries that attention_forward takes. Keys are packed once a

@@ -16,10 +16,11 @@
 
 namespace stream_r1 {
 
-enum class Isa { baseline, avx2, avx512, avx512_bf16 };
+// amx: avx512_bf16, with products of bfloat16 on tiles by way of torch (cpu/brgemm.h).
+enum class Isa { baseline, avx2, avx512, avx512_bf16, amx };
 
 // The best instruction set that was built and that this machine has; the environment variable STREAM_R1_ISA
-// lowers it.
+// lowers it. `amx` may be wished for on any machine with avx512_bf16: torch finds another way.
 Isa cpu_isa();
 const char* isa_name(Isa isa);
 
@@ -60,7 +61,7 @@ struct KernelSignature {
   KernelSignature<__VA_ARGS__>::type name;       \
   }
 #define STREAM_R1_PICK_AVX512_BF16(name) \
-  if (isa == Isa::avx512_bf16) return &avx512_bf16::name;
+  if (isa >= Isa::avx512_bf16) return &avx512_bf16::name;
 #else
 #define STREAM_R1_DECLARE_AVX512_BF16(name, ...)
 #define STREAM_R1_PICK_AVX512_BF16(name)

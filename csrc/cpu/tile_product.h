@@ -6,6 +6,7 @@
 #pragma once
 
 #include "common/simd.h"
+#include "cpu/brgemm.h"
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -13,7 +14,6 @@
 
 namespace stream_r1::STREAM_R1_ISA {
 
-constexpr int kTileRows = 6;
 #ifdef __AVX512F__
 constexpr int kTileVectors = 4;  // 24 sums of the 32 registers
 #else
@@ -100,30 +100,50 @@ inline void product_tile(int64_t words, const float* a, int64_t a_stride, const 
     for (int j = 0; j < kVectors; ++j) store(c + i * c_stride + j * kLanes, sums[i][j]);
 }
 
+// Rows of a tile that is kVectors wide: as many as the registers hold, for the latency of the sums and the
+// loads of `b` to be shared by many.
+template <int kVectors>
+constexpr int kTileRows = kVectors == kTileVectors ? 6 : 8;
+
+// The last rows of a panel, fewer than 2 * kRows.
+template <class Math, int kRows, int kVectors>
+void product_rest(int64_t rows, int64_t words, const float* a, int64_t a_stride, const float* b,
+                  int64_t b_stride, const Start& start, float* c, int64_t c_stride) {
+  if (rows >= kRows) {
+    product_tile<Math, kRows, kVectors>(words, a, a_stride, b, b_stride, start, c, c_stride);
+    rows -= kRows, a += kRows * a_stride, c += kRows * c_stride;
+  }
+  if constexpr (kRows > 1)
+    if (rows > 0)
+      product_rest<Math, kRows / 2, kVectors>(rows, words, a, a_stride, b, b_stride, start, c, c_stride);
+}
+
 // Columns of kVectors vectors.
 template <class Math, int kVectors>
 void product_panel(int64_t rows, int64_t words, const float* a, int64_t a_stride, const float* b,
                    int64_t b_stride, const Start& start, float* c, int64_t c_stride) {
-  for (; rows >= kTileRows; rows -= kTileRows, a += kTileRows * a_stride, c += kTileRows * c_stride)
-    product_tile<Math, kTileRows, kVectors>(words, a, a_stride, b, b_stride, start, c, c_stride);
-  switch (rows) {
-    case 1:
-      return product_tile<Math, 1, kVectors>(words, a, a_stride, b, b_stride, start, c, c_stride);
-    case 2:
-      return product_tile<Math, 2, kVectors>(words, a, a_stride, b, b_stride, start, c, c_stride);
-    case 3:
-      return product_tile<Math, 3, kVectors>(words, a, a_stride, b, b_stride, start, c, c_stride);
-    case 4:
-      return product_tile<Math, 4, kVectors>(words, a, a_stride, b, b_stride, start, c, c_stride);
-    case 5:
-      return product_tile<Math, 5, kVectors>(words, a, a_stride, b, b_stride, start, c, c_stride);
-  }
+  constexpr int kRows = kTileRows<kVectors>;
+  for (; rows >= kRows; rows -= kRows, a += kRows * a_stride, c += kRows * c_stride)
+    product_tile<Math, kRows, kVectors>(words, a, a_stride, b, b_stride, start, c, c_stride);
+  product_rest<Math, 4, kVectors>(rows, words, a, a_stride, b, b_stride, start, c, c_stride);
 }
 
-// c [rows, columns] = start + a [rows, words] b [words, columns]; columns is a multiple of kLanes.
+inline void decay_columns(int64_t rows, int64_t columns, const float* decay, float* c, int64_t c_stride) {
+  for (int64_t i = 0; i < rows; ++i, c += c_stride)
+    for (int64_t j = 0; j < columns; j += kLanes) store(c + j, load(c + j) * load(decay + j));
+}
+
+// c [rows, columns] = start + a [rows, words] b [words, columns]; columns is a multiple of kLanes. By
+// `brgemm`, if there is one and the words are bfloat16.
 template <class Math>
-[[gnu::noinline]] void product(int64_t rows, int64_t columns, int64_t words, const float* a, int64_t a_stride,
-                               const float* b, int64_t b_stride, Start start, float* c, int64_t c_stride) {
+[[gnu::noinline]] void product(Brgemm* brgemm, int64_t rows, int64_t columns, int64_t words, const float* a,
+                               int64_t a_stride, const float* b, int64_t b_stride, Start start, float* c,
+                               int64_t c_stride) {
+  if (Math::kPerWord == 2 && brgemm != nullptr) {
+    if (start.kind == Start::decayed) decay_columns(rows, columns, start.decay, c, c_stride);
+    return brgemm(rows, columns, words * 2, a_stride * 2, b_stride, c_stride, start.kind != Start::zero, a, b,
+                  c);
+  }
   constexpr int64_t kPanel = kTileVectors * kLanes;
   for (; columns >= kPanel; columns -= kPanel, b += kPanel, c += kPanel, start.decay += kPanel)
     product_panel<Math, kTileVectors>(rows, words, a, a_stride, b, b_stride, start, c, c_stride);
