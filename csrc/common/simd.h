@@ -75,8 +75,8 @@ inline Vec exp(Vec x) {
   return x < lowest ? Vec{} : p * power;
 }
 
-// 2^x for x < 128, to about one unit in the last place; zero below -126.5. The polynomial is minimax on
-// [-1/2, 1/2].
+// 2^x for x < 128, to about one unit in the last place; zero below -126.5. 2^0 is 1 exactly. The polynomial is
+// minimax on [-1/2, 1/2].
 inline Vec exp2(Vec x) {
   const float magic = 12582912.0f + 127.0f;
 #ifdef __AVX512F__
@@ -86,12 +86,13 @@ inline Vec exp2(Vec x) {
 #endif
   const Vec shifted = bounded + magic;  // the nearest integer + 127, in the low bits of the mantissa
   const Vec r = bounded - (shifted - magic);
-  Vec p = splat(1.327647199e-3f);
-  p = p * r + 9.675541334e-3f;
-  p = p * r + 5.550713273e-2f;
-  p = p * r + 2.402211972e-1f;
-  p = p * r + 6.931469671e-1f;
-  p = p * r + 1.000000072f;
+  Vec p = splat(1.535336200e-4f);
+  p = p * r + 1.339887445e-3f;
+  p = p * r + 9.618437358e-3f;
+  p = p * r + 5.550332471e-2f;
+  p = p * r + 2.402264791e-1f;
+  p = p * r + 6.931472029e-1f;
+  p = p * r + 1.0f;
   IntVec bits;
   std::memcpy(&bits, &shifted, sizeof bits);
   bits <<= 23;  // the power's exponent
