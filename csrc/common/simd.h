@@ -75,8 +75,8 @@ inline Vec exp(Vec x) {
   return x < lowest ? Vec{} : p * power;
 }
 
-// 2^x for x < 128, to about one unit in the last place; zero below -126.5. 2^0 is 1 exactly. The polynomial is
-// minimax on [-1/2, 1/2].
+// 2^x for x < 128, to about one unit in the last place; zero below -126.5. 2^0 is 1 exactly. The polynomial
+// is minimax on [-1/2, 1/2].
 inline Vec exp2(Vec x) {
   const float magic = 12582912.0f + 127.0f;
 #ifdef __AVX512F__

@@ -49,8 +49,8 @@ def worst(a: Tensor, exact: Tensor) -> float:
 
 
 def assert_as_exact_as_torch(ours: Tensor, rival: Tensor, exact: Tensor, terms: float = 0.0) -> None:
-    """At most twice torch's error and a unit in the last place: of the largest result, of 1 where all are smaller,
-    or of the terms whose sum it is."""
+    """At most twice torch's error and a unit in the last place: of the largest result, of 1 where all are
+    smaller, or of the terms whose sum it is."""
     assert ours.shape == exact.shape
     assert ours.dtype == rival.dtype
     largest = max(1.0, terms, exact.abs().max().item() if exact.numel() else 0.0)
@@ -58,7 +58,7 @@ def assert_as_exact_as_torch(ours: Tensor, rival: Tensor, exact: Tensor, terms: 
 
 
 def terms_of_gradients(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, scale: float) -> float:
-    """The largest term that cancels in the gradient of a softmax: factor * (grad v) times a query or a key."""
+    """The largest term that cancels in a softmax's gradient: factor * (grad v) times a query or a key."""
     if not q.numel() or not k.numel():
         return 0.0
     grad_weights = torch.einsum("bqhd,bkhd->bhqk", grad.double(), v.double()).abs().max().item()
