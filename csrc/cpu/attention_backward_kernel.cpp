@@ -14,7 +14,6 @@ namespace stream_r1::STREAM_R1_ISA {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr double kLog2E = 1.4426950408889634;
 
 struct QueryTile {
   int64_t block, begin, end;
@@ -94,7 +93,7 @@ class BackwardHead {
         tiles_(tiles),
         b_(b),
         h_(h),
-        factor_(static_cast<float>(args.forward.scale * kLog2E)) {}
+        scale_(args.forward.scale) {}
 
   void run(int64_t split) {
     for (int64_t tile = 0; tile < num_tiles(); ++tile) read_queries(tile);
@@ -131,7 +130,7 @@ class BackwardHead {
     const Tokens outs{args_.out, args_.out_strides, b_, h_, tiles_[tile].begin, count(tile)};
     const Tokens grads{args_.grad_out, args_.grad_out_strides, b_, h_, tiles_[tile].begin, count(tile)};
     for (int64_t i = 0; i < count(tile); ++i) {
-      lse[i] = static_cast<float>(a_.lse[line + i] * kLog2E);
+      lse[i] = static_cast<float>(a_.lse[line + i] / scale_.ln2);
       const float* out = read_row(outs.source, outs.offset(i), sizes_.head_dim, m_.row);
       const float* grad = read_row(grads.source, grads.offset(i), sizes_.head_dim, m_.row + sizes_.width);
       delta[i] = sum_terms(sizes_.head_dim, [&](int64_t d) { return out[d] * grad[d]; }) -
@@ -177,7 +176,7 @@ class BackwardHead {
                   kQueries, {Start::zero}, m_.weights, kQueries);
     product<Math>(a_.brgemm, seen, wide, sizes_.words, m_.values, sizes_.row, m_.grads_t + transposed(tile),
                   kQueries, {Start::zero}, m_.grad_scores, kQueries);
-    softmax_backward<Math>(seen, wide, factor_, m_.lse + tile * kQueries, m_.delta + tile * kQueries,
+    softmax_backward<Math>(seen, wide, scale_.factor, m_.lse + tile * kQueries, m_.delta + tile * kQueries,
                            m_.weights, m_.grad_scores, m_.weight_rows, m_.grad_rows);
     product<Math>(a_.brgemm, sizes_.head_dim, wide, words_of<Math>(seen), m_.keys_t, m_.key_words,
                   m_.grad_scores, kQueries, {Start::there}, grad_queries(tile), kQueries);
@@ -210,7 +209,7 @@ class BackwardHead {
   BackwardMemory<Math>& m_;
   const std::vector<QueryTile>& tiles_;
   int64_t b_, h_;
-  float factor_;  // the scale, for powers of two
+  BinaryScale scale_;
 };
 
 template <class Math>

@@ -14,7 +14,6 @@ namespace {
 
 constexpr int64_t kKeys = 192;  // most keys of a tile
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 // Queries of a tile, all tiles of a block about as long as each other.
 int64_t tile_step(int64_t queries) {
@@ -103,7 +102,7 @@ class ForwardItem {
         block_(block),
         tiles_((block.end - block.begin + kQueries - 1) / kQueries),
         step_(tile_step(block.end - block.begin)),
-        factor_(static_cast<float>(args.scale * kLog2E)) {}
+        scale_(args.scale) {}
 
   void run() {
     for (int64_t tile = 0; tile < tiles_; ++tile) start(tile);
@@ -143,7 +142,7 @@ class ForwardItem {
       const int64_t wide = round_up(count(tile), kLanes), columns = m_.columns;
       product<Math>(a_.brgemm, seen, wide, sizes_.words, m_.keys, sizes_.row, queries(tile), columns,
                     {Start::zero}, m_.scores, columns);
-      softmax_step<Math>(m_.scores, seen, wide, columns, factor_, m_.maximum + tile * columns,
+      softmax_step<Math>(m_.scores, seen, wide, columns, scale_.factor, m_.maximum + tile * columns,
                          m_.total + tile * columns, m_.decay);
       product<Math>(a_.brgemm, sizes_.head_dim, wide, words, m_.values, m_.key_words, m_.scores, columns,
                     {Start::decayed, m_.decay}, sums(tile), columns);
@@ -160,7 +159,7 @@ class ForwardItem {
       for (int64_t d = 0; d < sizes_.head_dim; ++d) row[d] *= factor;
       write(row,
             b_ * a_.out_strides.batch + (first(tile) + i) * a_.out_strides.token + h_ * a_.out_strides.head);
-      lse[i] = total == 0.0f ? -kInfinity : static_cast<float>(top * kLn2 + std::log(double(total)));
+      lse[i] = total == 0.0f ? -kInfinity : static_cast<float>(top * scale_.ln2 + std::log(double(total)));
     }
   }
 
@@ -176,7 +175,7 @@ class ForwardItem {
   int64_t b_, h_;
   const QueryBlock& block_;
   int64_t tiles_, step_;  // tiles of queries, and queries of one
-  float factor_;          // the scale, for powers of two
+  BinaryScale scale_;
 };
 
 template <class Math>

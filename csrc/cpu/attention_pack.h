@@ -34,6 +34,16 @@ struct HeadSizes {
   int64_t width;  // the head, padded
 };
 
+// The scale of scores for powers of two: scores times it, and 2^x, are scores times `scale`, and e^x.
+struct BinaryScale {
+  explicit BinaryScale(float scale)
+      : factor(static_cast<float>(scale * 1.4426950408889634)),
+        ln2(scale == 0.0f ? 0.6931471805599453 : static_cast<double>(scale) / factor) {}
+
+  float factor;
+  double ln2;  // with the rounding of `factor`
+};
+
 template <class Math>
 int64_t words_of(int64_t tokens) {
   return (tokens + Math::kPerWord - 1) / Math::kPerWord;
