@@ -51,8 +51,8 @@ def worst(a: Tensor, exact: Tensor) -> float:
 class Exactness:
     """At most twice torch's error, a unit in the last place, and what rounding the scores to float32 costs.
 
-    The unit is that of the largest result, of 1 where all are smaller, or of the largest of the terms that add
-    up to a gradient. A score is a sum of products: rounded, it is known to an epsilon of the sum of their
+    The unit is that of the largest result, of 1 where all are smaller, or of the largest of the terms that
+    add up to a gradient. A score is a sum of products: rounded, it is known to an epsilon of the sum of their
     magnitudes, and so is the logarithm of a weight.
     """
 
