@@ -29,12 +29,16 @@ std::vector<QueryBlock> split(const std::vector<QueryBlock>& blocks, int64_t hea
   const int64_t longest =
       std::clamp<int64_t>((fair + kQueries - 1) / kQueries * kQueries, kQueries, kMostQueries);
   std::vector<QueryBlock> pieces;
-  for (const QueryBlock& block : blocks)
-    for (int64_t begin = block.begin; begin < block.end; begin += longest) {
+  for (const QueryBlock& block : blocks) {
+    // As long as each other, in whole tiles: every piece packs all of its keys, so a short last one is dear.
+    const int64_t length = block.end - block.begin, count = (length + longest - 1) / longest;
+    const int64_t fair_tiles = count == 0 ? 1 : (length + count * kQueries - 1) / (count * kQueries);
+    for (int64_t begin = block.begin; begin < block.end; begin += fair_tiles * kQueries) {
       pieces.push_back(block);
       pieces.back().begin = begin;
-      pieces.back().end = std::min(begin + longest, block.end);
+      pieces.back().end = std::min(begin + fair_tiles * kQueries, block.end);
     }
+  }
   return pieces;
 }
 

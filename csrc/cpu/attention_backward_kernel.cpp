@@ -130,6 +130,7 @@ class BackwardHead {
     const Tokens outs{args_.out, args_.out_strides, b_, h_, tiles_[tile].begin, count(tile)};
     const Tokens grads{args_.grad_out, args_.grad_out_strides, b_, h_, tiles_[tile].begin, count(tile)};
     for (int64_t i = 0; i < count(tile); ++i) {
+      outs.prefetch_after(i, sizes_.head_dim);
       lse[i] = static_cast<float>(a_.lse[line + i] / scale_.ln2);
       const float* out = read_row(outs.source, outs.offset(i), sizes_.head_dim, m_.row);
       const float* grad = read_row(grads.source, grads.offset(i), sizes_.head_dim, m_.row + sizes_.width);
