@@ -24,6 +24,9 @@ if platform.machine() in ("x86_64", "AMD64"):
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"),
         *("-mprefer-vector-width=512", "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
     ]
+    ISA_FLAGS["avx512_bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
+# Only products of matrices gain from products of bfloat16; the rest of such a machine's kernels are avx512's.
+KERNEL_FILES = {"avx512_bf16": "attention_*_kernel.cpp"}
 
 LEFT_OUT = {"cuda": "this version has no CUDA kernels yet"}
 
@@ -56,12 +59,16 @@ class BuildKernels(BuildExtension):
         (package / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
 
     def build_extension(self, ext: Extension) -> None:
-        kernels = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*_kernel.cpp"))
+
+        def kernels(isa: str) -> list[str]:
+            files = (ROOT / "csrc/cpu").glob(KERNEL_FILES.get(isa, "*_kernel.cpp"))
+            return sorted(str(path.relative_to(ROOT)) for path in files)
+
         ext.extra_objects = [
             built
             for isa, flags in ISA_FLAGS.items()
             for built in self.compiler.compile(
-                kernels,
+                kernels(isa),
                 output_dir=os.path.join(self.build_temp, isa),
                 include_dirs=ext.include_dirs,
                 macros=ext.define_macros,

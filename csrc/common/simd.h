@@ -7,6 +7,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 namespace stream_r1::STREAM_R1_ISA {
 
 #if defined(__AVX512F__)
@@ -69,6 +73,32 @@ inline Vec exp(Vec x) {
   Vec power;
   std::memcpy(&power, &bits, sizeof power);
   return x < lowest ? Vec{} : p * power;
+}
+
+// 2^x for x < 128, to about one unit in the last place; zero below -126.5. 2^0 is 1 exactly. The polynomial
+// is minimax on [-1/2, 1/2].
+inline Vec exp2(Vec x) {
+  const float magic = 12582912.0f + 127.0f;
+#ifdef __AVX512F__
+  const Vec bounded = (Vec)_mm512_max_ps((__m512)splat(-127.0f), (__m512)x);  // not a number stays what it is
+#else
+  const Vec bounded = x < -127.0f ? splat(-127.0f) : x;
+#endif
+  const Vec shifted = bounded + magic;  // the nearest integer + 127, in the low bits of the mantissa
+  const Vec r = bounded - (shifted - magic);
+  Vec p = splat(1.535336200e-4f);
+  p = p * r + 1.339887445e-3f;
+  p = p * r + 9.618437358e-3f;
+  p = p * r + 5.550332471e-2f;
+  p = p * r + 2.402264791e-1f;
+  p = p * r + 6.931472029e-1f;
+  p = p * r + 1.0f;
+  IntVec bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits <<= 23;  // the power's exponent
+  Vec power;
+  std::memcpy(&power, &bits, sizeof power);
+  return p * power;
 }
 
 // Scratch memory of a task: aligned to a cache line, not initialised.

@@ -1,9 +1,12 @@
 // chunk_attention and cached_chunk_attention: allocation, the blocks of work, and registration on the CPU.
-// The loops are in attention_kernel.cpp, autograd in attention_autograd.cpp.
+// The loops are in attention_{forward,backward}_kernel.cpp, autograd in attention_autograd.cpp.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
+
+#include <numeric>
+#include <set>
 
 #include "common/chunk_mask.h"
 #include "cpu/attention_kernel.h"
@@ -21,25 +24,59 @@ Strides strides_of(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride
 
 // The same blocks, none longer than the kernel takes, and short enough that every thread finds some.
 std::vector<QueryBlock> split(const std::vector<QueryBlock>& blocks, int64_t heads_in_all, int64_t queries) {
-  const int64_t items_wanted = 2 * at::get_num_threads();
+  const int64_t items_wanted = 4 * at::get_num_threads();
   const int64_t fair = (heads_in_all * queries + items_wanted - 1) / items_wanted;
-  const int64_t longest = std::clamp<int64_t>((fair + 47) / 48 * 48, 48, kMostQueries);
+  const int64_t longest =
+      std::clamp<int64_t>((fair + kQueries - 1) / kQueries * kQueries, kQueries, kMostQueries);
   std::vector<QueryBlock> pieces;
-  for (const QueryBlock& block : blocks)
-    for (int64_t begin = block.begin; begin < block.end; begin += longest) {
+  for (const QueryBlock& block : blocks) {
+    // As long as each other, in whole tiles: every piece packs all of its keys, so a short last one is dear.
+    const int64_t length = block.end - block.begin, count = (length + longest - 1) / longest;
+    const int64_t fair_tiles = count == 0 ? 1 : (length + count * kQueries - 1) / (count * kQueries);
+    for (int64_t begin = block.begin; begin < block.end; begin += fair_tiles * kQueries) {
       pieces.push_back(block);
       pieces.back().begin = begin;
-      pieces.back().end = std::min(begin + longest, block.end);
+      pieces.back().end = std::min(begin + fair_tiles * kQueries, block.end);
     }
+  }
   return pieces;
 }
 
+int64_t pairs(const QueryBlock& block) {
+  int64_t keys = 0;
+  for (int r = 0; r < block.num_ranges; ++r) keys += block.ranges[r].end - block.ranges[r].begin;
+  return (block.end - block.begin) * keys;
+}
+
 int64_t pairs(const std::vector<QueryBlock>& blocks) {
-  int64_t total = 0;
-  for (const QueryBlock& block : blocks)
-    for (int r = 0; r < block.num_ranges; ++r)
-      total += (block.end - block.begin) * (block.ranges[r].end - block.ranges[r].begin);
-  return total;
+  return std::accumulate(blocks.begin(), blocks.end(), int64_t{0},
+                         [](int64_t total, const QueryBlock& block) { return total + pairs(block); });
+}
+
+// Runs kernel(begin, end) on ranges of the `groups` * costs.size() items, one a thread and all about as long;
+// item i costs costs[i % costs.size()].
+template <class Kernel>
+void run_balanced(int64_t groups, const std::vector<int64_t>& costs, bool alone, const Kernel& kernel) {
+  const int64_t period = static_cast<int64_t>(costs.size()), items = groups * period;
+  const int64_t parts = alone ? 1 : std::min<int64_t>(at::get_num_threads(), items);
+  if (parts <= 1) return kernel(0, items);
+  std::vector<double> before(period + 1, 0.0);  // the cost of a group's items before each
+  for (int64_t i = 0; i < period; ++i) before[i + 1] = before[i] + static_cast<double>(costs[i]);
+  const double group = before[period];
+  // The first item that starts at or after a share of the whole.
+  const auto boundary = [&](int64_t part) {
+    if (part == parts) return items;
+    if (group == 0.0) return items * part / parts;
+    const double share =
+        group * static_cast<double>(groups) * static_cast<double>(part) / static_cast<double>(parts);
+    const int64_t whole = std::min(static_cast<int64_t>(share / group), groups - 1);
+    const double rest = share - group * static_cast<double>(whole);
+    return whole * period + (std::lower_bound(before.begin(), before.end() - 1, rest) - before.begin());
+  };
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part)
+      if (boundary(part) < boundary(part + 1)) kernel(boundary(part), boundary(part + 1));
+  });
 }
 
 // Tensors that the arguments of a kernel point into; kept alive while it runs.
@@ -73,6 +110,7 @@ Prepared prepare(const char* op, const Tensor& q, double scale) {
   p.args.scale = static_cast<float>(scale);
   p.args.q = source(p.q);
   p.args.q_strides = strides_of(p.q);
+  p.args.brgemm = pick_brgemm();
   return p;
 }
 
@@ -88,22 +126,54 @@ std::tuple<Tensor, Tensor> forward(Prepared& p, const std::vector<QueryBlock>& b
   p.args.out = target(out);
   p.args.out_strides = strides_of(out);
   p.args.lse = lse.mutable_data_ptr<float>();
-  const int64_t items = heads_in_all * p.args.num_blocks;
+  std::vector<int64_t> costs;
+  for (const QueryBlock& piece : pieces) costs.push_back(pairs(piece) + piece.end - piece.begin);
   auto* kernel = pick_attention_forward();
   const bool small = heads_in_all * pairs(blocks) * q.size(3) < kSmallWork;
-  at::parallel_for(0, items, small ? items : 1,
-                   [&](int64_t begin, int64_t end) { kernel(p.args, begin, end); });
+  run_balanced(heads_in_all, costs, small, [&](int64_t begin, int64_t end) {
+    kernel(p.args, begin, end);
+    release_brgemm();
+  });
   return {out, lse};
+}
+
+// Tiles of keys, such that a block of queries sees the whole of a tile or none of it.
+std::vector<KeyTile> key_tiles(const std::vector<QueryBlock>& blocks, int64_t fresh) {
+  std::vector<KeyTile> tiles;
+  for (int source : {0, 1}) {
+    std::set<int64_t> cuts;
+    for (const QueryBlock& block : blocks)
+      for (int r = 0; r < block.num_ranges; ++r)
+        if (block.ranges[r].source == source) cuts.insert({block.ranges[r].begin, block.ranges[r].end});
+    if (source == 1) cuts.insert({0, fresh});  // every fresh key has a gradient, be it zero
+    for (auto cut = cuts.begin(); cut != cuts.end() && std::next(cut) != cuts.end(); ++cut) {
+      const int64_t end = *std::next(cut), count = (end - *cut + kBackwardKeys - 1) / kBackwardKeys;
+      const int64_t step = (end - *cut + count - 1) / count;
+      for (int64_t begin = *cut; begin < end; begin += step)
+        tiles.push_back({source, begin, std::min(begin + step, end)});
+    }
+  }
+  return tiles;
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(Prepared& p, const std::vector<QueryBlock>& blocks,
                                             const Tensor& grad_any, const OptionalTensor& grad_lse_any,
                                             const Tensor& out_any, const Tensor& lse_any) {
   const Tensor &q = p.q, &k = p.k[1];
-  Tensor grad_q = at::empty(q.sizes(), q.options()), grad_k = at::empty(k.sizes(), k.options()),
-         grad_v = at::empty(k.sizes(), k.options());
+  Tensor grad_k = at::empty(k.sizes(), k.options()), grad_v = at::empty(k.sizes(), k.options());
   const int64_t heads_in_all = q.size(0) * q.size(2);
-  if (heads_in_all * q.size(3) == 0) return {grad_q.zero_(), grad_k.zero_(), grad_v.zero_()};
+  if (heads_in_all * q.size(3) == 0) return {at::zeros_like(q), grad_k.zero_(), grad_v.zero_()};
+  const std::vector<KeyTile> tiles = key_tiles(blocks, k.size(1));
+  const bool small = heads_in_all * pairs(blocks) * q.size(3) < kSmallWork;
+  // Fewer heads than threads: the key tiles of a head are dealt out too, and what each part adds to the
+  // gradient of the queries is summed at the end.
+  const int64_t splits = small || tiles.empty()
+                             ? 1
+                             : std::clamp<int64_t>((at::get_num_threads() + heads_in_all - 1) / heads_in_all,
+                                                   1, static_cast<int64_t>(tiles.size()));
+  Tensor grad_q = splits == 1 ? at::empty(q.sizes(), q.options())
+                              : at::empty({splits, q.size(0), q.size(1), q.size(2), q.size(3)},
+                                          q.options().dtype(at::kFloat));
   const Tensor out = with_dense_rows(out_any), grad = with_dense_rows(grad_any.to(q.scalar_type())),
                lse = lse_any.contiguous();
   const Tensor grad_lse = grad_lse_any.has_value() ? grad_lse_any->to(at::kFloat).contiguous() : Tensor();
@@ -120,11 +190,17 @@ std::tuple<Tensor, Tensor, Tensor> backward(Prepared& p, const std::vector<Query
   args.grad_q = target(grad_q);
   args.grad_k = target(grad_k);
   args.grad_v = target(grad_v);
+  args.batch = q.size(0);
   args.fresh = k.size(1);
+  args.tiles = tiles.data();
+  args.num_tiles = static_cast<int64_t>(tiles.size());
+  args.splits = splits;
   auto* kernel = pick_attention_backward();
-  const bool small = heads_in_all * pairs(blocks) * q.size(3) < kSmallWork;
-  at::parallel_for(0, heads_in_all, small ? heads_in_all : 1,
-                   [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  run_balanced(heads_in_all, std::vector<int64_t>(splits, 1), small, [&](int64_t begin, int64_t end) {
+    kernel(args, begin, end);
+    release_brgemm();
+  });
+  if (splits > 1) grad_q = grad_q.sum(0).to(q.scalar_type());
   return {grad_q, grad_k, grad_v};
 }
 

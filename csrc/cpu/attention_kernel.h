@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cpu/brgemm.h"
 #include "cpu/isa.h"
 #include "cpu/views.h"
 
@@ -42,26 +43,43 @@ struct AttentionArgs {
   int64_t num_blocks;
   Target out;
   Strides out_strides;
-  float* lse;  // [B, H, T]
+  float* lse;      // [B, H, T]
+  Brgemm* brgemm;  // may be null
 };
 
-// Longest block of queries that attention_forward takes.
-constexpr int64_t kMostQueries = 192;
+// Queries of a tile, and the longest block of queries that attention_forward takes. Keys are packed once a
+// block, so longer blocks pack less.
+constexpr int64_t kQueries = 64;
+constexpr int64_t kMostQueries = 6 * kQueries;
 
 // Work items [begin, end): item = (b * H + h) * num_blocks + block.
-STREAM_R1_KERNEL(attention_forward, void(const AttentionArgs& args, int64_t begin, int64_t end));
+STREAM_R1_KERNEL_BF16(attention_forward, void(const AttentionArgs& args, int64_t begin, int64_t end));
+
+// Keys [begin, end) of keys[source], which every block of queries either sees or doesn't.
+struct KeyTile {
+  int source;
+  int64_t begin, end;
+};
+
+// Longest tile of keys that attention_backward takes.
+constexpr int64_t kBackwardKeys = 96;
 
 // The gradients that are wanted: of q, and of keys[1]; keys[0] never has any. A block may be of any length.
 struct AttentionBackwardArgs {
   AttentionArgs forward;  // out is not written, lse is read
   Source out, grad_out;
   Strides out_strides, grad_out_strides;
-  const float* grad_lse;          // [B, H, T] or null
-  Target grad_q, grad_k, grad_v;  // contiguous [B, T, H, D]
-  int64_t fresh;                  // tokens of keys[1]
+  const float* grad_lse;  // [B, H, T] or null
+  const KeyTile* tiles;
+  int64_t num_tiles;
+  int64_t splits;         // of a head's key tiles
+  Target grad_q;          // contiguous [splits, B, T, H, D]: what each split adds
+  Target grad_k, grad_v;  // contiguous [B, T, H, D]
+  int64_t batch, fresh;   // fresh: tokens of keys[1]
 };
 
-// Work items [begin, end): item = b * H + h.
-STREAM_R1_KERNEL(attention_backward, void(const AttentionBackwardArgs& args, int64_t begin, int64_t end));
+// Work items [begin, end): item = (b * H + h) * splits + split. Split s has the key tiles s, s + splits, ...
+STREAM_R1_KERNEL_BF16(attention_backward,
+                      void(const AttentionBackwardArgs& args, int64_t begin, int64_t end));
 
 }  // namespace stream_r1

@@ -1,5 +1,6 @@
 #include "cpu/isa.h"
 
+#include <ATen/cpu/Utils.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -12,8 +13,12 @@ namespace {
 Isa best_isa() {
 #if defined(__x86_64__) && defined(STREAM_R1_HAS_AVX512)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+#if defined(STREAM_R1_HAS_AVX512_BF16)
+    if (__builtin_cpu_supports("avx512bf16")) return at::cpu::init_amx() ? Isa::amx : Isa::avx512_bf16;
+#endif
     return Isa::avx512;
+  }
 #endif
 #if defined(__x86_64__) && defined(STREAM_R1_HAS_AVX2)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
@@ -25,8 +30,9 @@ Isa best_isa() {
 Isa lowered_by_environment(Isa best) {
   const char* wish = std::getenv("STREAM_R1_ISA");
   if (wish == nullptr) return best;
-  for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512})
-    if (std::strcmp(wish, isa_name(isa)) == 0) return std::min(isa, best);
+  const Isa highest = best == Isa::avx512_bf16 ? Isa::amx : best;
+  for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx})
+    if (std::strcmp(wish, isa_name(isa)) == 0) return std::min(isa, highest);
   return best;
 }
 
@@ -41,6 +47,10 @@ Isa cpu_isa() {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::amx:
+      return "amx";
+    case Isa::avx512_bf16:
+      return "avx512_bf16";
     case Isa::avx512:
       return "avx512";
     case Isa::avx2:

@@ -16,10 +16,11 @@
 
 namespace stream_r1 {
 
-enum class Isa { baseline, avx2, avx512 };
+// amx: avx512_bf16, with products of bfloat16 on tiles by way of torch (cpu/brgemm.h).
+enum class Isa { baseline, avx2, avx512, avx512_bf16, amx };
 
 // The best instruction set that was built and that this machine has; the environment variable STREAM_R1_ISA
-// lowers it.
+// lowers it. `amx` may be wished for on any machine with avx512_bf16: torch finds another way.
 Isa cpu_isa();
 const char* isa_name(Isa isa);
 
@@ -48,24 +49,42 @@ struct KernelSignature {
   KernelSignature<__VA_ARGS__>::type name;  \
   }
 #define STREAM_R1_PICK_AVX512(name) \
-  if (isa == Isa::avx512) return &avx512::name;
+  if (isa >= Isa::avx512) return &avx512::name;
 #else
 #define STREAM_R1_DECLARE_AVX512(name, ...)
 #define STREAM_R1_PICK_AVX512(name)
 #endif
 
+#ifdef STREAM_R1_HAS_AVX512_BF16
+#define STREAM_R1_DECLARE_AVX512_BF16(name, ...) \
+  namespace avx512_bf16 {                        \
+  KernelSignature<__VA_ARGS__>::type name;       \
+  }
+#define STREAM_R1_PICK_AVX512_BF16(name) \
+  if (isa >= Isa::avx512_bf16) return &avx512_bf16::name;
+#else
+#define STREAM_R1_DECLARE_AVX512_BF16(name, ...)
+#define STREAM_R1_PICK_AVX512_BF16(name)
+#endif
+
 // Declares `name` in every instruction set's namespace, and pick_name(), which returns the one to call. Use
 // at namespace scope inside `namespace stream_r1`.
-#define STREAM_R1_KERNEL(name, ...)                          \
-  namespace baseline {                                       \
-  KernelSignature<__VA_ARGS__>::type name;                   \
-  }                                                          \
-  STREAM_R1_DECLARE_AVX2(name, __VA_ARGS__)                  \
-  STREAM_R1_DECLARE_AVX512(name, __VA_ARGS__)                \
-  inline KernelSignature<__VA_ARGS__>::type* pick_##name() { \
-    [[maybe_unused]] const Isa isa = cpu_isa();              \
-    STREAM_R1_PICK_AVX2(name)                                \
-    STREAM_R1_PICK_AVX512(name)                              \
-    return &baseline::name;                                  \
-  }                                                          \
+#define STREAM_R1_KERNEL(name, ...) STREAM_R1_DECLARE_KERNEL(name, , __VA_ARGS__)
+
+// The same for a kernel that multiplies matrices: its files (see KERNEL_FILES in setup.py) are compiled once
+// more, for machines with products of bfloat16. The other kernels of such a machine are those of avx512.
+#define STREAM_R1_KERNEL_BF16(name, ...)           \
+  STREAM_R1_DECLARE_AVX512_BF16(name, __VA_ARGS__) \
+  STREAM_R1_DECLARE_KERNEL(name, STREAM_R1_PICK_AVX512_BF16(name), __VA_ARGS__)
+
+#define STREAM_R1_DECLARE_KERNEL(name, pick_first, ...)                                      \
+  namespace baseline {                                                                       \
+  KernelSignature<__VA_ARGS__>::type name;                                                   \
+  }                                                                                          \
+  STREAM_R1_DECLARE_AVX2(name, __VA_ARGS__)                                                  \
+  STREAM_R1_DECLARE_AVX512(name, __VA_ARGS__)                                                \
+  inline KernelSignature<__VA_ARGS__>::type* pick_##name() {                                 \
+    [[maybe_unused]] const Isa isa = cpu_isa();                                              \
+    pick_first STREAM_R1_PICK_AVX2(name) STREAM_R1_PICK_AVX512(name) return &baseline::name; \
+  }                                                                                          \
   static_assert(true)
