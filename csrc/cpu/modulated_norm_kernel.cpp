@@ -41,6 +41,7 @@ void forward(const ModulatedNormArgs& args, int64_t begin, int64_t end) {
     auto* out = at<kElement>(args.out, row * width);
     const float* const by = factor;
     for_vectors(width, [&](int64_t i, auto lanes, auto) STREAM_R1_INLINE {
+      __builtin_prefetch(x + i + args.x_token_stride);  // the next row: the sums are a wait for it otherwise
       const Vec n = (load<kElement>(x + i, lanes) - mean) * rstd;
       store<kElement>(out + i, n * load(by + i, lanes) + load(shift + i, lanes), lanes);
     });

@@ -56,6 +56,7 @@ void forward(const NormRotaryArgs& args, int64_t begin, int64_t end) {
         const float* weight = side.weight + h * args.head_dim;
         auto* to = at<kElement>(side.out, b * side.y_batch + t * side.y_token + h * side.y_head);
         for_vectors(args.head_dim, [&](int64_t i, auto lanes, auto) STREAM_R1_INLINE {
+          __builtin_prefetch(from + i + side.x_token);  // the next row, which is not the next in memory
           const Vec n = load<kElement>(from + i, lanes) * scale * load(weight + i, lanes);
           const Vec turned = exchange_neighbours(n) * load(sines + i, lanes);
           store<kElement>(to + i, n * load(cosines + i, lanes) + turned, lanes);
@@ -85,6 +86,8 @@ void backward(const NormRotaryArgs& args, int64_t begin, int64_t end, float* con
         const auto* y = at<kElement>(side.grad_out, b * side.y_batch + t * side.y_token + h * side.y_head);
         for_vectors(args.head_dim, [&](int64_t i, auto lanes, auto part) STREAM_R1_INLINE {
           const int64_t j = first + i;
+          __builtin_prefetch(y + i + side.y_token);  // the next rows, as above
+          __builtin_prefetch(x + j + side.x_token);
           const Vec incoming = load<kElement>(y + i, lanes), n = load<kElement>(x + j, lanes) * scale;
           const Vec turned = exchange_neighbours(incoming) * load(sines + i, lanes);
           const Vec g = incoming * load(cosines + i, lanes) - turned;

@@ -52,6 +52,29 @@ inline To cast_bits(const From& from) {
   return to;
 }
 
+// Zero-extends, and keeps the lower halves. Compilers split __builtin_convertvector of such vectors into many
+// instructions.
+inline BitsVec widen(HalfVec v) {
+#if defined(__AVX512F__)
+  return cast_bits<BitsVec>(_mm512_cvtepu16_epi32(cast_bits<__m256i>(v)));
+#elif defined(__AVX2__)
+  return cast_bits<BitsVec>(_mm256_cvtepu16_epi32(cast_bits<__m128i>(v)));
+#else
+  return __builtin_convertvector(v, BitsVec);
+#endif
+}
+
+inline HalfVec narrow(BitsVec v) {
+#if defined(__AVX512F__)
+  return cast_bits<HalfVec>(_mm512_cvtepi32_epi16(cast_bits<__m512i>(v)));
+#elif defined(__AVX2__)
+  const __m256i bits = cast_bits<__m256i>(v);  // every lane is below 2^16: nothing saturates
+  return cast_bits<HalfVec>(_mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1)));
+#else
+  return __builtin_convertvector(v, HalfVec);
+#endif
+}
+
 inline Vec abs(Vec v) { return cast_bits<Vec>(cast_bits<BitsVec>(v) & 0x7fffffffu); }
 
 template <Element kElement>
@@ -62,7 +85,7 @@ inline Vec load(const Stored<kElement>* p) {
     HalfVec half;
     std::memcpy(&half, p, sizeof half);
     if constexpr (kElement == Element::bfloat16) {
-      return cast_bits<Vec>(__builtin_convertvector(half, BitsVec) << 16);
+      return cast_bits<Vec>(widen(half) << 16);
     } else {
 #if defined(__AVX512F__)
       return cast_bits<Vec>(_mm512_cvtph_ps(cast_bits<__m256i>(half)));
@@ -87,7 +110,7 @@ inline void store(Stored<kElement>* p, Vec v) {
     if constexpr (kElement == Element::bfloat16) {
       const BitsVec bits = cast_bits<BitsVec>(v);
       const BitsVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-      half = __builtin_convertvector(v == v ? rounded : BitsVec{} + 0x7fc0u, HalfVec);
+      half = narrow(v == v ? rounded : BitsVec{} + 0x7fc0u);
     } else {
 #if defined(__AVX512F__)
       half = cast_bits<HalfVec>(_mm512_cvtps_ph(cast_bits<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
@@ -167,6 +190,18 @@ STREAM_R1_INLINE inline void for_vectors(int64_t n, const Body& body) {
   if (i < n) body(i, FirstLanes{n - i}, std::integral_constant<int, 0>());
 }
 
-inline float sum_parts(const Vec (&parts)[kParts]) { return sum((parts[0] + parts[1]) + (parts[2] + parts[3])); }
+inline float sum_parts(const Vec (&parts)[kParts]) {
+  const Vec v = (parts[0] + parts[1]) + (parts[2] + parts[3]);
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(cast_bits<__m512>(v));
+#elif defined(__AVX2__)
+  const __m256 all = cast_bits<__m256>(v);
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+#else
+  return sum(v);
+#endif
+}
 
 }  // namespace stream_r1::STREAM_R1_ISA
