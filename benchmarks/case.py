@@ -1,9 +1,9 @@
-"""What every benchmark is made of: a case with an implementation of ours and its rivals, checked, then timed."""
+"""What every benchmark is made of: a case with ours and its rivals, checked, then timed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -22,7 +22,6 @@ class Case:
     ours is checked against. `tolerance` is relative to the largest expected value.
     """
 
-    family: str
     op: str
     size: str
     dtype: str
@@ -31,7 +30,7 @@ class Case:
     bytes: int = 0
     flops: int = 0
     tolerance: float = 1e-4
-    rivals: tuple[str, ...] = field(default=("eager", "compiled"))
+    rivals: tuple[str, ...] = ("eager", "compiled")
 
     @property
     def name(self) -> str:
@@ -57,11 +56,11 @@ def check_and_time(benchmark: Callable, case: Case, implementation: str) -> None
     for got, expected in zip(*(_as_tuple(result()) for result in (run, plain)), strict=True):
         largest = expected.double().abs().max().item() if expected.numel() else 0.0
         error = (got.double() - expected.double()).abs().max().item() if expected.numel() else 0.0
-        assert error <= case.tolerance * largest, f"{case.name}: {implementation} is wrong by {error}: not timed"
+        assert error <= case.tolerance * largest, (
+            f"{case.name}: {implementation} is wrong by {error}: not timed"
+        )
     benchmark.group = case.name  # type: ignore[attr-defined]
     benchmark.extra_info.update(  # type: ignore[attr-defined]
-        family=case.family,
-        implementation=implementation,
         dtype=case.dtype,
         shape=list(case.shape),
         bytes=case.bytes,
@@ -75,7 +74,7 @@ def _as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def with_grads(call: Callable[[], Tensor | tuple[Tensor, ...]], leaves: Sequence[Tensor]) -> Run:
-    """Forward and backward of `call` with the same incoming gradients every time; returns outputs and grads."""
+    """Forward and backward of `call`, always with the same incoming gradients; returns outputs and grads."""
     incoming = [torch.randn_like(out) for out in _as_tuple(call())]
 
     def run() -> tuple[Tensor, ...]:

@@ -12,7 +12,10 @@ def phase_table(head_dim: int, positions: int = 1024, theta: float = 10000.0) ->
     axes = (head_dim - 2 * spatial, spatial, spatial)
     p = torch.arange(positions, dtype=torch.float64)
     frequencies = [theta ** -(torch.arange(0, axis, 2, dtype=torch.float64) / axis) for axis in axes]
-    return tuple(torch.polar(torch.ones(positions, f.numel(), dtype=torch.float64), torch.outer(p, f)) for f in frequencies)
+    return tuple(
+        torch.polar(torch.ones(positions, f.numel(), dtype=torch.float64), torch.outer(p, f))
+        for f in frequencies
+    )
 
 
 def norm_rotary(

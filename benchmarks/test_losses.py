@@ -98,7 +98,6 @@ def cases() -> list[Case]:
         for dtype in TOLERANCE:
             result.append(
                 Case(
-                    family="losses",
                     op="region_saliency",
                     size=size,
                     dtype=dtype,
@@ -112,7 +111,6 @@ def cases() -> list[Case]:
         cells = batch * frames * rows * columns
         result.append(
             Case(
-                family="losses",
                 op="intra_weights",
                 size=size,
                 dtype="float32",
@@ -127,7 +125,6 @@ def cases() -> list[Case]:
             for weighted in (False, True):
                 result.append(
                     Case(
-                        family="losses",
                         op=f"dmd_loss {'weighted' if weighted else 'plain'} forward + backward",
                         size=size,
                         dtype=dtype,
@@ -141,13 +138,12 @@ def cases() -> list[Case]:
                 )
             result.append(
                 Case(
-                    family="losses",
                     op="dmd_gradient_",
                     size=size,
                     dtype=dtype,
                     shape=latents,
                     build=partial(gradient_case, size, dtype),
-                    # the normaliser comes first: x, cond, uncond; then fake, cond, uncond and the buffer twice
+                    # the normaliser comes first: x, cond, uncond; then fake, cond, uncond, the buffer twice
                     bytes=8 * tensor,
                     tolerance=TOLERANCE[dtype],
                 )

@@ -91,7 +91,6 @@ def cases() -> list[Case]:
                 for train in (False, True):
                     result.append(
                         Case(
-                            family="rows",
                             op=f"{op} {'forward + backward' if train else 'forward'}",
                             size=size,
                             dtype=dtype,

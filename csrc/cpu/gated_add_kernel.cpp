@@ -27,7 +27,7 @@ void forward(const GatedAddArgs& args, int64_t begin, int64_t end) {
     const auto* y = at<kElement>(args.y, y_offset);
     if constexpr (kElement == Element::float32) y = read_row(args.y, y_offset, width, y_buffer);
     auto* out = at<kElement>(args.out, row * width);
-    for_vectors(width, [&](int64_t i, auto lanes, auto) STREAM_R1_INLINE {
+    for_each_vector(width, [&](int64_t i, auto lanes) STREAM_R1_INLINE {
       const Vec gated = load<kElement>(y + i, lanes) * load(gate + i, lanes);
       store<kElement>(out + i, load<kElement>(x + i, lanes) + gated, lanes);
     });
@@ -59,7 +59,7 @@ void backward(const GatedAddBackwardArgs& args, int64_t begin, int64_t end) {
         y = read_row(args.y, y_offset, width, y_buffer);
         grad_y = row_to_write(args.grad_y, row * width, grad_y_buffer);
       }
-      for_vectors(width, [&](int64_t i, auto lanes, auto) STREAM_R1_INLINE {
+      for_each_vector(width, [&](int64_t i, auto lanes) STREAM_R1_INLINE {
         const Vec g = load<kElement>(grad + i, lanes);
         store(gate_sum + i, load(gate_sum + i, lanes) + g * load<kElement>(y + i, lanes), lanes);
         store<kElement>(grad_y + i, g * load(gate + i, lanes), lanes);

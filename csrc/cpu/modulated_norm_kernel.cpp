@@ -28,9 +28,8 @@ void forward(const ModulatedNormArgs& args, int64_t begin, int64_t end) {
     }
     const auto* x = at<kElement>(args.x, batch * args.x_batch_stride + token * args.x_token_stride);
     Vec sums[kParts] = {};
-    for_vectors(width, [&](int64_t i, auto lanes, auto part) STREAM_R1_INLINE {
-      sums[part] += load<kElement>(x + i, lanes);
-    });
+    for_vectors(width, [&](int64_t i, auto lanes, auto part)
+                           STREAM_R1_INLINE { sums[part] += load<kElement>(x + i, lanes); });
     const float mean = sum_parts(sums) / static_cast<float>(width);
     Vec squares[kParts] = {};
     for_vectors(width, [&](int64_t i, auto lanes, auto part) STREAM_R1_INLINE {
@@ -40,7 +39,7 @@ void forward(const ModulatedNormArgs& args, int64_t begin, int64_t end) {
     const float rstd = 1 / std::sqrt(sum_parts(squares) / static_cast<float>(width) + args.eps);
     auto* out = at<kElement>(args.out, row * width);
     const float* const by = factor;
-    for_vectors(width, [&](int64_t i, auto lanes, auto) STREAM_R1_INLINE {
+    for_each_vector(width, [&](int64_t i, auto lanes) STREAM_R1_INLINE {
       __builtin_prefetch(x + i + args.x_token_stride);  // the next row: the sums are a wait for it otherwise
       const Vec n = (load<kElement>(x + i, lanes) - mean) * rstd;
       store<kElement>(out + i, n * load(by + i, lanes) + load(shift + i, lanes), lanes);
@@ -86,7 +85,7 @@ void backward(const ModulatedNormBackwardArgs& args, int64_t begin, int64_t end)
       const float u_mean = sum_parts(u_sums) / static_cast<float>(width);
       const float un_mean = sum_parts(un_sums) / static_cast<float>(width);
       auto* grad_x = at<kElement>(args.grad_x, row * width);
-      for_vectors(width, [&](int64_t i, auto lanes, auto) STREAM_R1_INLINE {
+      for_each_vector(width, [&](int64_t i, auto lanes) STREAM_R1_INLINE {
         const Vec n = (load<kElement>(x + i, lanes) - mean) * rstd;
         const Vec u = load<kElement>(grad + i, lanes) * load(factor + i, lanes);
         store<kElement>(grad_x + i, rstd * (u - u_mean - n * un_mean), lanes);

@@ -15,7 +15,7 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-void check(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, int64_t heads) {
+void check_rotary(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, int64_t heads) {
   TORCH_CHECK_VALUE(q.dim() == 3 && q.sizes() == k.sizes(),
                     "qk_norm_rotary: q, k: expected the same [B, T, H * D], got ", q.sizes(), " and ",
                     k.sizes());
@@ -32,11 +32,11 @@ void check(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& si
 }
 
 // q, k and what goes with them, in the layout that the kernel needs; keeps their memory alive.
-struct Job {
+struct QkJob {
   Tensor x[2], weight[2], cos, sin;
   NormRotaryArgs args{};
 
-  Job(const Tensor& q, const Tensor& k, const Tensor& q_weight, const Tensor& k_weight, const Tensor& cos_any,
+  QkJob(const Tensor& q, const Tensor& k, const Tensor& q_weight, const Tensor& k_weight, const Tensor& cos_any,
       const Tensor& sin_any, int64_t heads, double eps)
       : x{with_dense_rows(q), with_dense_rows(k)},
         weight{contiguous_float(q_weight), contiguous_float(k_weight)},
@@ -71,8 +71,9 @@ struct Job {
     args.sides[1].out = target(k_out);
     set_strides(0, q_out);
     set_strides(1, k_out);
-    at::parallel_for(0, x[0].size(0) * args.tokens, grain(2 * x[0].size(2)),
-                     [this, kernel = pick_norm_rotary()](int64_t begin, int64_t end) { kernel(args, begin, end); });
+    at::parallel_for(
+        0, x[0].size(0) * args.tokens, grain(2 * x[0].size(2)),
+        [this, kernel = pick_norm_rotary()](int64_t begin, int64_t end) { kernel(args, begin, end); });
   }
 };
 
@@ -83,15 +84,15 @@ Tensor empty_heads(const Tensor& x, int64_t heads) {
 std::tuple<Tensor, Tensor> qk_norm_rotary(const Tensor& q, const Tensor& k, const Tensor& q_weight,
                                           const Tensor& k_weight, const Tensor& cos, const Tensor& sin,
                                           int64_t heads, double eps) {
-  check(q, k, cos, sin, heads);
+  check_rotary(q, k, cos, sin, heads);
   Tensor q_out = empty_heads(q, heads), k_out = empty_heads(k, heads);
-  Job(q, k, q_weight, k_weight, cos, sin, heads, eps).run(q_out, k_out);
+  QkJob(q, k, q_weight, k_weight, cos, sin, heads, eps).run(q_out, k_out);
   return {q_out, k_out};
 }
 
 Tensor qk_norm_rotary_into(const Tensor& q, const Tensor& k, const Tensor& q_weight, const Tensor& k_weight,
                            const Tensor& cos, const Tensor& sin, int64_t heads, double eps, Tensor& k_out) {
-  check(q, k, cos, sin, heads);
+  check_rotary(q, k, cos, sin, heads);
   const int64_t head_dim = q.size(2) / heads;
   TORCH_CHECK_VALUE(k_out.sizes() == at::IntArrayRef({k.size(0), k.size(1), heads, head_dim}),
                     "qk_norm_rotary: k_out: expected [", k.size(0), ", ", k.size(1), ", ", heads, ", ",
@@ -102,7 +103,7 @@ Tensor qk_norm_rotary_into(const Tensor& q, const Tensor& k, const Tensor& q_wei
                     "qk_norm_rotary: k_out: expected a contiguous last dimension, got strides ",
                     k_out.strides());
   Tensor q_out = empty_heads(q, heads);
-  Job(q, k, q_weight, k_weight, cos, sin, heads, eps).run(q_out, k_out);
+  QkJob(q, k, q_weight, k_weight, cos, sin, heads, eps).run(q_out, k_out);
   return q_out;
 }
 
@@ -110,8 +111,8 @@ Tensor qk_norm_rotary_into(const Tensor& q, const Tensor& k, const Tensor& q_wei
 std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rotary_backward(
     const Tensor& grad_q, const Tensor& grad_k, const Tensor& q, const Tensor& k, const Tensor& q_weight,
     const Tensor& k_weight, const Tensor& cos, const Tensor& sin, int64_t heads, double eps) {
-  check(q, k, cos, sin, heads);
-  Job job(q, k, q_weight, k_weight, cos, sin, heads, eps);
+  check_rotary(q, k, cos, sin, heads);
+  QkJob job(q, k, q_weight, k_weight, cos, sin, heads, eps);
   const Tensor incoming[2] = {with_dense_rows(grad_q), with_dense_rows(grad_k)};
   Tensor grads[2] = {at::empty(q.sizes(), q.options()), at::empty(k.sizes(), k.options())};
   for (int i = 0; i < 2; ++i) {

@@ -55,7 +55,7 @@ void forward(const NormRotaryArgs& args, int64_t begin, int64_t end) {
         const auto* from = x + h * args.head_dim;
         const float* weight = side.weight + h * args.head_dim;
         auto* to = at<kElement>(side.out, b * side.y_batch + t * side.y_token + h * side.y_head);
-        for_vectors(args.head_dim, [&](int64_t i, auto lanes, auto) STREAM_R1_INLINE {
+        for_each_vector(args.head_dim, [&](int64_t i, auto lanes) STREAM_R1_INLINE {
           __builtin_prefetch(from + i + side.x_token);  // the next row, which is not the next in memory
           const Vec n = load<kElement>(from + i, lanes) * scale * load(weight + i, lanes);
           const Vec turned = exchange_neighbours(n) * load(sines + i, lanes);
@@ -99,7 +99,7 @@ void backward(const NormRotaryArgs& args, int64_t begin, int64_t end, float* con
       }
       const float mean = sum_parts(products) / static_cast<float>(width);
       auto* grad_x = at<kElement>(side.out, row * width);
-      for_vectors(width, [&](int64_t i, auto lanes, auto) STREAM_R1_INLINE {
+      for_each_vector(width, [&](int64_t i, auto lanes) STREAM_R1_INLINE {
         const Vec n = load<kElement>(x + i, lanes) * scale;
         store<kElement>(grad_x + i, scale * (load(grad + i, lanes) - n * mean), lanes);
       });

@@ -23,8 +23,8 @@ struct NormRotarySide {
 struct NormRotaryArgs {
   int64_t tokens, heads, head_dim;
   float eps;
-  const float *cos, *sin;  // [T, D / 2]
-  Element element;         // of every source and target
+  const float *cos, *sin;   // [T, D / 2]
+  Element element;          // of every source and target
   NormRotarySide sides[2];  // q, k
 };
 

@@ -69,7 +69,8 @@ inline HalfVec narrow(BitsVec v) {
   return cast_bits<HalfVec>(_mm512_cvtepi32_epi16(cast_bits<__m512i>(v)));
 #elif defined(__AVX2__)
   const __m256i bits = cast_bits<__m256i>(v);  // every lane is below 2^16: nothing saturates
-  return cast_bits<HalfVec>(_mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1)));
+  return cast_bits<HalfVec>(
+      _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1)));
 #else
   return __builtin_convertvector(v, HalfVec);
 #endif
@@ -188,6 +189,14 @@ STREAM_R1_INLINE inline void for_vectors(int64_t n, const Body& body) {
   }
   for (; i + kLanes <= n; i += kLanes) body(i, AllLanes(), std::integral_constant<int, 0>());
   if (i < n) body(i, FirstLanes{n - i}, std::integral_constant<int, 0>());
+}
+
+// The same without the parts: for bodies that accumulate nothing, or little beside what else they do.
+template <class Body>
+STREAM_R1_INLINE inline void for_each_vector(int64_t n, const Body& body) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) body(i, AllLanes());
+  if (i < n) body(i, FirstLanes{n - i});
 }
 
 inline float sum_parts(const Vec (&parts)[kParts]) {
