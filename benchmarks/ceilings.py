@@ -13,7 +13,7 @@ SIDE = 1536  # of the matrices
 
 
 def measure() -> dict[str, float]:
-    """Bytes a second (read and written) of "copy", flops a second of "matmul float32" and "matmul bfloat16"."""
+    """Of "copy" the bytes read and written a second, of "matmul float32" and "matmul bfloat16" the flops."""
     source = torch.randn(COPIED)
     to = torch.empty_like(source)
     ceilings = {"copy": 2 * 4 * COPIED / _median_seconds(lambda: to.copy_(source))}

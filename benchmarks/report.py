@@ -2,8 +2,8 @@
 
 A benchmark takes part if it has a parameter `implementation` ("ours" or a rival's name) and a group that ours
 and its rivals share. `extra_info` may give `dtype`, `shape`, and `flops` and `bytes`: the work that can't be
-avoided. The limit of a case is the longer of bytes at the speed of a copy and flops at the speed of a matmul in
-its dtype, both measured in the same run.
+avoided. The limit of a case is the longer of two times: its bytes at the speed of a copy and its flops at that
+of a matmul in its dtype, both measured in the same run.
 """
 
 from __future__ import annotations
@@ -131,9 +131,9 @@ def as_markdown(comparisons: Sequence[Comparison], run: Run) -> str:
     lines = [
         "# Benchmarks",
         "",
-        "Written by `make bench`; a ratio is the rival's median time by ours, so above 1 ours is faster. The limit",
-        "of a case is a copy of the bytes it must move or a matmul of the flops it must do, measured in the same",
-        "run; small cases lie in the cache and can pass a copy's speed, which is measured in memory.",
+        "Written by `make bench`. A ratio is the rival's median time by ours: above 1, ours is faster. The",
+        "limit of a case is a copy of the bytes it must move or a matmul of the flops it must do, measured",
+        "in the same run. The copy is in memory: small cases, which lie in the cache, can be faster.",
         "",
         f"- machine: {run.machine}, {run.isa}, {run.threads} thread{'s' if run.threads != 1 else ''}",
         f"- torch {run.torch}, commit {run.commit}",
@@ -144,7 +144,7 @@ def as_markdown(comparisons: Sequence[Comparison], run: Run) -> str:
             "",
             f"## {family}",
             "",
-            "| case | dtype | ours p20 / p50 / p80, ms | rivals p50, ms | ratio of medians | fraction of limit |",
+            "| case | dtype | ours p20 / p50 / p80, ms | rivals p50, ms | ratios of medians | of the limit |",
             "|---|---|---|---|---|---|",
         ]
         lines += [_row(comparison) for comparison in comparisons if comparison.ours.family == family]

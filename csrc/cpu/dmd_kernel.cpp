@@ -188,6 +188,10 @@ void scale(const DmdScaleArgs& args, int64_t begin, int64_t end) {
     const float factor = args.factor[b];
     const auto* direction = at<kElement>(args.direction, offset);
     auto* grad = at<kElement>(args.grad, offset);
+    if (factor == 0) {  // of a sample without a finite mean too, whose direction may have left its type's range
+      std::fill_n(grad, n, Stored<kElement>{});
+      continue;
+    }
     for_each_vector(n, [&](int64_t i, auto lanes) STREAM_R1_INLINE {
       store<kElement>(grad + i, factor * load<kElement>(direction + i, lanes), lanes);
     });
