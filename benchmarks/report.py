@@ -2,8 +2,8 @@
 
 A benchmark takes part if it has a parameter `implementation` ("ours" or a rival's name) and a group that ours
 and its rivals share. `extra_info` may give `dtype`, `shape`, and `flops` and `bytes`: the work that can't be
-avoided. The limit of a case is the longer of two times: its bytes at the speed of a copy and its flops at that
-of a matmul in its dtype, both measured in the same run.
+avoided. The limit of a case is the longer of two times: its bytes at the speed of a copy, its flops at that
+of a matmul in its dtype; both speeds are measured in the same run.
 """
 
 from __future__ import annotations

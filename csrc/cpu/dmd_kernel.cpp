@@ -188,7 +188,8 @@ void scale(const DmdScaleArgs& args, int64_t begin, int64_t end) {
     const float factor = args.factor[b];
     const auto* direction = at<kElement>(args.direction, offset);
     auto* grad = at<kElement>(args.grad, offset);
-    if (factor == 0) {  // of a sample without a finite mean too, whose direction may have left its type's range
+    if (factor ==
+        0) {  // of a sample without a finite mean too, whose direction may have left its type's range
       std::fill_n(grad, n, Stored<kElement>{});
       continue;
     }

@@ -18,6 +18,28 @@ Vec square_root(Vec v) {
 #endif
 }
 
+// Adds the norm over the channels of each pixel of a line.
+template <Element kElement>
+void add_norms(const RegionSaliencyArgs& args, const Stored<kElement>* line, float* sums) {
+  if (args.channels == 3) {
+    const auto *green = line + args.channel_stride, *blue = green + args.channel_stride;
+    for_each_vector(args.width, [&](int64_t i, auto lanes) STREAM_R1_INLINE {
+      const Vec r = load<kElement>(line + i, lanes), g = load<kElement>(green + i, lanes),
+                b = load<kElement>(blue + i, lanes);
+      store(sums + i, load(sums + i, lanes) + square_root(r * r + g * g + b * b), lanes);
+    });
+    return;
+  }
+  for_each_vector(args.width, [&](int64_t i, auto lanes) STREAM_R1_INLINE {
+    Vec squares = {};
+    for (int64_t c = 0; c < args.channels; ++c) {
+      const Vec value = load<kElement>(line + c * args.channel_stride + i, lanes);
+      squares += value * value;
+    }
+    store(sums + i, load(sums + i, lanes) + square_root(squares), lanes);
+  });
+}
+
 template <Element kElement>
 void reduce(const RegionSaliencyArgs& args, int64_t begin, int64_t end) {
   const int64_t width = args.width, cell_height = args.height / args.rows, cell_width = width / args.columns;
@@ -31,17 +53,10 @@ void reduce(const RegionSaliencyArgs& args, int64_t begin, int64_t end) {
     const int64_t corner = sample / args.batch * args.axis_stride + sample % args.batch * args.batch_stride +
                            first * args.frame_stride + row * cell_height * args.row_stride;
     std::fill_n(sums, width, 0.f);
-    for (int64_t line = 0; line < pixel_frames * cell_height; ++line) {
-      const auto* pixels = at<kElement>(
-          args.grads, corner + line / cell_height * args.frame_stride + line % cell_height * args.row_stride);
-      for_each_vector(width, [&](int64_t i, auto lanes) STREAM_R1_INLINE {
-        Vec squares = {};
-        for (int64_t c = 0; c < args.channels; ++c) {
-          const Vec value = load<kElement>(pixels + c * args.channel_stride + i, lanes);
-          squares += value * value;
-        }
-        store(sums + i, load(sums + i, lanes) + square_root(squares), lanes);
-      });
+    for (int64_t f = 0; f < pixel_frames; ++f) {
+      const auto* line = at<kElement>(args.grads, corner + f * args.frame_stride);
+      for (int64_t y = 0; y < cell_height; ++y, line += args.row_stride)
+        add_norms<kElement>(args, line, sums);
     }
     const float share = 1.f / static_cast<float>(pixel_frames * cell_height * cell_width);
     for (int64_t column = 0; column < args.columns; ++column) {
