@@ -29,7 +29,7 @@ void forward(const GatedAddArgs& args, int64_t begin, int64_t end) {
     auto* out = at<kElement>(args.out, row * width);
     for_each_vector(width, [&](int64_t i, auto lanes) STREAM_R1_INLINE {
       const Vec gated = load<kElement>(y + i, lanes) * load(gate + i, lanes);
-      store<kElement>(out + i, load<kElement>(x + i, lanes) + gated, lanes);
+      store<kElement>(out + i, load<kElement>(x + i, lanes) + gated, lanes, args.past_cache);
     });
   }
 }
@@ -39,6 +39,7 @@ template <Element kElement>
 void backward(const GatedAddBackwardArgs& args, int64_t begin, int64_t end) {
   const int64_t width = args.width, tokens_a_frame = args.tokens / args.frames;
   const bool mixed = args.y.element != kElement;
+  const bool past_cache = args.past_cache && !mixed;
   Scratch gate_buffer(width), y_buffer(mixed ? width : 0), grad_y_buffer(mixed ? width : 0);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t block = unit % args.blocks, frame = unit / args.blocks % args.frames,
@@ -62,7 +63,7 @@ void backward(const GatedAddBackwardArgs& args, int64_t begin, int64_t end) {
       for_each_vector(width, [&](int64_t i, auto lanes) STREAM_R1_INLINE {
         const Vec g = load<kElement>(grad + i, lanes);
         store(gate_sum + i, load(gate_sum + i, lanes) + g * load<kElement>(y + i, lanes), lanes);
-        store<kElement>(grad_y + i, g * load(gate + i, lanes), lanes);
+        store<kElement>(grad_y + i, g * load(gate + i, lanes), lanes, past_cache);
       });
       if constexpr (kElement == Element::float32) write_row(args.grad_y, row * width, width, grad_y);
     }
@@ -73,10 +74,12 @@ void backward(const GatedAddBackwardArgs& args, int64_t begin, int64_t end) {
 
 void gated_add(const GatedAddArgs& args, int64_t begin, int64_t end) {
   with_element(args.x.element, [&](auto element) { forward<element()>(args, begin, end); });
+  end_streaming(args.past_cache);
 }
 
 void gated_add_backward(const GatedAddBackwardArgs& args, int64_t begin, int64_t end) {
   with_element(args.grad_out.element, [&](auto element) { backward<element()>(args, begin, end); });
+  end_streaming(args.past_cache);
 }
 
 }  // namespace stream_r1::STREAM_R1_ISA

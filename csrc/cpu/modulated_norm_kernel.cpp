@@ -42,7 +42,7 @@ void forward(const ModulatedNormArgs& args, int64_t begin, int64_t end) {
     for_each_vector(width, [&](int64_t i, auto lanes) STREAM_R1_INLINE {
       __builtin_prefetch(x + i + args.x_token_stride);  // the next row: the sums are a wait for it otherwise
       const Vec n = (load<kElement>(x + i, lanes) - mean) * rstd;
-      store<kElement>(out + i, n * load(by + i, lanes) + load(shift + i, lanes), lanes);
+      store<kElement>(out + i, n * load(by + i, lanes) + load(shift + i, lanes), lanes, args.past_cache);
     });
     args.mean[row] = mean;
     args.rstd[row] = rstd;
@@ -88,7 +88,7 @@ void backward(const ModulatedNormBackwardArgs& args, int64_t begin, int64_t end)
       for_each_vector(width, [&](int64_t i, auto lanes) STREAM_R1_INLINE {
         const Vec n = (load<kElement>(x + i, lanes) - mean) * rstd;
         const Vec u = load<kElement>(grad + i, lanes) * load(factor + i, lanes);
-        store<kElement>(grad_x + i, rstd * (u - u_mean - n * un_mean), lanes);
+        store<kElement>(grad_x + i, rstd * (u - u_mean - n * un_mean), lanes, args.past_cache);
       });
     }
   }
@@ -98,10 +98,12 @@ void backward(const ModulatedNormBackwardArgs& args, int64_t begin, int64_t end)
 
 void modulated_norm(const ModulatedNormArgs& args, int64_t begin, int64_t end) {
   with_element(args.x.element, [&](auto element) { forward<element()>(args, begin, end); });
+  end_streaming(args.past_cache);
 }
 
 void modulated_norm_backward(const ModulatedNormBackwardArgs& args, int64_t begin, int64_t end) {
   with_element(args.x.element, [&](auto element) { backward<element()>(args, begin, end); });
+  end_streaming(args.past_cache);
 }
 
 }  // namespace stream_r1::STREAM_R1_ISA

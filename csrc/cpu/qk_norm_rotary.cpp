@@ -36,8 +36,8 @@ struct QkJob {
   Tensor x[2], weight[2], cos, sin;
   NormRotaryArgs args{};
 
-  QkJob(const Tensor& q, const Tensor& k, const Tensor& q_weight, const Tensor& k_weight, const Tensor& cos_any,
-      const Tensor& sin_any, int64_t heads, double eps)
+  QkJob(const Tensor& q, const Tensor& k, const Tensor& q_weight, const Tensor& k_weight,
+        const Tensor& cos_any, const Tensor& sin_any, int64_t heads, double eps)
       : x{with_dense_rows(q), with_dense_rows(k)},
         weight{contiguous_float(q_weight), contiguous_float(k_weight)},
         cos(contiguous_float(cos_any)),
@@ -66,9 +66,14 @@ struct QkJob {
     args.sides[side].y_head = y.stride(2);
   }
 
+  void set_out(int side, const Tensor& out) {
+    args.sides[side].out = target(out);
+    args.sides[side].past_cache = goes_past_cache(out);
+  }
+
   void run(const Tensor& q_out, const Tensor& k_out) {
-    args.sides[0].out = target(q_out);
-    args.sides[1].out = target(k_out);
+    set_out(0, q_out);
+    set_out(1, k_out);
     set_strides(0, q_out);
     set_strides(1, k_out);
     at::parallel_for(
@@ -117,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rotary_backward(
   Tensor grads[2] = {at::empty(q.sizes(), q.options()), at::empty(k.sizes(), k.options())};
   for (int i = 0; i < 2; ++i) {
     job.args.sides[i].grad_out = source(incoming[i]);
-    job.args.sides[i].out = target(grads[i]);
+    job.set_out(i, grads[i]);
     job.set_strides(i, incoming[i]);
   }
   const int64_t rows = q.size(0) * q.size(1), width = q.size(2);

@@ -59,7 +59,7 @@ void forward(const NormRotaryArgs& args, int64_t begin, int64_t end) {
           __builtin_prefetch(from + i + side.x_token);  // the next row, which is not the next in memory
           const Vec n = load<kElement>(from + i, lanes) * scale * load(weight + i, lanes);
           const Vec turned = exchange_neighbours(n) * load(sines + i, lanes);
-          store<kElement>(to + i, n * load(cosines + i, lanes) + turned, lanes);
+          store<kElement>(to + i, n * load(cosines + i, lanes) + turned, lanes, side.past_cache);
         });
       }
     }
@@ -101,7 +101,7 @@ void backward(const NormRotaryArgs& args, int64_t begin, int64_t end, float* con
       auto* grad_x = at<kElement>(side.out, row * width);
       for_each_vector(width, [&](int64_t i, auto lanes) STREAM_R1_INLINE {
         const Vec n = load<kElement>(x + i, lanes) * scale;
-        store<kElement>(grad_x + i, scale * (load(grad + i, lanes) - n * mean), lanes);
+        store<kElement>(grad_x + i, scale * (load(grad + i, lanes) - n * mean), lanes, side.past_cache);
       });
       grad_weight += width;
     }
@@ -112,10 +112,12 @@ void backward(const NormRotaryArgs& args, int64_t begin, int64_t end, float* con
 
 void norm_rotary(const NormRotaryArgs& args, int64_t begin, int64_t end) {
   with_element(args.element, [&](auto element) { forward<element()>(args, begin, end); });
+  end_streaming(args.sides[0].past_cache || args.sides[1].past_cache);
 }
 
 void norm_rotary_backward(const NormRotaryArgs& args, int64_t begin, int64_t end, float* grad_weights) {
   with_element(args.element, [&](auto element) { backward<element()>(args, begin, end, grad_weights); });
+  end_streaming(args.sides[0].past_cache || args.sides[1].past_cache);
 }
 
 }  // namespace stream_r1::STREAM_R1_ISA

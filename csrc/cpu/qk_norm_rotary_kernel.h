@@ -15,6 +15,7 @@ struct NormRotarySide {
   int64_t x_batch, x_token;
   const float* weight;               // [H * D]
   Target out;                        // forward: y [B, T, H, D];  backward: grad_x [B, T, H * D], contiguous
+  bool past_cache;                   // see goes_past_cache()
   Source grad_out;                   // backward: [B, T, H, D]
   int64_t y_batch, y_token, y_head;  // of out (forward) or grad_out (backward)
 };

@@ -67,6 +67,17 @@ inline bool needs_graph(at::TensorList inputs) {
          });
 }
 
+// Is a result more than a core's share of the last cache keeps until it is read again, and are its rows
+// aligned so that a kernel may store them past the caches?
+inline bool goes_past_cache(const at::Tensor& out) {
+  constexpr size_t kCacheKeeps = 24 << 20;
+  if (out.nbytes() <= kCacheKeeps) return false;
+  if (reinterpret_cast<uintptr_t>(out.const_data_ptr()) % 64 != 0) return false;
+  for (int64_t d = 0; d + 1 < out.dim(); ++d)
+    if (out.stride(d) * out.itemsize() % 64 != 0) return false;
+  return true;
+}
+
 // Units of work for one task of at::parallel_for: a task smaller than some ten thousand elements costs more
 // to hand over than to do.
 inline int64_t grain(int64_t elements_a_unit) {
