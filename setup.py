@@ -3,7 +3,7 @@
 `csrc/ops.cpp` and `csrc/cpu/<op>.cpp` are compiled once. `csrc/cpu/<op>_kernel.cpp` are compiled once for
 every instruction set; the fastest that the machine has is picked at run time (csrc/cpu/isa.h).
 
-STREAM_R1_SANITIZE=1 adds AddressSanitizer and UndefinedBehaviorSanitizer, without avx512 (see `make sanitize`).
+STREAM_R1_SANITIZE=1 adds AddressSanitizer and UBSan, and leaves out avx512 (see `make sanitize`).
 """
 
 import json
