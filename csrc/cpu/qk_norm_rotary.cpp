@@ -112,7 +112,19 @@ Tensor qk_norm_rotary_into(const Tensor& q, const Tensor& k, const Tensor& q_wei
   return q_out;
 }
 
-// Parts of the weights' gradients are summed in a fixed order, for any number of threads the same.
+// The gradient of q's (0) or k's (1) weight from sums [parts, 2, H * D], in a fixed order: for any number of
+// threads the same.
+Tensor sum_of_side(const Tensor& sums, int64_t side, at::ScalarType dtype) {
+  const int64_t parts = sums.size(0), width = sums.size(2);
+  Tensor total = at::zeros({width}, sums.options());
+  float* to = total.mutable_data_ptr<float>();
+  for (int64_t part = 0; part < parts; ++part) {
+    const float* from = sums.const_data_ptr<float>() + (2 * part + side) * width;
+    for (int64_t i = 0; i < width; ++i) to[i] += from[i];
+  }
+  return total.to(dtype);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rotary_backward(
     const Tensor& grad_q, const Tensor& grad_k, const Tensor& q, const Tensor& k, const Tensor& q_weight,
     const Tensor& k_weight, const Tensor& cos, const Tensor& sin, int64_t heads, double eps) {
@@ -135,8 +147,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rotary_backward(
                        kernel(job.args, part * part_rows, std::min(rows, (part + 1) * part_rows),
                               sums.mutable_data_ptr<float>() + part * 2 * width);
                    });
-  const Tensor weights = sum_blocks(sums.view({1, parts, 2 * width}), at::kFloat).view({2, width});
-  return {grads[0], grads[1], weights[0].to(q_weight.scalar_type()), weights[1].to(k_weight.scalar_type())};
+  return {grads[0], grads[1], sum_of_side(sums, 0, q_weight.scalar_type()),
+          sum_of_side(sums, 1, k_weight.scalar_type())};
 }
 
 template <class Signature>
