@@ -75,7 +75,8 @@ def _as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def with_grads(call: Callable[[], Tensor | tuple[Tensor, ...]], leaves: Sequence[Tensor]) -> Run:
     """Forward and backward of `call`, always with the same incoming gradients; returns outputs and grads."""
-    incoming = [torch.randn_like(out) for out in _as_tuple(call())]
+    generator = torch.Generator().manual_seed(0)  # so that every implementation gets the same ones
+    incoming = [torch.randn(out.shape, generator=generator).to(out.dtype) for out in _as_tuple(call())]
 
     def run() -> tuple[Tensor, ...]:
         outs = _as_tuple(call())
