@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | assets: each makes .venv and installs what it needs; quick the second time.
+# make demo | test | bench | lint | sanitize | assets: each makes .venv and installs what it needs; quick the second time.
 #
 # PYTHON       interpreter that makes .venv                      (python3)
 # TORCH_INDEX  index to take torch from, for the CPU build of it (pip's own)
@@ -12,13 +12,15 @@ PIP         := $(BIN)/python -m pip --disable-pip-version-check -qq
 SOURCES     := $(shell find csrc -type f 2>/dev/null)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test bench lint assets clean help
+.PHONY: demo test bench lint sanitize cross assets clean help
 
 help:
 	@echo "make demo    distil the tiny student, stream it before and after, write out/demo/index.html (minutes)"
 	@echo "make test    the tests"
-	@echo "make bench   every op beside its torch reference"
+	@echo "make bench   every op beside its rivals; writes docs/benchmarks.md, .json and docs/roofline.svg"
 	@echo "make lint    ruff, mypy, clang-format"
+	@echo "make sanitize  the ops' tests with AddressSanitizer and UndefinedBehaviorSanitizer (minutes)"
+	@echo "make cross   compile the CPU kernels for aarch64 (needs g++-aarch64-linux-gnu)"
 	@echo "make assets  train the tiny world's models again (hours)"
 
 demo: $(VENV)/.built
@@ -28,13 +30,26 @@ test: $(VENV)/.tools
 	$(BIN)/python -m pytest -q $(ARGS) tests
 
 bench: $(VENV)/.tools
-	$(BIN)/python -m pytest -q --benchmark-only $(ARGS) benchmarks
+	$(BIN)/python -m pytest -q --benchmark-only --report docs $(ARGS) benchmarks
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy stream_r1 stream_r1_kernels ptx_executor
 	find csrc -name '*.cpp' -o -name '*.h' | xargs -r $(BIN)/clang-format --dry-run --Werror
+
+# The runtimes come before the interpreter's own allocations; libstdc++ has to be there when they look for throw.
+sanitize: $(VENV)/.tools
+	STREAM_R1_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-temp build/sanitize/temp --build-lib build/sanitize
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 STREAM_R1_EXTENSION=build/sanitize/stream_r1_kernels \
+	  $(BIN)/python -m pytest -q $(ARGS) tests/ops
+
+# Kernel files are plain C++, so that another architecture's compiler is all they need.
+cross:
+	@mkdir -p build/aarch64
+	@for file in csrc/cpu/*_kernel.cpp; do echo $$file; aarch64-linux-gnu-g++ -std=c++20 -O2 -fopenmp -Wall -fno-math-errno \
+	  -fno-trapping-math -DSTREAM_R1_ISA=baseline -Icsrc -c $$file -o build/aarch64/$$(basename $$file .cpp).o || exit 1; done
 
 # The tiny world from the film on; each step resumes where it was stopped.
 assets: $(VENV)/.built

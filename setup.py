@@ -2,6 +2,8 @@
 
 `csrc/ops.cpp` and `csrc/cpu/<op>.cpp` are compiled once. `csrc/cpu/<op>_kernel.cpp` are compiled once for
 every instruction set; the fastest that the machine has is picked at run time (csrc/cpu/isa.h).
+
+STREAM_R1_SANITIZE=1 adds AddressSanitizer and UBSan, and leaves out avx512 (see `make sanitize`).
 """
 
 import json
@@ -16,6 +18,14 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).parent
 GIGABYTES_PER_JOB = 1.5  # what one compiler process needs for torch's headers
+UNITS = 2  # translation units that the op files are joined to
+SANITIZE = [
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=undefined",
+    "-fno-omit-frame-pointer",
+    "-g1",
+    "-O1",
+]
 
 ISA_FLAGS = {"baseline": ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"]}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -27,6 +37,9 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx512_bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
 # Only products of matrices gain from products of bfloat16; the rest of such a machine's kernels are avx512's.
 KERNEL_FILES = {"avx512_bf16": "attention_*_kernel.cpp"}
+
+if os.environ.get("STREAM_R1_SANITIZE") == "1":
+    ISA_FLAGS.pop("avx512", None)  # the same templates with more lanes, and half of a slow build
 
 LEFT_OUT = {"cuda": "this version has no CUDA kernels yet"}
 
@@ -75,30 +88,24 @@ class BuildKernels(BuildExtension):
                 extra_postargs=[*ext.extra_compile_args["cxx"], *flags, f"-DSTREAM_R1_ISA={isa}"],
             )
         ]
-        ext.extra_compile_args["cxx"] += ["-include", self.precompile_torch_headers(ext)]
+        ext.extra_compile_args["cxx"].append("-O1")  # checks and registration; the loops are in the kernels
+        ext.sources = self.join_op_files(ext.sources)
         super().build_extension(ext)
 
-    def precompile_torch_headers(self, ext: Extension) -> str:
-        """Compile csrc/cpu/torch_headers.h with the ops' flags; the compiler finds the result beside the
-        path returned.
-
-        A compiler that can't use it reads the header itself: slower, not different.
-        """
-        header = Path(self.build_temp).resolve() / "torch_headers.h"
-        compiled = header.with_suffix(".h.gch")
-        source = ROOT / "csrc/cpu/torch_headers.h"
-        if not compiled.exists() or compiled.stat().st_mtime < source.stat().st_mtime:
-            header.parent.mkdir(parents=True, exist_ok=True)
-            header.write_text(source.read_text())
-            includes = [f"-I{path}" for path in (*ext.include_dirs, *self.compiler.include_dirs)]
-            defines = [f"-D{name}={value}" for name, value in ext.define_macros]
-            flags = [*self.compiler.compiler_so[1:], *defines, *includes, *ext.extra_compile_args["cxx"]]
-            compiler = os.environ.get("CXX", "c++")
-            self.spawn([compiler, *flags, "-x", "c++-header", str(header), "-o", str(compiled)])
-        return str(header)
+    def join_op_files(self, sources: list[str]) -> list[str]:
+        """Files that include the op files: reading torch's headers takes longer than compiling an op, and
+        precompiling them takes longer than reading them twice."""
+        joined = [Path(self.build_temp) / f"ops_{i}.cpp" for i in range(UNITS)]
+        for i, path in enumerate(joined):
+            text = "".join(f'#include "{Path(name).relative_to("csrc")}"\n' for name in sources[i::UNITS])
+            if not path.exists() or path.read_text() != text:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text)
+        return [str(path) for path in joined]
 
 
 def extension() -> CppExtension:
+    sanitize = SANITIZE if os.environ.get("STREAM_R1_SANITIZE") == "1" else []
     sources = [path for path in (ROOT / "csrc/cpu").glob("*.cpp") if not path.stem.endswith("_kernel")]
     return CppExtension(
         "stream_r1_kernels._C",
@@ -109,9 +116,10 @@ def extension() -> CppExtension:
         extra_compile_args={
             "cxx": [
                 *("-std=c++20", "-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"),
-                *("-fvisibility=hidden", "-g0", "-Winvalid-pch"),
+                *("-fvisibility=hidden", "-g0", *sanitize),
             ]
         },
+        extra_link_args=sanitize,
         py_limited_api=True,
     )
 

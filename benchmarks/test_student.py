@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from published_flow import PublishedFlow
 from torch import Tensor
 
+from benchmarks.published_flow import PublishedFlow
 from stream_r1.models.transformer import CausalWanTransformer
 
 WIDTHS = {  # heads, head width, ffn, layers, latent channels, text width, text length, latent rows, columns

@@ -3,11 +3,15 @@
 The compiled ops are registered with torch when this module is imported. A build that is missing, or that was
 made against another torch, is no error here: the reasons are kept, `backend="reference"` works, and asking
 for a compiled backend raises with them.
+
+The environment variable STREAM_R1_EXTENSION names a folder with another build of the extension, such as the
+one with sanitizers.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,7 @@ from torch import Tensor
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_FOLDER = Path(__file__).parent
+_FOLDER = Path(os.environ.get("STREAM_R1_EXTENSION") or Path(__file__).parent)
 
 
 def _public(version: str) -> str:

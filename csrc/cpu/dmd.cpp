@@ -3,7 +3,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include <limits>
+#include <algorithm>
+#include <cfloat>
 #include <optional>
 #include <vector>
 
@@ -25,13 +26,15 @@ Planes planes(const Tensor& tensor) {
 // The arguments of both passes and what keeps their memory alive.
 struct Job {
   Tensor x, fake, real_cond, real_uncond, w_intra, mask;
-  std::vector<double> distances, squares;
-  std::vector<int64_t> kept;
+  std::vector<DmdBlock> blocks;
   std::vector<float> inverse_scale;
   DmdArgs args{};
 
   int64_t batch() const { return x.size(0); }
   int64_t units() const { return x.size(0) * args.blocks; }
+  c10::ArrayRef<DmdBlock> sample(int64_t b) const {
+    return c10::ArrayRef<DmdBlock>(blocks).slice(b * args.blocks, args.blocks);
+  }
   int64_t block_grain() const { return grain(4 * args.planes_a_block * args.plane); }
 };
 
@@ -80,42 +83,54 @@ void prepare(Job& job, const Tensor& x, const Tensor& fake, const Tensor& real_c
   args.blocks = (sample_planes + args.planes_a_block - 1) / args.planes_a_block;
 }
 
-double sum_of_sample(const std::vector<double>& values, int64_t sample, int64_t blocks) {
-  double total = 0;
-  for (int64_t i = sample * blocks; i < (sample + 1) * blocks; ++i) total += values[i];
-  return total;
-}
-
-// First pass: the normaliser of g, and [B] the factor of each sample's direction in the gradient:
+// First pass: the normaliser of g, and [B] the factor of each sample's direction w_intra * g in the gradient:
 // w_inter / (B * kept), 0 for a sample that keeps nothing.
-Tensor measure(Job& job, const std::optional<Tensor>& w_inter) {
+std::vector<double> measure(Job& job, const std::optional<Tensor>& w_inter) {
   DmdArgs& args = job.args;
-  job.distances.resize(job.units());
-  job.kept.resize(job.units());
+  job.blocks.resize(job.units());
   job.inverse_scale.resize(job.batch());
-  args.distances = job.distances.data();
-  args.kept = job.kept.data();
+  args.blocks_out = job.blocks.data();
   args.inverse_scale = job.inverse_scale.data();
   at::parallel_for(
       0, job.units(), job.block_grain(),
-      [&, kernel = pick_dmd_distances()](int64_t begin, int64_t end) { kernel(args, begin, end); });
-  Tensor factor = at::empty({job.batch()}, job.x.options().dtype(at::kFloat));
-  float* factors = factor.mutable_data_ptr<float>();
+      [&, kernel = pick_dmd_measure()](int64_t begin, int64_t end) { kernel(args, begin, end); });
   Tensor inter;
   if (w_inter.has_value()) {
     TORCH_CHECK_VALUE(w_inter->dim() == 1 && w_inter->size(0) == job.batch(),
                       "dmd: w_inter: expected shape [", job.batch(), "], got ", w_inter->sizes());
-    inter = w_inter->to(at::kFloat).contiguous();
+    inter = contiguous_float(*w_inter);
   }
+  std::vector<double> factors(job.batch());
   const double elements = static_cast<double>(args.frames * args.channels * args.plane);
   for (int64_t b = 0; b < job.batch(); ++b) {
-    job.inverse_scale[b] = static_cast<float>(elements / sum_of_sample(job.distances, b, args.blocks));
+    double distance = 0;
     int64_t kept = 0;
-    for (int64_t i = b * args.blocks; i < (b + 1) * args.blocks; ++i) kept += job.kept[i];
+    for (const DmdBlock& block : job.sample(b)) distance += block.distance, kept += block.kept;
+    job.inverse_scale[b] = static_cast<float>(elements / distance);
     const double weight = inter.defined() ? inter.const_data_ptr<float>()[b] : 1.0;
-    factors[b] = kept == 0 ? 0.f : static_cast<float>(weight / (static_cast<double>(job.batch()) * kept));
+    factors[b] = kept == 0 ? 0.0 : weight / (static_cast<double>(job.batch()) * kept);
   }
-  return factor;
+  return factors;
+}
+
+// The first pass leaves w_intra * (fake - real), which the normaliser turns into w_intra * g by its place in
+// the factor: that saves a pass over memory. It will not do where g or a product on the way leaves the range
+// of its type although the inputs do not; such calls take the second pass.
+bool normalises_late(const Job& job) {
+  const bool half = job.args.x.element == Element::float16;
+  for (int64_t b = 0; b < job.batch(); ++b) {
+    const float inverse = job.inverse_scale[b];
+    if (!(inverse > 0 && inverse <= FLT_MAX)) continue;  // all of g is 0: so is the factor
+    float largest = 0, heaviest = 0;
+    for (const DmdBlock& block : job.sample(b)) {
+      largest = std::max(largest, block.largest);
+      heaviest = std::max(heaviest, block.heaviest);
+    }
+    const bool tame = largest == 0 || (largest >= 1e-12f && largest <= 1e12f && largest * inverse <= 1e30f &&
+                                       heaviest <= (half ? 3e4f : 1e30f) && inverse <= (half ? 1e3f : 1e30f));
+    if (!tame) return false;
+  }
+  return true;
 }
 
 void second_pass(const Job& job) {
@@ -131,28 +146,38 @@ std::tuple<Tensor, Tensor, Tensor> dmd_loss_cpu(const Tensor& x, const Tensor& f
                                                 const std::optional<Tensor>& mask) {
   Job job;
   prepare(job, x, fake, real_cond, real_uncond, guidance, w_intra, mask);
-  const Tensor factor = measure(job, w_inter);
   Tensor direction = at::empty(x.sizes(), x.options());
-  job.squares.resize(job.units());
-  job.args.squares = job.squares.data();
   job.args.direction = target(direction);
   job.args.direction_planes = planes(direction);
-  second_pass(job);
-  double loss = 0;
-  for (int64_t b = 0; b < job.batch(); ++b)
-    loss += 0.5 * factor.const_data_ptr<float>()[b] * sum_of_sample(job.squares, b, job.args.blocks);
-  return {at::scalar_tensor(loss, factor.options()), direction, factor};
+  const std::vector<double> factors = measure(job, w_inter);
+  const bool late = normalises_late(job);
+  if (!late) second_pass(job);
+  Tensor factor = at::empty({job.batch()}, x.options().dtype(at::kFloat));
+  Tensor loss = at::empty({}, factor.options());
+  double total = 0;
+  for (int64_t b = 0; b < job.batch(); ++b) {
+    const double inverse = job.inverse_scale[b], scale = !late ? 1 : inverse <= FLT_MAX ? inverse : 0;
+    double squares = 0;
+    for (const DmdBlock& block : job.sample(b)) squares += block.squares;
+    if (scale != 0) total += 0.5 * factors[b] * squares * scale * scale;
+    factor.mutable_data_ptr<float>()[b] = static_cast<float>(factors[b] * scale);
+  }
+  *loss.mutable_data_ptr<float>() = static_cast<float>(total);
+  return {loss, direction, factor};
 }
 
 Tensor dmd_loss_backward_cpu(const Tensor& grad_loss, const Tensor& direction_, const Tensor& factor_) {
   const Tensor direction = direction_.contiguous();
-  const Tensor factor = (factor_ * grad_loss.to(at::kFloat)).contiguous();
+  const Tensor outer = contiguous_float(grad_loss), inner = contiguous_float(factor_);
+  TORCH_CHECK_VALUE(outer.numel() == 1, "dmd_loss_backward: grad_loss: expected one value, got shape ",
+                    grad_loss.sizes());
   const int64_t batch = direction.size(0);
+  std::vector<float> factor(inner.const_data_ptr<float>(), inner.const_data_ptr<float>() + batch);
+  for (float& value : factor) value *= *outer.const_data_ptr<float>();
   const int64_t n = batch == 0 ? 0 : direction.numel() / batch;
   Tensor grad = at::empty(direction.sizes(), direction.options());
   const int64_t blocks = (n + kBlockElements - 1) / kBlockElements;
-  const DmdScaleArgs args{source(direction), factor.const_data_ptr<float>(), target(grad), n, blocks,
-                          kBlockElements};
+  const DmdScaleArgs args{source(direction), factor.data(), target(grad), n, blocks, kBlockElements};
   at::parallel_for(0, batch * blocks, grain(kBlockElements),
                    [&, kernel = pick_dmd_scale()](int64_t begin, int64_t end) { kernel(args, begin, end); });
   return grad;
@@ -166,9 +191,10 @@ void dmd_gradient_cpu(Tensor buffer, const Tensor& x, const Tensor& fake, const 
                     " as x, got ", buffer.sizes());
   Job job;
   prepare(job, x, fake, real_cond, real_uncond, guidance, w_intra, mask);
-  const Tensor factor = measure(job, w_inter).mul_(scale);
+  std::vector<float> factor;
+  for (double value : measure(job, w_inter)) factor.push_back(static_cast<float>(value * scale));
   const Tensor dense = with_dense_rows(buffer, 2);
-  job.args.factor = factor.const_data_ptr<float>();
+  job.args.factor = factor.data();
   job.args.direction = target(dense);
   job.args.direction_planes = planes(dense);
   second_pass(job);

@@ -14,6 +14,14 @@ struct Planes {
   }
 };
 
+// Of the elements of a block.
+struct DmdBlock {
+  double distance;          // sum of |x - real|
+  double squares;           // sum of w_intra * (fake - real)^2 over the kept elements
+  int64_t kept;             // elements that the mask keeps
+  float largest, heaviest;  // largest |fake - real| and |w_intra * (fake - real)|
+};
+
 struct DmdArgs {
   Source x, fake, real_cond, real_uncond;  // real_uncond is real_cond where there is none
   Planes x_planes, fake_planes, real_cond_planes, real_uncond_planes;
@@ -29,19 +37,17 @@ struct DmdArgs {
   int64_t frames, channels, plane;  // F, C, h * w
   int64_t blocks, planes_a_block;   // of a sample's F * C planes; the last block may be shorter
 
-  // First pass, a value a block [B, blocks].
-  double* distances;  // sum of |x - real|
-  int64_t* kept;      // elements that the mask keeps
-  // Second pass.
-  const float* inverse_scale;  // [B], 1 / mean |x - real|
-  double* squares;             // [B, blocks], sum of w_intra * g^2 over the kept elements, or null
-  Target direction;            // w_intra * g where kept, else 0; or no data
+  DmdBlock* blocks_out;        // [B, blocks]
+  const float* inverse_scale;  // second pass: [B], 1 / mean |x - real|
+  Target direction;            // [B, F, C, h, w] in planes, or no data
   Planes direction_planes;
-  const float* factor;  // [B], null: direction is written; else factor * direction is added to it
+  const float* factor;  // second pass: [B]; null: the direction is written, else factor * direction is added
 };
 
-// Blocks begin .. end of the B * blocks blocks.
-STREAM_R1_KERNEL(dmd_distances, void(const DmdArgs& args, int64_t begin, int64_t end));
+// First pass over blocks begin .. end of the B * blocks blocks: what a DmdBlock holds and, where there is
+// memory for it, direction = w_intra * (fake - real) where the mask keeps, else 0.
+STREAM_R1_KERNEL(dmd_measure, void(const DmdArgs& args, int64_t begin, int64_t end));
+// Second pass, when the mean is known: the direction is w_intra * g, and so are the squares.
 STREAM_R1_KERNEL(dmd_directions, void(const DmdArgs& args, int64_t begin, int64_t end));
 
 struct DmdScaleArgs {
@@ -52,7 +58,6 @@ struct DmdScaleArgs {
   int64_t blocks, elements_a_block;  // of a sample's n elements; the last block may be shorter
 };
 
-// Blocks begin .. end of the B * blocks blocks.
 STREAM_R1_KERNEL(dmd_scale, void(const DmdScaleArgs& args, int64_t begin, int64_t end));
 
 }  // namespace stream_r1

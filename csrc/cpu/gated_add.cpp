@@ -19,9 +19,10 @@ Tensor gated_add_cpu(const Tensor& x_, const Tensor& y_, const Tensor& gate_) {
   const Tensor x = with_dense_rows(x_), y = with_dense_rows(y_), gate = with_dense_rows(gate_);
   const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
   Tensor out = at::empty({batch, tokens, width}, x.options());
-  const GatedAddArgs args{source(x),   source(y),    x.stride(0),    x.stride(1),    y.stride(0),
-                          y.stride(1), source(gate), gate.stride(0), gate.stride(1), target(out),
-                          tokens,      gate.size(1), width};
+  const GatedAddArgs args{source(x),      source(y),   x.stride(0),          x.stride(1),
+                          y.stride(0),    y.stride(1), source(gate),         gate.stride(0),
+                          gate.stride(1), target(out), goes_past_cache(out), tokens,
+                          gate.size(1),   width};
   at::parallel_for(0, batch * tokens, grain(width),
                    [&, kernel = pick_gated_add()](int64_t begin, int64_t end) { kernel(args, begin, end); });
   return out;
@@ -45,6 +46,7 @@ std::tuple<Tensor, Tensor> gated_add_backward_cpu(const Tensor& grad_out_, const
                                   gate.stride(0),
                                   gate.stride(1),
                                   target(grad_y),
+                                  goes_past_cache(grad_y),
                                   gate_sums.mutable_data_ptr<float>(),
                                   tokens,
                                   frames,

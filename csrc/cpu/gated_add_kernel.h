@@ -10,7 +10,8 @@ struct GatedAddArgs {
   int64_t x_batch_stride, x_token_stride, y_batch_stride, y_token_stride;
   Source gate;  // [B, F, D]
   int64_t gate_batch_stride, gate_frame_stride;
-  Target out;  // [B, T, D] contiguous
+  Target out;       // [B, T, D] contiguous
+  bool past_cache;  // see goes_past_cache()
   int64_t tokens, frames, width;
 };
 
@@ -23,7 +24,8 @@ struct GatedAddBackwardArgs {
   int64_t y_batch_stride, y_token_stride;
   Source gate;  // [B, F, D]
   int64_t gate_batch_stride, gate_frame_stride;
-  Target grad_y;     // [B, T, D] contiguous
+  Target grad_y;  // [B, T, D] contiguous
+  bool past_cache;
   float* gate_sums;  // [B, F, blocks, D], sums over the tokens of a block
   int64_t tokens, frames, width;
   int64_t blocks, tokens_a_block;  // of a frame's tokens; the last block may be shorter

@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "cpu/intra_weights_kernel.h"
@@ -28,6 +29,21 @@ std::vector<double> temporal_profile(const double* means, int64_t frames, double
   return profile;
 }
 
+// softmax of -scores / temperature over the axes, [B, M].
+std::vector<float> shares_of(const Tensor& scores, double temperature) {
+  const int64_t batch = scores.size(0), axes = scores.size(1);
+  const float* score = scores.const_data_ptr<float>();
+  std::vector<float> shares(batch * axes);
+  for (int64_t b = 0; b < batch; ++b, score += axes) {
+    const double lowest = *std::min_element(score, score + axes);
+    double total = 0;
+    for (int64_t m = 0; m < axes; ++m) total += std::exp((lowest - score[m]) / temperature);
+    for (int64_t m = 0; m < axes; ++m)
+      shares[b * axes + m] = static_cast<float>(std::exp((lowest - score[m]) / temperature) / total);
+  }
+  return shares;
+}
+
 Tensor intra_weights_cpu(const Tensor& saliency_, const Tensor& scores, double temperature,
                          double spatial_floor, double temporal_floor, double spatial_strength,
                          double temporal_strength, bool use_spatial, bool use_temporal) {
@@ -39,15 +55,15 @@ Tensor intra_weights_cpu(const Tensor& saliency_, const Tensor& scores, double t
                     "intra_weights: saliency: expected sizes above 0, got ", saliency_.sizes());
   TORCH_CHECK_VALUE(scores.sizes() == at::IntArrayRef({batch, axes}),
                     "intra_weights: scores: expected shape [", batch, ", ", axes, "], got ", scores.sizes());
-  const Tensor saliency = saliency_.to(at::kFloat).contiguous();
-  const Tensor shares = at::softmax(scores.to(at::kFloat) / -temperature, 1).contiguous();
+  const Tensor saliency = contiguous_float(saliency_);
+  const std::vector<float> shares = shares_of(contiguous_float(scores), temperature);
   Tensor weights = at::empty({batch, frames, 1, rows, columns}, saliency.options());
-  std::vector<double> frame_means(batch * frames), map_sums(batch * frames);
+  std::vector<double> frame_means(batch * frames), map_means(batch * frames);
   const IntraWeightsArgs args{saliency.const_data_ptr<float>(),
-                              shares.const_data_ptr<float>(),
+                              shares.data(),
                               weights.mutable_data_ptr<float>(),
                               frame_means.data(),
-                              map_sums.data(),
+                              map_means.data(),
                               axes,
                               batch,
                               frames,
@@ -60,26 +76,23 @@ Tensor intra_weights_cpu(const Tensor& saliency_, const Tensor& scores, double t
       0, batch * frames, grain(cells * (axes + 3)),
       [&, kernel = pick_fuse_frames()](int64_t begin, int64_t end) { kernel(args, begin, end); });
 
+  // The maps have no common mean yet: a frame's factor is its profile over its map's mean, over the mean of
+  // all.
   std::vector<float> factors(batch * frames);
   for (int64_t b = 0; b < batch; ++b) {
     const double* means = frame_means.data() + b * frames;
     std::vector<double> profile(frames, 1.0);
     if (use_temporal) profile = temporal_profile(means, frames, temporal_strength, temporal_floor);
-    double total = 0, of_means = 0;
-    for (int64_t f = 0; f < frames; ++f) {
-      total += profile[f] * map_sums[b * frames + f];
-      of_means += means[f];
-    }
-    const double to_mean_one =
-        std::isfinite(of_means) ? frames * cells / total : std::numeric_limits<double>::quiet_NaN();
+    const double total = std::accumulate(profile.begin(), profile.end(), 0.0);
+    const bool finite = std::isfinite(std::accumulate(means, means + frames, 0.0));
     for (int64_t f = 0; f < frames; ++f)
-      factors[b * frames + f] = static_cast<float>(profile[f] * to_mean_one);
+      factors[b * frames + f] =
+          finite ? static_cast<float>(profile[f] * frames / total / map_means[b * frames + f])
+                 : std::numeric_limits<float>::quiet_NaN();
   }
-  float* data = weights.mutable_data_ptr<float>();
-  at::parallel_for(0, batch * frames, grain(cells), [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit)
-      for (int64_t i = 0; i < cells; ++i) data[unit * cells + i] *= factors[unit];
-  });
+  at::parallel_for(0, batch * frames, grain(cells),
+                   [&, data = weights.mutable_data_ptr<float>(), kernel = pick_scale_frames()](
+                       int64_t begin, int64_t end) { kernel(data, factors.data(), cells, begin, end); });
   return weights;
 }
 

@@ -3,24 +3,59 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/rows.h"
+#include "cpu/vectors.h"
 
 namespace stream_r1::STREAM_R1_ISA {
 namespace {
 
-// The sum in pieces: float32 in a piece, float64 over them.
-double sum(const float* values, int64_t n) {
-  double total = 0;
-  for (int64_t start = 0; start < n; start += 1024) {
-    const float* piece = values + start;
-    total += sum_terms(std::min<int64_t>(1024, n - start), [piece](int64_t i) { return piece[i]; });
+constexpr int64_t kPiece = 1024;  // elements of a float32 sum; the sums of pieces are float64
+
+Vec min(Vec a, Vec b) { return a < b ? a : b; }
+
+struct Fused {
+  double sum = 0;
+  float low, high;
+};
+
+// Writes the weighted sum of the axes' maps of a frame.
+Fused fuse(const IntraWeightsArgs& args, const float* maps, const float* shares, float* fused) {
+  const int64_t n = args.cells, axis_stride = args.batch * args.frames * n;
+  Vec low = splat(INFINITY), high = -low;
+  Fused result;
+  for (int64_t start = 0; start < n; start += kPiece) {
+    Vec sums = {};
+    for_each_vector(std::min(kPiece, n - start), [&](int64_t i, auto lanes) STREAM_R1_INLINE {
+      Vec v = {};
+      for (int64_t m = 0; m < args.axes; ++m)
+        v += shares[m] * load(maps + m * axis_stride + start + i, lanes);
+      store(fused + start + i, v, lanes);
+      sums += v;
+      low = min(keep(v, lanes, low), low);
+      high = max(keep(v, lanes, high), high);
+    });
+    result.sum += sum(sums);
   }
-  return total;
+  result.low = -max(-low);
+  result.high = max(high);
+  return result;
 }
 
-void scale(float* values, int64_t n, float factor) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) values[i] *= factor;
+// Writes max(floor, 1 - strength + strength * (value - low) / range); returns the sum of it.
+double spread(const IntraWeightsArgs& args, float low, float range, float* values) {
+  const float scale = args.spatial_strength / range, base = 1 - args.spatial_strength;
+  const Vec floor = splat(args.spatial_floor);
+  double total = 0;
+  for (int64_t start = 0; start < args.cells; start += kPiece) {
+    Vec sums = {};
+    for_each_vector(std::min(kPiece, args.cells - start), [&](int64_t i, auto lanes) STREAM_R1_INLINE {
+      float* at = values + start + i;
+      const Vec v = max(floor, base + scale * (load(at, lanes) - low));
+      store(at, v, lanes);
+      sums += keep(v, lanes, Vec{});
+    });
+    total += sum(sums);
+  }
+  return total;
 }
 
 }  // namespace
@@ -28,33 +63,24 @@ void scale(float* values, int64_t n, float factor) {
 void fuse_frames(const IntraWeightsArgs& args, int64_t begin, int64_t end) {
   const int64_t n = args.cells;
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t batch = unit / args.frames;
     float* const weights = args.weights + unit * n;
-    for (int64_t m = 0; m < args.axes; ++m) {
-      const float* saliency = args.saliency + (m * args.batch * args.frames + unit) * n;
-      const float share = args.shares[batch * args.axes + m];
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) weights[i] = (m == 0 ? 0.f : weights[i]) + share * saliency[i];
-    }
-    args.frame_means[unit] = sum(weights, n) / static_cast<double>(n);
-    float low = weights[0], high = weights[0];
-#pragma omp simd reduction(min : low) reduction(max : high)
-    for (int64_t i = 0; i < n; ++i) {
-      low = std::min(low, weights[i]);
-      high = std::max(high, weights[i]);
-    }
-    const float range = high - low;
-    if (!args.use_spatial || range <= args.flat_range * std::abs(high)) {
+    const Fused fused =
+        fuse(args, args.saliency + unit * n, args.shares + unit / args.frames * args.axes, weights);
+    args.frame_means[unit] = fused.sum / static_cast<double>(n);
+    const float range = fused.high - fused.low;
+    if (!args.use_spatial || range <= args.flat_range * std::abs(fused.high)) {
       std::fill_n(weights, n, 1.f);
+      args.map_means[unit] = 1;
     } else {
-      const float floor = args.spatial_floor, strength = args.spatial_strength, base = 1 - strength;
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i)
-        weights[i] = std::max(floor, base + strength * ((weights[i] - low) / range));
-      scale(weights, n, static_cast<float>(static_cast<double>(n) / sum(weights, n)));
+      args.map_means[unit] = spread(args, fused.low, range, weights) / static_cast<double>(n);
     }
-    args.map_sums[unit] = sum(weights, n);
   }
+}
+
+void scale_frames(float* weights, const float* factors, int64_t cells, int64_t begin, int64_t end) {
+  for (int64_t unit = begin; unit < end; ++unit)
+    for_each_vector(cells, [&, at = weights + unit * cells, factor = factors[unit]](int64_t i, auto lanes)
+                               STREAM_R1_INLINE { store(at + i, factor * load(at + i, lanes), lanes); });
 }
 
 }  // namespace stream_r1::STREAM_R1_ISA

@@ -11,6 +11,7 @@ struct ModulatedNormArgs {
   Source shift, scale;  // [B, F, D]
   int64_t shift_batch_stride, shift_frame_stride, scale_batch_stride, scale_frame_stride;
   Target out;          // [B, T, D] contiguous
+  bool past_cache;     // see goes_past_cache()
   float *mean, *rstd;  // [B, T]
   int64_t tokens, frames, width;
   float eps;
@@ -25,8 +26,9 @@ struct ModulatedNormBackwardArgs {
   int64_t x_batch_stride, x_token_stride;
   Source scale;  // [B, F, D]
   int64_t scale_batch_stride, scale_frame_stride;
-  const float *mean, *rstd;        // [B, T]
-  Target grad_x;                   // [B, T, D] contiguous
+  const float *mean, *rstd;  // [B, T]
+  Target grad_x;             // [B, T, D] contiguous
+  bool past_cache;
   float *shift_sums, *scale_sums;  // [B, F, blocks, D], sums over the tokens of a block
   int64_t tokens, frames, width;
   int64_t blocks, tokens_a_block;  // of a frame's tokens; the last block may be shorter

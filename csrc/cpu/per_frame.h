@@ -23,9 +23,4 @@ struct FrameBlocks {
   int64_t blocks, tokens_a_block;
 };
 
-// [B, F, blocks, D] float32 -> [B, F, D]
-inline at::Tensor sum_blocks(const at::Tensor& sums, at::ScalarType dtype) {
-  return (sums.size(2) == 1 ? sums.squeeze(2) : sums.sum(2)).to(dtype);
-}
-
 }  // namespace stream_r1

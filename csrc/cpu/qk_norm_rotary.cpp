@@ -15,7 +15,7 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-void check(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, int64_t heads) {
+void check_rotary(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, int64_t heads) {
   TORCH_CHECK_VALUE(q.dim() == 3 && q.sizes() == k.sizes(),
                     "qk_norm_rotary: q, k: expected the same [B, T, H * D], got ", q.sizes(), " and ",
                     k.sizes());
@@ -31,59 +31,73 @@ void check(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& si
                       phase.sizes());
 }
 
-Tensor contiguous_float(const Tensor& x) { return x.to(at::kFloat).contiguous(); }
-
-NormRotaryArgs arguments(const Tensor& x, const Tensor& weight, const Tensor& cos, const Tensor& sin,
-                         int64_t heads, double eps, const Tensor& y) {
-  TORCH_CHECK_VALUE(weight.numel() == x.size(2), "qk_norm_rotary: weight: expected [", x.size(2), "], got ",
-                    weight.sizes());
+// q, k and what goes with them, in the layout that the kernel needs; keeps their memory alive.
+struct QkJob {
+  Tensor x[2], weight[2], cos, sin;
   NormRotaryArgs args{};
-  args.tokens = x.size(1);
-  args.heads = heads;
-  args.head_dim = x.size(2) / heads;
-  args.eps = static_cast<float>(eps);
-  args.x = source(x);
-  args.x_batch = x.stride(0);
-  args.x_token = x.stride(1);
-  args.weight = weight.const_data_ptr<float>();
-  args.cos = cos.const_data_ptr<float>();
-  args.sin = sin.const_data_ptr<float>();
-  args.y_batch = y.stride(0);
-  args.y_token = y.stride(1);
-  args.y_head = y.stride(2);
-  return args;
-}
 
-// Writes norm + rotary of x into out [B, T, H, D].
-void run(const Tensor& x_any, const Tensor& weight_any, const Tensor& cos, const Tensor& sin, int64_t heads,
-         double eps, const Tensor& out) {
-  const Tensor x = with_dense_rows(x_any), weight = contiguous_float(weight_any);
-  NormRotaryArgs args = arguments(x, weight, cos, sin, heads, eps, out);
-  args.out = target(out);
-  auto* kernel = pick_norm_rotary();
-  at::parallel_for(0, x.size(0) * x.size(1), grain(x.size(2)),
-                   [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-}
+  QkJob(const Tensor& q, const Tensor& k, const Tensor& q_weight, const Tensor& k_weight,
+        const Tensor& cos_any, const Tensor& sin_any, int64_t heads, double eps)
+      : x{with_dense_rows(q), with_dense_rows(k)},
+        weight{contiguous_float(q_weight), contiguous_float(k_weight)},
+        cos(contiguous_float(cos_any)),
+        sin(contiguous_float(sin_any)) {
+    args.tokens = q.size(1);
+    args.heads = heads;
+    args.head_dim = q.size(2) / heads;
+    args.eps = static_cast<float>(eps);
+    args.cos = cos.const_data_ptr<float>();
+    args.sin = sin.const_data_ptr<float>();
+    args.element = element_of(q);
+    for (int i = 0; i < 2; ++i) {
+      TORCH_CHECK_VALUE(weight[i].numel() == q.size(2), "qk_norm_rotary: weight: expected [", q.size(2),
+                        "], got ", weight[i].sizes());
+      args.sides[i].x = source(x[i]);
+      args.sides[i].x_batch = x[i].stride(0);
+      args.sides[i].x_token = x[i].stride(1);
+      args.sides[i].weight = weight[i].const_data_ptr<float>();
+    }
+  }
+
+  // y [B, T, H, D] of q (0) or k (1)
+  void set_strides(int side, const Tensor& y) {
+    args.sides[side].y_batch = y.stride(0);
+    args.sides[side].y_token = y.stride(1);
+    args.sides[side].y_head = y.stride(2);
+  }
+
+  void set_out(int side, const Tensor& out) {
+    args.sides[side].out = target(out);
+    args.sides[side].past_cache = goes_past_cache(out);
+  }
+
+  void run(const Tensor& q_out, const Tensor& k_out) {
+    set_out(0, q_out);
+    set_out(1, k_out);
+    set_strides(0, q_out);
+    set_strides(1, k_out);
+    at::parallel_for(
+        0, x[0].size(0) * args.tokens, grain(2 * x[0].size(2)),
+        [this, kernel = pick_norm_rotary()](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  }
+};
 
 Tensor empty_heads(const Tensor& x, int64_t heads) {
   return at::empty({x.size(0), x.size(1), heads, x.size(2) / heads}, x.options());
 }
 
 std::tuple<Tensor, Tensor> qk_norm_rotary(const Tensor& q, const Tensor& k, const Tensor& q_weight,
-                                          const Tensor& k_weight, const Tensor& cos_any,
-                                          const Tensor& sin_any, int64_t heads, double eps) {
-  check(q, k, cos_any, sin_any, heads);
-  const Tensor cos = contiguous_float(cos_any), sin = contiguous_float(sin_any);
+                                          const Tensor& k_weight, const Tensor& cos, const Tensor& sin,
+                                          int64_t heads, double eps) {
+  check_rotary(q, k, cos, sin, heads);
   Tensor q_out = empty_heads(q, heads), k_out = empty_heads(k, heads);
-  run(q, q_weight, cos, sin, heads, eps, q_out);
-  run(k, k_weight, cos, sin, heads, eps, k_out);
+  QkJob(q, k, q_weight, k_weight, cos, sin, heads, eps).run(q_out, k_out);
   return {q_out, k_out};
 }
 
 Tensor qk_norm_rotary_into(const Tensor& q, const Tensor& k, const Tensor& q_weight, const Tensor& k_weight,
-                           const Tensor& cos_any, const Tensor& sin_any, int64_t heads, double eps,
-                           Tensor& k_out) {
-  check(q, k, cos_any, sin_any, heads);
+                           const Tensor& cos, const Tensor& sin, int64_t heads, double eps, Tensor& k_out) {
+  check_rotary(q, k, cos, sin, heads);
   const int64_t head_dim = q.size(2) / heads;
   TORCH_CHECK_VALUE(k_out.sizes() == at::IntArrayRef({k.size(0), k.size(1), heads, head_dim}),
                     "qk_norm_rotary: k_out: expected [", k.size(0), ", ", k.size(1), ", ", heads, ", ",
@@ -93,44 +107,48 @@ Tensor qk_norm_rotary_into(const Tensor& q, const Tensor& k, const Tensor& q_wei
   TORCH_CHECK_VALUE(k_out.stride(3) == 1 || k_out.numel() == 0,
                     "qk_norm_rotary: k_out: expected a contiguous last dimension, got strides ",
                     k_out.strides());
-  const Tensor cos = contiguous_float(cos_any), sin = contiguous_float(sin_any);
   Tensor q_out = empty_heads(q, heads);
-  run(q, q_weight, cos, sin, heads, eps, q_out);
-  run(k, k_weight, cos, sin, heads, eps, k_out);
+  QkJob(q, k, q_weight, k_weight, cos, sin, heads, eps).run(q_out, k_out);
   return q_out;
 }
 
-// -> grad_x, grad_weight. Parts of the weight's gradient are summed in a fixed order, for any number of
+// The gradient of q's (0) or k's (1) weight from sums [parts, 2, H * D], in a fixed order: for any number of
 // threads the same.
-std::tuple<Tensor, Tensor> run_backward(const Tensor& grad_any, const Tensor& x_any, const Tensor& weight_any,
-                                        const Tensor& cos, const Tensor& sin, int64_t heads, double eps) {
-  const Tensor x = with_dense_rows(x_any), weight = contiguous_float(weight_any),
-               grad = with_dense_rows(grad_any);
-  const int64_t rows = x.size(0) * x.size(1), width = x.size(2);
-  Tensor grad_x = at::empty(x.sizes(), x.options());
-  NormRotaryArgs args = arguments(x, weight, cos, sin, heads, eps, grad);
-  args.grad_out = source(grad);
-  args.out = target(grad_x);
-  const int64_t part_rows = std::max<int64_t>(64, (rows + 63) / 64),
-                parts = (rows + part_rows - 1) / part_rows;
-  Tensor grad_weight = at::zeros({parts, width}, x.options().dtype(at::kFloat));
-  auto* kernel = pick_norm_rotary_backward();
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part)
-      kernel(args, part * part_rows, std::min(rows, (part + 1) * part_rows),
-             grad_weight.mutable_data_ptr<float>() + part * width);
-  });
-  return {grad_x, grad_weight.sum(0).to(weight_any.scalar_type())};
+Tensor sum_of_side(const Tensor& sums, int64_t side, at::ScalarType dtype) {
+  const int64_t parts = sums.size(0), width = sums.size(2);
+  Tensor total = at::zeros({width}, sums.options());
+  float* to = total.mutable_data_ptr<float>();
+  for (int64_t part = 0; part < parts; ++part) {
+    const float* from = sums.const_data_ptr<float>() + (2 * part + side) * width;
+    for (int64_t i = 0; i < width; ++i) to[i] += from[i];
+  }
+  return total.to(dtype);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rotary_backward(
     const Tensor& grad_q, const Tensor& grad_k, const Tensor& q, const Tensor& k, const Tensor& q_weight,
-    const Tensor& k_weight, const Tensor& cos_any, const Tensor& sin_any, int64_t heads, double eps) {
-  check(q, k, cos_any, sin_any, heads);
-  const Tensor cos = contiguous_float(cos_any), sin = contiguous_float(sin_any);
-  auto [q_grad, q_weight_grad] = run_backward(grad_q, q, q_weight, cos, sin, heads, eps);
-  auto [k_grad, k_weight_grad] = run_backward(grad_k, k, k_weight, cos, sin, heads, eps);
-  return {q_grad, k_grad, q_weight_grad, k_weight_grad};
+    const Tensor& k_weight, const Tensor& cos, const Tensor& sin, int64_t heads, double eps) {
+  check_rotary(q, k, cos, sin, heads);
+  QkJob job(q, k, q_weight, k_weight, cos, sin, heads, eps);
+  const Tensor incoming[2] = {with_dense_rows(grad_q), with_dense_rows(grad_k)};
+  Tensor grads[2] = {at::empty(q.sizes(), q.options()), at::empty(k.sizes(), k.options())};
+  for (int i = 0; i < 2; ++i) {
+    job.args.sides[i].grad_out = source(incoming[i]);
+    job.set_out(i, grads[i]);
+    job.set_strides(i, incoming[i]);
+  }
+  const int64_t rows = q.size(0) * q.size(1), width = q.size(2);
+  const int64_t part_rows = std::max<int64_t>(64, (rows + 63) / 64);
+  const int64_t parts = std::max<int64_t>(1, (rows + part_rows - 1) / part_rows);
+  Tensor sums = at::zeros({parts, 2, width}, q.options().dtype(at::kFloat));
+  at::parallel_for(0, parts, grain(2 * width * part_rows),
+                   [&, kernel = pick_norm_rotary_backward()](int64_t begin, int64_t end) {
+                     for (int64_t part = begin; part < end; ++part)
+                       kernel(job.args, part * part_rows, std::min(rows, (part + 1) * part_rows),
+                              sums.mutable_data_ptr<float>() + part * 2 * width);
+                   });
+  return {grads[0], grads[1], sum_of_side(sums, 0, q_weight.scalar_type()),
+          sum_of_side(sums, 1, k_weight.scalar_type())};
 }
 
 template <class Signature>
@@ -167,6 +185,11 @@ class QkNormRotary : public torch::autograd::Function<QkNormRotary> {
 std::tuple<Tensor, Tensor> qk_norm_rotary_autograd(const Tensor& q, const Tensor& k, const Tensor& q_weight,
                                                    const Tensor& k_weight, const Tensor& cos,
                                                    const Tensor& sin, int64_t heads, double eps) {
+  if (!needs_graph({q, k, q_weight, k_weight})) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    static const auto forward_op = op<decltype(qk_norm_rotary)>("stream_r1::qk_norm_rotary");
+    return forward_op.call(q, k, q_weight, k_weight, cos, sin, heads, eps);
+  }
   const variable_list out = QkNormRotary::apply(q, k, q_weight, k_weight, cos, sin, heads, eps);
   return {out[0], out[1]};
 }

@@ -1,18 +1,51 @@
 #include "cpu/region_saliency_kernel.h"
 
 #include <algorithm>
-#include <cmath>
-#include <memory>
 
-#include "cpu/rows.h"
+#include "cpu/vectors.h"
 
 namespace stream_r1::STREAM_R1_ISA {
+namespace {
 
-void region_saliency(const RegionSaliencyArgs& args, int64_t begin, int64_t end) {
+Vec square_root(Vec v) {
+#if defined(__AVX512F__)
+  return cast_bits<Vec>(_mm512_sqrt_ps(cast_bits<__m512>(v)));
+#elif defined(__AVX2__)
+  return cast_bits<Vec>(_mm256_sqrt_ps(cast_bits<__m256>(v)));
+#else
+  for (int64_t i = 0; i < kLanes; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+#endif
+}
+
+// Adds the norm over the channels of each pixel of a line.
+template <Element kElement>
+void add_norms(const RegionSaliencyArgs& args, const Stored<kElement>* line, float* sums) {
+  if (args.channels == 3) {
+    const auto *green = line + args.channel_stride, *blue = green + args.channel_stride;
+    for_each_vector(args.width, [&](int64_t i, auto lanes) STREAM_R1_INLINE {
+      const Vec r = load<kElement>(line + i, lanes), g = load<kElement>(green + i, lanes),
+                b = load<kElement>(blue + i, lanes);
+      store(sums + i, load(sums + i, lanes) + square_root(r * r + g * g + b * b), lanes);
+    });
+    return;
+  }
+  for_each_vector(args.width, [&](int64_t i, auto lanes) STREAM_R1_INLINE {
+    Vec squares = {};
+    for (int64_t c = 0; c < args.channels; ++c) {
+      const Vec value = load<kElement>(line + c * args.channel_stride + i, lanes);
+      squares += value * value;
+    }
+    store(sums + i, load(sums + i, lanes) + square_root(squares), lanes);
+  });
+}
+
+template <Element kElement>
+void reduce(const RegionSaliencyArgs& args, int64_t begin, int64_t end) {
   const int64_t width = args.width, cell_height = args.height / args.rows, cell_width = width / args.columns;
   const int64_t factor = args.frames == 1 ? 0 : (args.pixel_frames - 1) / (args.frames - 1);
-  const std::unique_ptr<float[]> buffers(new float[5 * width]);
-  float *const sums = buffers.get(), *const squares = sums + width, *const converted = squares + width;
+  Scratch buffer(width);
+  float* const sums = buffer;  // over the lines of a band, a column of pixels each
   for (int64_t band = begin; band < end; ++band) {
     const int64_t row = band % args.rows, frame = band / args.rows % args.frames,
                   sample = band / args.rows / args.frames;
@@ -20,27 +53,10 @@ void region_saliency(const RegionSaliencyArgs& args, int64_t begin, int64_t end)
     const int64_t corner = sample / args.batch * args.axis_stride + sample % args.batch * args.batch_stride +
                            first * args.frame_stride + row * cell_height * args.row_stride;
     std::fill_n(sums, width, 0.f);
-    for (int64_t line = 0; line < pixel_frames * cell_height; ++line) {
-      const int64_t offset =
-          corner + line / cell_height * args.frame_stride + line % cell_height * args.row_stride;
-      const auto channel = [&](int64_t c) {
-        return read_row(args.grads, offset + c * args.channel_stride, width, converted + c % 3 * width);
-      };
-      if (args.channels == 3) {
-        const float *red = channel(0), *green = channel(1), *blue = channel(2);
-#pragma omp simd
-        for (int64_t i = 0; i < width; ++i)
-          sums[i] += std::sqrt(red[i] * red[i] + green[i] * green[i] + blue[i] * blue[i]);
-        continue;
-      }
-      std::fill_n(squares, width, 0.f);
-      for (int64_t c = 0; c < args.channels; ++c) {
-        const float* values = channel(c);
-#pragma omp simd
-        for (int64_t i = 0; i < width; ++i) squares[i] += values[i] * values[i];
-      }
-#pragma omp simd
-      for (int64_t i = 0; i < width; ++i) sums[i] += std::sqrt(squares[i]);
+    for (int64_t f = 0; f < pixel_frames; ++f) {
+      const auto* line = at<kElement>(args.grads, corner + f * args.frame_stride);
+      for (int64_t y = 0; y < cell_height; ++y, line += args.row_stride)
+        add_norms<kElement>(args, line, sums);
     }
     const float share = 1.f / static_cast<float>(pixel_frames * cell_height * cell_width);
     for (int64_t column = 0; column < args.columns; ++column) {
@@ -49,6 +65,12 @@ void region_saliency(const RegionSaliencyArgs& args, int64_t begin, int64_t end)
       args.out[band * args.columns + column] = total * share;
     }
   }
+}
+
+}  // namespace
+
+void region_saliency(const RegionSaliencyArgs& args, int64_t begin, int64_t end) {
+  with_element(args.grads.element, [&](auto element) { reduce<element()>(args, begin, end); });
 }
 
 }  // namespace stream_r1::STREAM_R1_ISA

@@ -137,6 +137,29 @@ def test_what_is_not_finite_counts_as_zero(bad, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sample_without_a_finite_mean_has_no_gradient_though_differences_overflow(backend):
+    x, fake, cond, _ = predictions(dtype=torch.float16)
+    fake[0, 0, 0, 0, 0], cond[0, 0, 0, 0, 0] = 60000, -60000  # their difference is no float16
+    x[0, 1, 1, 1, 1] = torch.inf
+    loss, gradient = value_and_gradient(dmd_loss, x, fake, cond, backend=backend)
+    truth, true_gradient = value_and_gradient(published, x[1:].double(), fake[1:], cond[1:])
+    torch.testing.assert_close(loss.double(), truth / 2, rtol=1e-6, atol=0)
+    assert (gradient[0] == 0).all()
+    torch.testing.assert_close(gradient[1:].double(), true_gradient / 2, rtol=2e-3, atol=2.0**-24)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_differences_and_weights_stay_in_range_of_float16(backend):
+    x, fake, cond, _ = (value.half() * 8000 for value in predictions())
+    w_intra = torch.full((1, 1, 1, 1, 1), 100.0)
+    _, gradient = value_and_gradient(
+        lambda *a: dmd_loss(*a, w_intra=w_intra, backend=backend) * 64, x, fake, cond
+    )
+    _, exact = value_and_gradient(lambda *a: published(*a, w_intra=w_intra) * 64, x.double(), fake, cond)
+    torch.testing.assert_close(gradient.double(), exact, rtol=3e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_uniform_weights_are_plain_dmd_and_samples_do_not_mix(backend):
     x, fake, cond, uncond = predictions((4, 2, 3, 4, 5))
     plain = value_and_gradient(dmd_loss, x, fake, cond, uncond, backend=backend)
