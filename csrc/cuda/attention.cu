@@ -1,6 +1,6 @@
 #include "cuda/attention.cuh"
 
-#include <cuda_runtime_api.h>
+#include "cuda/launch.cuh"
 
 using stream_r1::Bf16;
 using stream_r1::Fp16;
@@ -38,15 +38,13 @@ extern "C" __global__ void __launch_bounds__(stream_r1::cuda::kThreads)
 namespace stream_r1::cuda {
 namespace {
 
-int64_t blocks_of(int64_t tokens) { return (tokens + kQueries - 1) / kQueries; }
-
 int64_t query_blocks(const AttentionArgs& args) {
-  if (!args.chunked) return blocks_of(args.queries);
+  if (!args.chunked) return blocks_for(args.queries, kQueries);
   const ChunkMask& mask = args.mask;
   const int64_t chunks = num_chunks(mask, args.frames);
   if (chunks == 0) return 0;
-  const int64_t in_half = blocks_of(mask.first_chunk_frames * mask.tokens_per_frame) +
-                          (chunks - 1) * blocks_of(mask.frames_per_chunk * mask.tokens_per_frame);
+  const int64_t in_half = blocks_for(mask.first_chunk_frames * mask.tokens_per_frame, kQueries) +
+                          (chunks - 1) * blocks_for(mask.frames_per_chunk * mask.tokens_per_frame, kQueries);
   return mask.teacher_forcing ? 2 * in_half : in_half;
 }
 
@@ -73,10 +71,9 @@ LaunchError launch_attention(const AttentionArgs& args, Stream stream) {
   if (args.splits > 1) {
     const int64_t threads = int64_t(args.batch) * args.queries * args.heads * (args.head_dim / 8);
     const auto combine = args.is_bfloat16 ? attention_combine_bf16 : attention_combine_fp16;
-    combine<<<(threads + kThreads - 1) / kThreads, kThreads, 0, stream>>>(args);
+    combine<<<blocks_for(threads, kThreads), kThreads, 0, stream>>>(args);
   }
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launch_error();
 }
 
 }  // namespace stream_r1::cuda

@@ -19,8 +19,6 @@ namespace stream_r1::cuda {
 constexpr int kQueries = 128, kKeys = 64, kThreads = 256;
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-__device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
-
 template <int kHeadDim>
 constexpr int attention_shared_bytes() {
   return (kQueries + 2 * kKeys) * kHeadDim * 2;
@@ -184,8 +182,8 @@ struct WarpAttention {
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k) {
       const float(&left)[4] = scores[2 * k], (&right)[4] = scores[2 * k + 1];
-      const uint32_t p[4] = {pack<T>(left[0], left[1]), pack<T>(left[2], left[3]), pack<T>(right[0], right[1]),
-                             pack<T>(right[2], right[3])};
+      const uint32_t p[4] = {pack2<T>(left[0], left[1]), pack2<T>(left[2], left[3]), pack2<T>(right[0], right[1]),
+                             pack2<T>(right[2], right[3])};
 #pragma unroll
       for (int n = 0; n < kHeadDim / 16; ++n) {
         uint32_t b[4];
@@ -294,7 +292,7 @@ __device__ __forceinline__ void attention_block(const AttentionArgs& args) {
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; ++n)
         *reinterpret_cast<uint32_t*>(place<kHeadDim>(query_tile, row, n) + 4 * t) =
-            pack<T>(own.out[n][2 * r], own.out[n][2 * r + 1]);
+            pack2<T>(own.out[n][2 * r], own.out[n][2 * r + 1]);
     }
   }
   if (args.splits > 1) return;
@@ -341,10 +339,10 @@ __device__ __forceinline__ void combine_parts(const AttentionArgs& args) {
   }
   const float inverse = total == 0 ? 0.f : prim::divide(1.f, total);
   uint16_t* to = static_cast<uint16_t*>(args.out) + row * args.head_dim + piece * 8;
-  prim::store16(to, make_uint4(pack<T>(sums[0] * inverse, sums[1] * inverse),
-                               pack<T>(sums[2] * inverse, sums[3] * inverse),
-                               pack<T>(sums[4] * inverse, sums[5] * inverse),
-                               pack<T>(sums[6] * inverse, sums[7] * inverse)));
+  prim::store16(to, make_uint4(pack2<T>(sums[0] * inverse, sums[1] * inverse),
+                               pack2<T>(sums[2] * inverse, sums[3] * inverse),
+                               pack2<T>(sums[4] * inverse, sums[5] * inverse),
+                               pack2<T>(sums[6] * inverse, sums[7] * inverse)));
   if (piece == 0) args.lse[lse_row] = total == 0 ? -infinity() : shift + prim::log2(total) * kLn2;
 }
 

@@ -6,6 +6,8 @@
 
 namespace stream_r1 {
 
+__device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
+
 struct Bf16 {
   uint16_t bits;
 };
@@ -49,17 +51,17 @@ __device__ __forceinline__ Fp16 from_float<Fp16>(float x) {
 
 // Two elements in one register, `low` in the lower half.
 template <class T>
-__device__ __forceinline__ uint32_t pack(float low, float high);
+__device__ __forceinline__ uint32_t pack2(float low, float high);
 
 template <>
-__device__ __forceinline__ uint32_t pack<Bf16>(float low, float high) {
+__device__ __forceinline__ uint32_t pack2<Bf16>(float low, float high) {
   uint32_t both;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
   return both;
 }
 
 template <>
-__device__ __forceinline__ uint32_t pack<Fp16>(float low, float high) {
+__device__ __forceinline__ uint32_t pack2<Fp16>(float low, float high) {
   uint32_t both;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
   return both;
