@@ -223,7 +223,7 @@ std::tuple<Tensor, Tensor, Tensor> chunk_attention_backward(
 }  // namespace
 }  // namespace stream_r1::cuda
 
-TORCH_LIBRARY_IMPL(stream_r1, CUDA, m) {
+TORCH_LIBRARY_IMPL(stream_r1, STREAM_R1_CUDA_KEY, m) {
   m.impl("cached_chunk_attention", stream_r1::cuda::cached_chunk_attention);
   m.impl("cached_chunk_attention_backward", stream_r1::cuda::cached_chunk_attention_backward);
   m.impl("chunk_attention", stream_r1::cuda::chunk_attention);

@@ -210,7 +210,7 @@ Tensor intra_weights(const Tensor& saliency_, const Tensor& scores_, double temp
 }  // namespace
 }  // namespace stream_r1::cuda
 
-TORCH_LIBRARY_IMPL(stream_r1, CUDA, m) {
+TORCH_LIBRARY_IMPL(stream_r1, STREAM_R1_CUDA_KEY, m) {
   m.impl("dmd_loss", stream_r1::cuda::dmd_loss);
   m.impl("dmd_loss_backward", stream_r1::cuda::dmd_loss_backward);
   m.impl("dmd_gradient_", stream_r1::cuda::dmd_gradient_);

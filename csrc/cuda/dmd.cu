@@ -46,7 +46,7 @@ extern "C" __global__ void __launch_bounds__(256, 3) dmd_sum_loss(const __grid_c
 namespace stream_r1::cuda {
 namespace {
 
-using Kernel = void(DmdArgs);
+using DmdKernel = void(DmdArgs);
 
 dim3 grid_of(const DmdArgs& args) {
   return dim3(static_cast<unsigned>(args.blocks), static_cast<unsigned>(args.batch));
@@ -73,7 +73,7 @@ LaunchError launch_dmd_loss(const DmdArgs& args, Stream stream) {
 LaunchError launch_dmd_gradient(const DmdArgs& args, Stream stream) {
   if (args.batch == 0) return nullptr;
   launch_distances(args, stream);
-  Kernel* kernel = by_element<Kernel>(args.element, dmd_gradient_fp32, dmd_gradient_bf16, dmd_gradient_fp16);
+  DmdKernel* kernel = by_element<DmdKernel>(args.element, dmd_gradient_fp32, dmd_gradient_bf16, dmd_gradient_fp16);
   if (args.direction_element != args.element)
     kernel = args.element == Element::bfloat16 ? dmd_gradient_bf16_fp32 : dmd_gradient_fp16_fp32;
   kernel<<<grid_of(args), kDmdThreads, 0, stream>>>(args);

@@ -26,13 +26,13 @@ STREAM_R1_GATED_ADD(fp32_fp16, float, Fp16)
 namespace stream_r1::cuda {
 namespace {
 
-using Kernel = void(GatedAddArgs);
+using GateKernel = void(GatedAddArgs);
 
-Kernel* pick(const GatedAddArgs& args, bool backward) {
+GateKernel* pick(const GatedAddArgs& args, bool backward) {
   if (args.x_element == args.y_element)
-    return backward ? by_element<Kernel>(args.x_element, gated_add_backward_fp32, gated_add_backward_bf16,
+    return backward ? by_element<GateKernel>(args.x_element, gated_add_backward_fp32, gated_add_backward_bf16,
                                          gated_add_backward_fp16)
-                    : by_element<Kernel>(args.x_element, gated_add_fp32, gated_add_bf16, gated_add_fp16);
+                    : by_element<GateKernel>(args.x_element, gated_add_fp32, gated_add_bf16, gated_add_fp16);
   if (args.y_element == Element::bfloat16) return backward ? gated_add_backward_fp32_bf16 : gated_add_fp32_bf16;
   return backward ? gated_add_backward_fp32_fp16 : gated_add_fp32_fp16;
 }

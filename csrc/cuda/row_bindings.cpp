@@ -273,7 +273,7 @@ std::tuple<Tensor, Tensor> gated_add_backward(const Tensor& grad_out_, const Ten
 }  // namespace
 }  // namespace stream_r1::cuda
 
-TORCH_LIBRARY_IMPL(stream_r1, CUDA, m) {
+TORCH_LIBRARY_IMPL(stream_r1, STREAM_R1_CUDA_KEY, m) {
   m.impl("qk_norm_rotary", stream_r1::cuda::qk_norm_rotary);
   m.impl("qk_norm_rotary_into", stream_r1::cuda::qk_norm_rotary_into);
   m.impl("qk_norm_rotary_backward", stream_r1::cuda::qk_norm_rotary_backward);

@@ -9,6 +9,12 @@
 #include "cpu/tensors.h"
 #include "cuda/launch.h"
 
+// The dispatch key that the ops are registered for. Tests register them for another one, on tensors in ordinary
+// memory, with a runtime of their own (tests/cuda/runtime.cpp).
+#ifndef STREAM_R1_CUDA_KEY
+#define STREAM_R1_CUDA_KEY CUDA
+#endif
+
 namespace stream_r1::cuda {
 
 inline void check_launch(const char* op, LaunchError error) {
