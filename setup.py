@@ -2,6 +2,7 @@
 
 `csrc/ops.cpp` and `csrc/cpu/<op>.cpp` are compiled once. `csrc/cpu/<op>_kernel.cpp` are compiled once for
 every instruction set; the fastest that the machine has is picked at run time (csrc/cpu/isa.h).
+`csrc/cuda/<op>.cu` are compiled by nvcc where build_support/cuda.py decides so, once for every architecture.
 """
 
 import json
@@ -15,6 +16,10 @@ from setuptools import Extension, setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT))
+
+from build_support import cuda  # noqa: E402
+
 GIGABYTES_PER_JOB = 1.5  # what one compiler process needs for torch's headers
 
 ISA_FLAGS = {"baseline": ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"]}
@@ -25,7 +30,8 @@ if platform.machine() in ("x86_64", "AMD64"):
         *("-mprefer-vector-width=512", "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
     ]
 
-LEFT_OUT = {"cuda": "this version has no CUDA kernels yet"}
+CUDA, why_no_cuda = cuda.decide(torch.version.cuda)
+LEFT_OUT = {} if CUDA else {"cuda": why_no_cuda}
 
 
 def jobs() -> int:
@@ -48,11 +54,15 @@ class BuildKernels(BuildExtension):
             f"stream-r1: CPU kernels for {', '.join(ISA_FLAGS)}, against torch {torch.__version__}",
             file=sys.stderr,
         )
+        if CUDA:
+            print(f"stream-r1: CUDA kernels for {', '.join(cuda.archs())}, by {CUDA.nvcc}", file=sys.stderr)
         for part, why in LEFT_OUT.items():
             print(f"stream-r1: left out: {part} ({why})", file=sys.stderr)
         super().run()
         package = (ROOT if self.inplace else Path(self.build_lib)) / "stream_r1_kernels"
         record = {"torch": torch.__version__, "isa": list(ISA_FLAGS), "left_out": LEFT_OUT}
+        if CUDA:
+            record["cuda_archs"] = cuda.archs()
         (package / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
 
     def build_extension(self, ext: Extension) -> None:
@@ -68,6 +78,9 @@ class BuildKernels(BuildExtension):
                 extra_postargs=[*ext.extra_compile_args["cxx"], *flags, f"-DSTREAM_R1_ISA={isa}"],
             )
         ]
+        if CUDA:
+            ext.extra_objects += cuda.compile_kernels(CUDA, Path(self.build_temp) / "cuda", jobs())
+            ext.extra_link_args += cuda.link_arguments(CUDA)
         ext.extra_compile_args["cxx"] += ["-include", self.precompile_torch_headers(ext)]
         super().build_extension(ext)
 
@@ -93,6 +106,7 @@ class BuildKernels(BuildExtension):
 
 def extension() -> CppExtension:
     sources = [path for path in (ROOT / "csrc/cpu").glob("*.cpp") if not path.stem.endswith("_kernel")]
+    sources += cuda.binding_sources() if CUDA else []
     return CppExtension(
         "stream_r1_kernels._C",
         sorted(str(path.relative_to(ROOT)) for path in [ROOT / "csrc/ops.cpp", *sources]),

@@ -15,7 +15,9 @@ import os
 import re
 import shutil
 import site
+import subprocess
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,3 +133,31 @@ def decide(torch_cuda: str | None) -> tuple[Toolkit | None, str]:
     if wish == "" and torch_cuda is None and not _has_gpu():
         return None, "there is no GPU here and torch has no CUDA; STREAM_R1_CUDA=1 builds the kernels all the same"
     return toolkit, ""
+
+
+def compile_kernels(toolkit: Toolkit, folder: Path, jobs: int) -> list[str]:
+    """Object files of all kernels, in `folder`; what is newer than the sources and made alike is kept.
+
+    Raises:
+        subprocess.CalledProcessError: nvcc refused a file; what it said has been printed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    headers = [path for path in (ROOT / "csrc").rglob("*.*h")]
+    newest_header = max(path.stat().st_mtime for path in headers)
+
+    def build(source: Path) -> str:
+        built, note = folder / f"{source.stem}.o", folder / f"{source.stem}.command"
+        command = [str(toolkit.nvcc), *FLAGS, *arch_flags(archs()), "-c", str(source), "-o", str(built)]
+        fresh = built.exists() and built.stat().st_mtime > max(newest_header, source.stat().st_mtime)
+        if not (fresh and note.exists() and note.read_text() == " ".join(command)):
+            subprocess.run(command, check=True, env=toolkit.environment)
+            note.write_text(" ".join(command))
+        return str(built)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(build, sources()))
+
+
+def link_arguments(toolkit: Toolkit) -> list[str]:
+    """The CUDA runtime, inside the extension and invisible outside it: torch brings its own."""
+    return [str(toolkit.static_runtime()), "-Wl,--exclude-libs,libcudart_static.a", "-ldl", "-lrt", "-lpthread"]
