@@ -8,7 +8,7 @@ dispatch mode, and starts as NaN.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,6 @@ import stream_r1_kernels  # noqa: F401  the schemas
 from ptx_executor import Kernel, Module
 
 KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
-
-Patch = Mapping[str, tuple[str, str]]
 
 _LAUNCH = ctypes.CFUNCTYPE(
     None,
@@ -90,9 +88,9 @@ class Machine:
         return result
 
     @contextmanager
-    def faulty(self, source: str, patch: Patch) -> Iterator[None]:
-        """Within it the kernels of csrc/cuda/<source>.cu are those of patched sources."""
-        self._replaced = dict(Module.from_ptx(toolchain.compile_ptx(source, patch)))
+    def replaced(self, ptx: str) -> Iterator[None]:
+        """Within it the kernels of `ptx` stand in for those of the same name."""
+        self._replaced = dict(Module.from_ptx(ptx))
         try:
             yield
         finally:

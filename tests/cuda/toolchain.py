@@ -66,29 +66,28 @@ def _all_in_one(folder: Path, files: list[Path]) -> Path:
     return unit
 
 
-def compile_ptx(source: str, patch: Mapping[str, tuple[str, str]]) -> str:
-    """The PTX (sm_80) of csrc/cuda/<source>.cu with a fault planted.
+def compile_ptx(unit: str, patch: Mapping[str, tuple[str, str]]) -> str:
+    """The PTX (sm_80) of a source file, for which the kernels' headers have been changed: a fault was planted.
 
     Args:
-        patch: file of csrc/cuda -> (old text, new text). The old text must be there once.
+        unit: text of the source file.
+        patch: file of csrc -> (old text, new text). The old text must be there once.
     """
-    files = _headers() | {f"cuda/{source}.cu": (CSRC / f"cuda/{source}.cu").read_text()}
+    files = _headers()
     for name, (old, new) in patch.items():
-        text = files[f"cuda/{name}"]
-        if text.count(old) != 1:
-            raise ValueError(f"cuda/{name} has {text.count(old)} places {old!r}, expected one")
-        files[f"cuda/{name}"] = text.replace(old, new)
-    key = _key(*files, *files.values(), str(toolkit().nvcc))
-    ptx = CACHE / key / f"{source}.ptx"
+        if files[name].count(old) != 1:
+            raise ValueError(f"{name} has {files[name].count(old)} places {old!r}, expected one")
+        files[name] = files[name].replace(old, new)
+    ptx = CACHE / _key(unit, *files, *files.values(), str(toolkit().nvcc)) / "unit.ptx"
     if not ptx.exists():
-        folder = CACHE / key / "csrc"
-        for name, text in files.items():
+        folder = ptx.parent / "csrc"
+        for name, text in (files | {"unit.cu": unit}).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text)
         flags = [flag for flag in cuda.FLAGS if not flag.startswith("-I")]
-        command = [str(toolkit().nvcc), *flags, f"-I{folder}", "-arch=sm_80", "-ptx"]
+        command = [str(toolkit().nvcc), *flags, f"-I{folder}", "-arch=sm_80", "-ptx", str(folder / "unit.cu")]
         half_done = ptx.with_suffix(f".{os.getpid()}")
-        _run([*command, "-o", str(half_done), str(folder / f"cuda/{source}.cu")], source)
+        _run([*command, "-o", str(half_done)], "a planted fault")
         half_done.rename(ptx)
         shutil.rmtree(folder)
     return ptx.read_text()
