@@ -58,12 +58,15 @@ class BuildKernels(BuildExtension):
             print(f"stream-r1: CUDA kernels for {', '.join(cuda.archs())}, by {CUDA.nvcc}", file=sys.stderr)
         for part, why in LEFT_OUT.items():
             print(f"stream-r1: left out: {part} ({why})", file=sys.stderr)
-        super().run()
-        package = (ROOT if self.inplace else Path(self.build_lib)) / "stream_r1_kernels"
         record = {"torch": torch.__version__, "isa": list(ISA_FLAGS), "left_out": LEFT_OUT}
         if CUDA:
             record["cuda_archs"] = cuda.archs()
-        (package / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
+        package = (ROOT if self.inplace else Path(self.build_lib)) / "stream_r1_kernels"
+        note, text = package / "_build.json", json.dumps(record, indent=2) + "\n"
+        if not note.exists() or note.read_text() != text:
+            self.force = True  # what was built before is of other parts
+        super().run()
+        note.write_text(text)
 
     def build_extension(self, ext: Extension) -> None:
         kernels = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*_kernel.cpp"))

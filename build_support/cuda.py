@@ -1,11 +1,11 @@
 """Compiling the CUDA kernels: where nvcc is, for which GPUs, with which flags, and whether to.
 
-The kernels (csrc/cuda/*.cu) need nvcc alone: no torch headers, no GPU. nvcc is taken from CUDA_HOME, the path, or
-the wheels that NVIDIA puts on PyPI (nvidia-cuda-nvcc and what it needs).
+The kernels (csrc/cuda/*.cu) need nvcc alone: no torch headers, no GPU. nvcc is taken from CUDA_HOME, the
+path, or the wheels that NVIDIA puts on PyPI (nvidia-cuda-nvcc and what it needs).
 
 Environment:
-    STREAM_R1_CUDA        1: build the CUDA kernels, or fail; 0: leave them out. Unset: build them where there are
-                          nvcc and a GPU, or a torch with CUDA.
+    STREAM_R1_CUDA        1: build the CUDA kernels, or fail; 0: leave them out. Unset: build them where
+                          there is nvcc, and a GPU or a torch with CUDA.
     STREAM_R1_CUDA_ARCHS  compute capabilities, such as "80;90a"; the last one is kept as PTX too.
 """
 
@@ -73,7 +73,11 @@ def find_toolkit() -> Toolkit | None:
     if on_path:
         # The nvcc on the path may be a script that starts the one of a toolkit.
         script = Path(on_path).resolve()
-        inner = re.search(rb"(/\S+)/bin/nvcc\b", script.read_bytes()[:4096]) if script.stat().st_size < 4096 else None
+        inner = (
+            re.search(rb"(/\S+)/bin/nvcc\b", script.read_bytes()[:4096])
+            if script.stat().st_size < 4096
+            else None
+        )
         homes.append(Path(inner[1].decode()) if inner else script.parent.parent)
     homes += _wheels()
     for home in homes:
@@ -92,7 +96,9 @@ def archs() -> list[str]:
     found = [arch for arch in re.split(r"[;,\s]+", given) if arch]
     wrong = [arch for arch in found if not re.fullmatch(r"\d{2,3}[af]?", arch)]
     if wrong or not found:
-        raise ValueError(f'STREAM_R1_CUDA_ARCHS: expected capabilities such as "{DEFAULT_ARCHS}", got {given!r}')
+        raise ValueError(
+            f'STREAM_R1_CUDA_ARCHS: expected capabilities such as "{DEFAULT_ARCHS}", got {given!r}'
+        )
     return found
 
 
@@ -131,7 +137,10 @@ def decide(torch_cuda: str | None) -> tuple[Toolkit | None, str]:
             raise RuntimeError(f"STREAM_R1_CUDA=1, but {missing}")
         return None, missing
     if wish == "" and torch_cuda is None and not _has_gpu():
-        return None, "there is no GPU here and torch has no CUDA; STREAM_R1_CUDA=1 builds the kernels all the same"
+        return (
+            None,
+            "there is no GPU here and torch has no CUDA; STREAM_R1_CUDA=1 builds the kernels all the same",
+        )
     return toolkit, ""
 
 
@@ -142,7 +151,7 @@ def compile_kernels(toolkit: Toolkit, folder: Path, jobs: int) -> list[str]:
         subprocess.CalledProcessError: nvcc refused a file; what it said has been printed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    headers = [path for path in (ROOT / "csrc").rglob("*.*h")]
+    headers = list((ROOT / "csrc").rglob("*.*h"))
     newest_header = max(path.stat().st_mtime for path in headers)
 
     def build(source: Path) -> str:
@@ -160,4 +169,10 @@ def compile_kernels(toolkit: Toolkit, folder: Path, jobs: int) -> list[str]:
 
 def link_arguments(toolkit: Toolkit) -> list[str]:
     """The CUDA runtime, inside the extension and invisible outside it: torch brings its own."""
-    return [str(toolkit.static_runtime()), "-Wl,--exclude-libs,libcudart_static.a", "-ldl", "-lrt", "-lpthread"]
+    return [
+        str(toolkit.static_runtime()),
+        "-Wl,--exclude-libs,libcudart_static.a",
+        "-ldl",
+        "-lrt",
+        "-lpthread",
+    ]

@@ -52,8 +52,8 @@ STREAM_R1_HOST_DEVICE inline int64_t num_chunks(const ChunkMask& mask, int64_t f
 
 // Writes what the queries of a chunk see, in a sequence of `frames` frames (each half of them when teacher
 // forcing), to `block`; `noisy`: the chunk of the second half.
-STREAM_R1_HOST_DEVICE inline void find_visible(const ChunkMask& mask, int64_t frames, int64_t chunk, bool noisy,
-                                               VisibleBlock& block) {
+STREAM_R1_HOST_DEVICE inline void find_visible(const ChunkMask& mask, int64_t frames, int64_t chunk,
+                                               bool noisy, VisibleBlock& block) {
   const int64_t tokens = mask.tokens_per_frame;
   const int64_t start = chunk == 0 ? 0 : mask.first_chunk_frames + (chunk - 1) * mask.frames_per_chunk;
   const int64_t end = detail::least(mask.first_chunk_frames + chunk * mask.frames_per_chunk, frames);

@@ -6,18 +6,18 @@ using stream_r1::Bf16;
 using stream_r1::Fp16;
 using stream_r1::cuda::AttentionArgs;
 
-// Blocks on a processor at least: what the registers allow. Two blocks of width 64 fit 128 registers a thread,
-// but for sm_80 the compiler spills a few of them.
+// Blocks on a processor at least: what the registers allow. Two blocks of width 64 fit 128 registers a
+// thread, but for sm_80 the compiler spills a few of them.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 800
 #define STREAM_R1_BLOCKS(head_dim) 1
 #else
 #define STREAM_R1_BLOCKS(head_dim) (128 / (head_dim))
 #endif
 
-#define STREAM_R1_ATTENTION(name, T, head_dim)                                                       \
+#define STREAM_R1_ATTENTION(name, T, head_dim)                                                        \
   extern "C" __global__ void __launch_bounds__(stream_r1::cuda::kThreads, STREAM_R1_BLOCKS(head_dim)) \
-      name(const __grid_constant__ AttentionArgs args) {                                             \
-    stream_r1::cuda::attention_block<T, head_dim>(args);                                             \
+      name(const __grid_constant__ AttentionArgs args) {                                              \
+    stream_r1::cuda::attention_block<T, head_dim>(args);                                              \
   }
 
 STREAM_R1_ATTENTION(attention_bf16_64, Bf16, 64)

@@ -1,13 +1,14 @@
-// Attention of 128 queries of one head to tiles of 64 keys with a running softmax, on tensor cores (mma.sync).
+// Attention of 128 queries of one head to tiles of 64 keys with a running softmax, on tensor cores
+// (mma.sync).
 //
-// A block has 8 warps; each owns 16 queries and holds their sums in registers. Shared memory holds one tile of
-// keys and one of values. Copies run while the other half of a step computes:
+// A block has 8 warps; each owns 16 queries and holds their sums in registers. Shared memory holds one tile
+// of keys and one of values. Copies run while the other half of a step computes:
 //
 //     keys t arrive | scores = q k^T   (values t under way) | values t arrive
 //                   | softmax, out += p v (keys t + 1 under way) | keys t + 1 arrive ...
 //
-// Tiles lie in shared memory as rows of 16-byte pieces; piece c of row r is at place c ^ (r % 8), so that eight
-// rows of one piece, which is what a matrix load reads, are in different banks.
+// Tiles lie in shared memory as rows of 16-byte pieces; piece c of row r is at place c ^ (r % 8), so that
+// eight rows of one piece, which is what a matrix load reads, are in different banks.
 
 #pragma once
 
@@ -24,8 +25,8 @@ constexpr int attention_shared_bytes() {
   return (kQueries + 2 * kKeys) * kHeadDim * 2;
 }
 
-// Where piece `piece` of row `row` of a tile lies. Rows that differ by a multiple of 8 lie a constant apart: a
-// loop over them moves `tile`, so that the compiler keeps one address, not one a step.
+// Where piece `piece` of row `row` of a tile lies. Rows that differ by a multiple of 8 lie a constant apart:
+// a loop over them moves `tile`, so that the compiler keeps one address, not one a step.
 template <int kHeadDim>
 __device__ __forceinline__ unsigned char* place(unsigned char* tile, int row, int piece) {
   return tile + 16 * (row * (kHeadDim / 8) + (piece ^ (row % 8)));
@@ -47,7 +48,8 @@ __device__ __forceinline__ void start_tile(unsigned char* tile, const uint16_t* 
 
 // Writes what the queries of block `index` see to `visible`. Without a mask range 0 is all of segment 0 and
 // range 1 all of segment 1; with one, all ranges are of segment 1.
-__device__ inline void find_visible_to_block(const AttentionArgs& args, int64_t index, VisibleBlock& visible) {
+__device__ inline void find_visible_to_block(const AttentionArgs& args, int64_t index,
+                                             VisibleBlock& visible) {
   if (!args.chunked) {
     visible.begin = index * kQueries;
     visible.end = args.queries;
@@ -114,7 +116,8 @@ struct WarpAttention {
   __device__ __forceinline__ void load_queries(unsigned char* tile, int warp, int lane) {
 #pragma unroll
     for (int k = 0; k < kHeadDim / 16; ++k)
-      prim::load_matrices(queries[k], place<kHeadDim>(tile + warp * 16 * kRowBytes, lane % 16, 2 * k + lane / 16));
+      prim::load_matrices(queries[k],
+                          place<kHeadDim>(tile + warp * 16 * kRowBytes, lane % 16, 2 * k + lane / 16));
   }
 
   // scores = q k^T
@@ -128,7 +131,8 @@ struct WarpAttention {
 #pragma unroll
       for (int n = 0; n < kKeys / 16; ++n) {
         uint32_t b[4];
-        prim::load_matrices(b, place<kHeadDim>(keys + n * 16 * kRowBytes, lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
+        prim::load_matrices(
+            b, place<kHeadDim>(keys + n * 16 * kRowBytes, lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
         prim::multiply_add<T>(scores[2 * n], queries[k], b[0], b[1]);
         prim::multiply_add<T>(scores[2 * n + 1], queries[k], b[2], b[3]);
       }
@@ -181,13 +185,14 @@ struct WarpAttention {
   __device__ __forceinline__ void add_values(unsigned char* values, int lane) {
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k) {
-      const float(&left)[4] = scores[2 * k], (&right)[4] = scores[2 * k + 1];
-      const uint32_t p[4] = {pack2<T>(left[0], left[1]), pack2<T>(left[2], left[3]), pack2<T>(right[0], right[1]),
-                             pack2<T>(right[2], right[3])};
+      const float (&left)[4] = scores[2 * k], (&right)[4] = scores[2 * k + 1];
+      const uint32_t p[4] = {pack2<T>(left[0], left[1]), pack2<T>(left[2], left[3]),
+                             pack2<T>(right[0], right[1]), pack2<T>(right[2], right[3])};
 #pragma unroll
       for (int n = 0; n < kHeadDim / 16; ++n) {
         uint32_t b[4];
-        prim::load_matrices_transposed(b, place<kHeadDim>(values + k * 16 * kRowBytes, lane % 16, 2 * n + lane / 16));
+        prim::load_matrices_transposed(
+            b, place<kHeadDim>(values + k * 16 * kRowBytes, lane % 16, 2 * n + lane / 16));
         prim::multiply_add<T>(out[2 * n], p, b[0], b[1]);
         prim::multiply_add<T>(out[2 * n + 1], p, b[2], b[3]);
       }

@@ -30,12 +30,12 @@ struct AttentionArgs {
   float* partial_out;      // [splits, B, T, H, D], where splits > 1
   float* partial_lse;      // [splits, B, H, T]
   int32_t batch, heads, queries, head_dim;
-  int32_t splits;     // parts of the keys, summed by separate blocks and combined in a second kernel
-  float scale;        // of the scores
-  bool chunked;       // the mask says what is visible in segments[1]; else all of both segments is
-  ChunkMask mask;     // where chunked
-  int64_t frames;     // where chunked: of the sequence (of one half of it, when teacher forcing)
-  bool is_bfloat16;   // else float16
+  int32_t splits;    // parts of the keys, summed by separate blocks and combined in a second kernel
+  float scale;       // of the scores
+  bool chunked;      // the mask says what is visible in segments[1]; else all of both segments is
+  ChunkMask mask;    // where chunked
+  int64_t frames;    // where chunked: of the sequence (of one half of it, when teacher forcing)
+  bool is_bfloat16;  // else float16
 };
 
 // Head widths that there are kernels for; rows of other widths are padded with zeros.

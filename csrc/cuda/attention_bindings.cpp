@@ -147,9 +147,9 @@ std::tuple<Tensor, Tensor> chunk_attention(const Tensor& q, const Tensor& k, con
   return run(op, p, q.size(3));
 }
 
-// Adds the gradients of one block of queries and one range of keys. All tensors are float32 [B * H, tokens, D];
-// grad_k and grad_v are undefined for keys without gradients. With p = exp(scale q k^T - lse) and
-// ds = p (grad_out v^T - delta):  grad_q += scale ds k,  grad_k += scale ds^T q,  grad_v += p^T grad_out.
+// Adds the gradients of one block of queries and one range of keys. All tensors are float32 [B * H, tokens,
+// D]; grad_k and grad_v are undefined for keys without gradients. With p = exp(scale q k^T - lse) and ds = p
+// (grad_out v^T - delta):  grad_q += scale ds k,  grad_k += scale ds^T q,  grad_v += p^T grad_out.
 void add_gradients(const Tensor& q, const Tensor& grad_out, const Tensor& lse, const Tensor& delta,
                    double scale, const Tensor& k, const Tensor& v, Tensor grad_q, Tensor grad_k,
                    Tensor grad_v) {
@@ -172,15 +172,15 @@ constexpr int64_t kBackwardQueries = 512;  // at a time: bounds the memory of th
 
 // `blocks`: what the queries see of the fresh keys; all of them see all of the past.
 std::tuple<Tensor, Tensor, Tensor> backward(const std::vector<VisibleBlock>& blocks, const Tensor& grad_out_,
-                                            const OptionalTensor& grad_lse, const Tensor& q_, const Tensor& k_,
-                                            const Tensor& v_, const OptionalTensor& past_k_,
+                                            const OptionalTensor& grad_lse, const Tensor& q_,
+                                            const Tensor& k_, const Tensor& v_, const OptionalTensor& past_k_,
                                             const OptionalTensor& past_v_, const Tensor& out,
                                             const Tensor& lse_, double scale) {
   const Tensor q = heads_first(q_), k = heads_first(k_), v = heads_first(v_),
                grad_out = heads_first(grad_out_);
   const Tensor past_k = past_k_.has_value() ? heads_first(*past_k_) : Tensor(),
                past_v = past_v_.has_value() ? heads_first(*past_v_) : Tensor();
-  const Tensor lse = lse_.flatten(0, 1).unsqueeze(2);                         // [B * H, T, 1]
+  const Tensor lse = lse_.flatten(0, 1).unsqueeze(2);                      // [B * H, T, 1]
   Tensor delta = grad_out.mul(heads_first(out)).sum(2, /*keepdim=*/true);  // [B * H, T, 1]
   if (grad_lse.has_value()) delta = delta - grad_lse->to(at::kFloat).flatten(0, 1).unsqueeze(2);
   Tensor grad_q = at::zeros_like(q), grad_k = at::zeros_like(k), grad_v = at::zeros_like(v);

@@ -1,5 +1,5 @@
-// Sums over rows for every column, without atomics: a block sums a stretch of rows for 256 columns, and a second
-// kernel adds the stretches up in order.
+// Sums over rows for every column, without atomics: a block sums a stretch of rows for 256 columns, and a
+// second kernel adds the stretches up in order.
 
 #pragma once
 
@@ -13,9 +13,9 @@ struct Stretch {
   int64_t begin, end;
 };
 
-// sums[k][column] += the k-th value of term(row, column, count) for the rows of a stretch. Column blocks lie along
-// blockIdx.y; warp w of the block takes every eighth row, its lanes 8 columns each. `term` returns kSums packs for
-// `count` columns from `column` on.
+// sums[k][column] += the k-th value of term(row, column, count) for the rows of a stretch. Column blocks lie
+// along blockIdx.y; warp w of the block takes every eighth row, its lanes 8 columns each. `term` returns
+// kSums packs for `count` columns from `column` on.
 template <int kSums, class Term>
 __device__ __forceinline__ void sum_columns(const Stretch& rows, int64_t width, const Term& term,
                                             float* const (&sums)[kSums]) {

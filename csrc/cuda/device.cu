@@ -16,8 +16,10 @@ LaunchError current_device(Device& device) {
   const std::lock_guard<std::mutex> guard(lock);
   if (static_cast<int>(known.size()) <= index) known.resize(index + 1);
   if (known[index].capability == 0) {
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
+    if (error == cudaSuccess)
+      error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+    if (error == cudaSuccess)
+      error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
     if (error == cudaSuccess)
       error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index);
     if (error != cudaSuccess) return cudaGetErrorString(error);

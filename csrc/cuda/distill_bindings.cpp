@@ -28,7 +28,8 @@ Tensor whole_planes(const Tensor& value, const Tensor& x, bool* varies) {
                       " does not broadcast to x ", x.sizes());
   *varies = value.size(3) != 1 || value.size(4) != 1;
   if (!*varies) return value;
-  return with_dense_rows(value.expand({value.size(0), value.size(1), value.size(2), x.size(3), x.size(4)}), 2);
+  return with_dense_rows(value.expand({value.size(0), value.size(1), value.size(2), x.size(3), x.size(4)}),
+                         2);
 }
 
 // The arguments of both passes, and what they point into.
@@ -149,7 +150,8 @@ Tensor region_saliency(const Tensor& pixel_grads, int64_t frames, int64_t rows, 
                     ") does not fit pixel gradients of shape ", grads.sizes());
   TORCH_CHECK_VALUE(width <= kMostPixels, op, ": pixel_grads: expected at most ", kMostPixels,
                     " columns on CUDA, got ", width);
-  Tensor out = at::empty({grads.size(0), grads.size(1), frames, rows, columns}, grads.options().dtype(at::kFloat));
+  Tensor out =
+      at::empty({grads.size(0), grads.size(1), frames, rows, columns}, grads.options().dtype(at::kFloat));
   const RegionSaliencyArgs args{grads.const_data_ptr(),
                                 grads.stride(0),
                                 grads.stride(1),
@@ -181,8 +183,8 @@ Tensor intra_weights(const Tensor& saliency_, const Tensor& scores_, double temp
                 rows = saliency_.size(3), columns = saliency_.size(4);
   TORCH_CHECK_VALUE(axes > 0 && frames > 0 && rows * columns > 0, op,
                     ": saliency: expected sizes above 0, got ", saliency_.sizes());
-  TORCH_CHECK_VALUE(scores_.sizes() == at::IntArrayRef({batch, axes}), op, ": scores: expected shape [", batch,
-                    ", ", axes, "], got ", scores_.sizes());
+  TORCH_CHECK_VALUE(scores_.sizes() == at::IntArrayRef({batch, axes}), op, ": scores: expected shape [",
+                    batch, ", ", axes, "], got ", scores_.sizes());
   const OnDevice device(saliency_);
   const Tensor saliency = saliency_.to(at::kFloat).contiguous(), scores = scores_.to(at::kFloat).contiguous();
   Tensor weights = at::empty({batch, frames, 1, rows, columns}, saliency.options());

@@ -8,32 +8,32 @@ using stream_r1::Fp16;
 using stream_r1::cuda::DmdArgs;
 using stream_r1::cuda::DmdScaleArgs;
 
-#define STREAM_R1_DMD(suffix, T)                                                                          \
-  extern "C" __global__ void __launch_bounds__(256, 3)                                                    \
-      dmd_distances_##suffix(const __grid_constant__ DmdArgs args) {                                      \
-    stream_r1::cuda::dmd_distances<T>(args);                                                              \
-  }                                                                                                       \
-  extern "C" __global__ void __launch_bounds__(256, 3)                                                    \
-      dmd_directions_##suffix(const __grid_constant__ DmdArgs args) {                                     \
-    stream_r1::cuda::dmd_directions<T, T, false>(args);                                                   \
-  }                                                                                                       \
-  extern "C" __global__ void __launch_bounds__(256, 3)                                                    \
-      dmd_gradient_##suffix(const __grid_constant__ DmdArgs args) {                                       \
-    stream_r1::cuda::dmd_directions<T, T, true>(args);                                                    \
-  }                                                                                                       \
-  extern "C" __global__ void __launch_bounds__(256, 3)                                                    \
-      dmd_scale_##suffix(const __grid_constant__ DmdScaleArgs args) {                                     \
-    stream_r1::cuda::dmd_scale<T>(args);                                                                  \
+#define STREAM_R1_DMD(suffix, T)                                      \
+  extern "C" __global__ void __launch_bounds__(256, 3)                \
+      dmd_distances_##suffix(const __grid_constant__ DmdArgs args) {  \
+    stream_r1::cuda::dmd_distances<T>(args);                          \
+  }                                                                   \
+  extern "C" __global__ void __launch_bounds__(256, 3)                \
+      dmd_directions_##suffix(const __grid_constant__ DmdArgs args) { \
+    stream_r1::cuda::dmd_directions<T, T, false>(args);               \
+  }                                                                   \
+  extern "C" __global__ void __launch_bounds__(256, 3)                \
+      dmd_gradient_##suffix(const __grid_constant__ DmdArgs args) {   \
+    stream_r1::cuda::dmd_directions<T, T, true>(args);                \
+  }                                                                   \
+  extern "C" __global__ void __launch_bounds__(256, 3)                \
+      dmd_scale_##suffix(const __grid_constant__ DmdScaleArgs args) { \
+    stream_r1::cuda::dmd_scale<T>(args);                              \
   }
 
 STREAM_R1_DMD(fp32, float)
 STREAM_R1_DMD(bf16, Bf16)
 STREAM_R1_DMD(fp16, Fp16)
 
-#define STREAM_R1_DMD_GRADIENT(suffix, T)                            \
-  extern "C" __global__ void __launch_bounds__(256, 3)               \
-      dmd_gradient_##suffix(const __grid_constant__ DmdArgs args) {  \
-    stream_r1::cuda::dmd_directions<T, float, true>(args);           \
+#define STREAM_R1_DMD_GRADIENT(suffix, T)                           \
+  extern "C" __global__ void __launch_bounds__(256, 3)              \
+      dmd_gradient_##suffix(const __grid_constant__ DmdArgs args) { \
+    stream_r1::cuda::dmd_directions<T, float, true>(args);          \
   }
 
 STREAM_R1_DMD_GRADIENT(bf16_fp32, Bf16)
@@ -73,7 +73,8 @@ LaunchError launch_dmd_loss(const DmdArgs& args, Stream stream) {
 LaunchError launch_dmd_gradient(const DmdArgs& args, Stream stream) {
   if (args.batch == 0) return nullptr;
   launch_distances(args, stream);
-  DmdKernel* kernel = by_element<DmdKernel>(args.element, dmd_gradient_fp32, dmd_gradient_bf16, dmd_gradient_fp16);
+  DmdKernel* kernel =
+      by_element<DmdKernel>(args.element, dmd_gradient_fp32, dmd_gradient_bf16, dmd_gradient_fp16);
   if (args.direction_element != args.element)
     kernel = args.element == Element::bfloat16 ? dmd_gradient_bf16_fp32 : dmd_gradient_fp16_fp32;
   kernel<<<grid_of(args), kDmdThreads, 0, stream>>>(args);

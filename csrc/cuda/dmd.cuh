@@ -1,6 +1,6 @@
-// The weighted DMD loss in two passes over memory: |x - real| is summed, then g = (fake - real) / mean |x - real|
-// is made, weighted, written and squared. Block (x, y): block x of the planes of sample y. Sums of blocks go to
-// memory; each block of the next kernel adds them up in the same order.
+// The weighted DMD loss in two passes over memory: |x - real| is summed, then g = (fake - real) / mean |x -
+// real| is made, weighted, written and squared. Block (x, y): block x of the planes of sample y. Sums of
+// blocks go to memory; each block of the next kernel adds them up in the same order.
 
 #pragma once
 
@@ -35,7 +35,8 @@ __device__ __forceinline__ void for_packs(const DmdArgs& args, const Body& body)
 }
 
 template <class T>
-__device__ __forceinline__ Pack load_plane(const void* data, const PlaneStrides& planes, const PlanePack& at) {
+__device__ __forceinline__ Pack load_plane(const void* data, const PlaneStrides& planes,
+                                           const PlanePack& at) {
   return load_pack(static_cast<const T*>(data) + offset_of(planes, at.b, at.f, at.c) + at.start, at.count);
 }
 
@@ -114,7 +115,8 @@ __device__ __forceinline__ void dmd_directions(const DmdArgs& args) {
   for_packs(args, [&](const PlanePack& at) {
     Pack g = load_plane<T>(args.fake, args.fake_planes, at);
     const Pack real = load_real<T>(args, at), weight = load_weight(args, at);
-    Out* to = static_cast<Out*>(args.direction) + offset_of(args.direction_planes, at.b, at.f, at.c) + at.start;
+    Out* to =
+        static_cast<Out*>(args.direction) + offset_of(args.direction_planes, at.b, at.f, at.c) + at.start;
     Pack result = kAdds ? load_pack(to, at.count) : Pack{};
 #pragma unroll
     for (int j = 0; j < kPack; ++j) {

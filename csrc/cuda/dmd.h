@@ -13,7 +13,8 @@ struct PlaneStrides {
 };
 
 struct DmdArgs {
-  const void *x, *fake, *real_cond, *real_uncond;  // of one type; real_uncond is real_cond where there is none
+  const void *x, *fake, *real_cond,
+      *real_uncond;  // of one type; real_uncond is real_cond where there is none
   PlaneStrides x_planes, fake_planes, real_cond_planes, real_uncond_planes;
   Element element;
   float guidance;

@@ -7,14 +7,14 @@ using stream_r1::Element;
 using stream_r1::Fp16;
 using stream_r1::cuda::GatedAddArgs;
 
-#define STREAM_R1_GATED_ADD(suffix, X, Y)                                        \
-  extern "C" __global__ void __launch_bounds__(256, 3)                              \
-      gated_add_##suffix(const __grid_constant__ GatedAddArgs args) {            \
-    stream_r1::cuda::gated_add<X, Y>(args);                                      \
-  }                                                                              \
-  extern "C" __global__ void __launch_bounds__(256, 3)                              \
-      gated_add_backward_##suffix(const __grid_constant__ GatedAddArgs args) {   \
-    stream_r1::cuda::gated_add_backward<X, Y>(args);                             \
+#define STREAM_R1_GATED_ADD(suffix, X, Y)                                      \
+  extern "C" __global__ void __launch_bounds__(256, 3)                         \
+      gated_add_##suffix(const __grid_constant__ GatedAddArgs args) {          \
+    stream_r1::cuda::gated_add<X, Y>(args);                                    \
+  }                                                                            \
+  extern "C" __global__ void __launch_bounds__(256, 3)                         \
+      gated_add_backward_##suffix(const __grid_constant__ GatedAddArgs args) { \
+    stream_r1::cuda::gated_add_backward<X, Y>(args);                           \
   }
 
 STREAM_R1_GATED_ADD(fp32, float, float)
@@ -31,9 +31,10 @@ using GateKernel = void(GatedAddArgs);
 GateKernel* pick(const GatedAddArgs& args, bool backward) {
   if (args.x_element == args.y_element)
     return backward ? by_element<GateKernel>(args.x_element, gated_add_backward_fp32, gated_add_backward_bf16,
-                                         gated_add_backward_fp16)
+                                             gated_add_backward_fp16)
                     : by_element<GateKernel>(args.x_element, gated_add_fp32, gated_add_bf16, gated_add_fp16);
-  if (args.y_element == Element::bfloat16) return backward ? gated_add_backward_fp32_bf16 : gated_add_fp32_bf16;
+  if (args.y_element == Element::bfloat16)
+    return backward ? gated_add_backward_fp32_bf16 : gated_add_fp32_bf16;
   return backward ? gated_add_backward_fp32_fp16 : gated_add_fp32_fp16;
 }
 

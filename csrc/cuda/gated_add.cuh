@@ -39,7 +39,8 @@ __device__ __forceinline__ void gated_add(const GatedAddArgs& args) {
   }
 }
 
-// grad_y = grad * gate, and parts of grad_gate = sum of grad * y over a frame's tokens. Block (b, frame, part).
+// grad_y = grad * gate, and parts of grad_gate = sum of grad * y over a frame's tokens. Block (b, frame,
+// part).
 template <class X, class Y>
 __device__ __forceinline__ void gated_add_backward(const GatedAddArgs& args) {
   const int64_t part = blockIdx.x % args.parts, frame = blockIdx.x / args.parts;  // frame of B * F

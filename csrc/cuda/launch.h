@@ -8,8 +8,8 @@ struct CUstream_st;
 
 namespace stream_r1::cuda {
 
-using Stream = CUstream_st*;        // cudaStream_t
-using LaunchError = const char*;    // null, or what the CUDA runtime says
+using Stream = CUstream_st*;      // cudaStream_t
+using LaunchError = const char*;  // null, or what the CUDA runtime says
 
 struct Device {
   int32_t capability;  // 10 * major + minor

@@ -96,7 +96,8 @@ __device__ __forceinline__ void modulated_norm_grad_x(const ModulatedNormArgs& a
   }
 }
 
-// Parts of grad_shift = sum of grad and grad_scale = sum of grad * n over a frame's tokens. Block (b, frame, part).
+// Parts of grad_shift = sum of grad and grad_scale = sum of grad * n over a frame's tokens. Block (b, frame,
+// part).
 template <class T>
 __device__ __forceinline__ void modulated_norm_grad_modulation(const ModulatedNormArgs& args) {
   const int64_t part = blockIdx.x % args.parts, frame = blockIdx.x / args.parts;  // frame of B * F

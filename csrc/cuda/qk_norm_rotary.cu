@@ -6,18 +6,18 @@ using stream_r1::Bf16;
 using stream_r1::Fp16;
 using stream_r1::cuda::NormRotaryArgs;
 
-#define STREAM_R1_NORM_ROTARY(suffix, T)                                               \
-  extern "C" __global__ void __launch_bounds__(256, 3)                                    \
-      norm_rotary_##suffix(const __grid_constant__ NormRotaryArgs args) {              \
-    stream_r1::cuda::norm_rotary<T>(args);                                             \
-  }                                                                                    \
-  extern "C" __global__ void __launch_bounds__(256, 3)                                    \
-      norm_rotary_grad_x_##suffix(const __grid_constant__ NormRotaryArgs args) {       \
-    stream_r1::cuda::norm_rotary_grad_x<T>(args);                                      \
-  }                                                                                    \
-  extern "C" __global__ void __launch_bounds__(256, 3)                                    \
-      norm_rotary_grad_weight_##suffix(const __grid_constant__ NormRotaryArgs args) {  \
-    stream_r1::cuda::norm_rotary_grad_weight<T>(args);                                 \
+#define STREAM_R1_NORM_ROTARY(suffix, T)                                              \
+  extern "C" __global__ void __launch_bounds__(256, 3)                                \
+      norm_rotary_##suffix(const __grid_constant__ NormRotaryArgs args) {             \
+    stream_r1::cuda::norm_rotary<T>(args);                                            \
+  }                                                                                   \
+  extern "C" __global__ void __launch_bounds__(256, 3)                                \
+      norm_rotary_grad_x_##suffix(const __grid_constant__ NormRotaryArgs args) {      \
+    stream_r1::cuda::norm_rotary_grad_x<T>(args);                                     \
+  }                                                                                   \
+  extern "C" __global__ void __launch_bounds__(256, 3)                                \
+      norm_rotary_grad_weight_##suffix(const __grid_constant__ NormRotaryArgs args) { \
+    stream_r1::cuda::norm_rotary_grad_weight<T>(args);                                \
   }
 
 STREAM_R1_NORM_ROTARY(fp32, float)

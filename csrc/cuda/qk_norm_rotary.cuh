@@ -1,6 +1,6 @@
-// RMSNorm over the full width, head split and rotary of q and k. A warp has one row (b, t) of q (blockIdx.y = 0)
-// or k (1); a lane has packs of 8 channels, which are 4 pairs. The row is read again where it is needed again: it
-// is in the L1 cache by then.
+// RMSNorm over the full width, head split and rotary of q and k. A warp has one row (b, t) of q (blockIdx.y =
+// 0) or k (1); a lane has packs of 8 channels, which are 4 pairs. The row is read again where it is needed
+// again: it is in the L1 cache by then.
 
 #pragma once
 
@@ -12,9 +12,11 @@ namespace stream_r1::cuda {
 
 constexpr int kRotaryWarps = 8;  // rows of a block
 
-// Channels [i, i + count) of a row of heads: one piece of memory if packs don't cross heads, else pair by pair.
+// Channels [i, i + count) of a row of heads: one piece of memory if packs don't cross heads, else pair by
+// pair.
 template <class T>
-__device__ __forceinline__ Pack load_heads(const T* row, int64_t head_stride, int head_dim, int i, int count) {
+__device__ __forceinline__ Pack load_heads(const T* row, int64_t head_stride, int head_dim, int i,
+                                           int count) {
   if (head_dim % kPack == 0) return load_pack(row + i / head_dim * head_stride + i % head_dim, count);
   Pack pack{};
 #pragma unroll
@@ -53,7 +55,8 @@ __device__ __forceinline__ Phases load_phases(const float* row, int head_dim, in
   const float* first = row + i % head_dim / 2;
   if (head_dim % kPack == 0 && is_aligned(first)) {
     const uint4 four = prim::load16(first);
-    phases = {__uint_as_float(four.x), __uint_as_float(four.y), __uint_as_float(four.z), __uint_as_float(four.w)};
+    phases = {__uint_as_float(four.x), __uint_as_float(four.y), __uint_as_float(four.z),
+              __uint_as_float(four.w)};
   } else {
 #pragma unroll
     for (int j = 0; j < kPack / 2; ++j)

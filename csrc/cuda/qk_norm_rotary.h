@@ -11,8 +11,8 @@ namespace stream_r1::cuda {
 struct NormRotarySide {
   const void* x;  // [B, T, H * D]
   int64_t x_batch, x_token;
-  Source weight;                     // [H * D]
-  void* y;                           // [B, T, H, D]: written by the forward; the backward reads its gradient there
+  Source weight;  // [H * D]
+  void* y;        // [B, T, H, D]: written by the forward; the backward reads its gradient there
   int64_t y_batch, y_token, y_head;
   // The backward's:
   void* grad_x;        // [B, T, H * D] contiguous

@@ -16,11 +16,13 @@ namespace {
 using at::Tensor;
 
 // sums [units, parts, D] -> [units, D] in the type of `like`.
-Tensor add_parts(const char* op, const Tensor& sums, at::IntArrayRef shape, const Tensor& like, Stream stream) {
+Tensor add_parts(const char* op, const Tensor& sums, at::IntArrayRef shape, const Tensor& like,
+                 Stream stream) {
   Tensor out = at::empty(shape, like.options());
   const int64_t width = sums.size(-1), parts = sums.size(-2);
   const int64_t units = parts * width == 0 ? 0 : sums.numel() / (parts * width);
-  check_launch(op, launch_add_parts({sums.const_data_ptr<float>(), target(out), units, parts, width}, stream));
+  check_launch(op,
+               launch_add_parts({sums.const_data_ptr<float>(), target(out), units, parts, width}, stream));
   return out;
 }
 
@@ -29,17 +31,19 @@ Tensor add_parts(const char* op, const Tensor& sums, at::IntArrayRef shape, cons
 void check_rotary(const Tensor& q, const Tensor& k, const Tensor& q_weight, const Tensor& k_weight,
                   const Tensor& cos, const Tensor& sin, int64_t heads) {
   const char* op = "qk_norm_rotary";
-  TORCH_CHECK_VALUE(q.dim() == 3 && q.sizes() == k.sizes(), op, ": q, k: expected the same [B, T, H * D], got ",
-                    q.sizes(), " and ", k.sizes());
+  TORCH_CHECK_VALUE(q.dim() == 3 && q.sizes() == k.sizes(), op,
+                    ": q, k: expected the same [B, T, H * D], got ", q.sizes(), " and ", k.sizes());
   TORCH_CHECK_TYPE(q.scalar_type() == k.scalar_type(), op, ": k: expected ", q.scalar_type(), " as q, got ",
                    k.scalar_type());
-  TORCH_CHECK_VALUE(heads > 0 && q.size(2) % (2 * heads) == 0, op, ": num_heads: expected heads of even width in ",
-                    q.size(2), " channels, got ", heads);
+  TORCH_CHECK_VALUE(heads > 0 && q.size(2) % (2 * heads) == 0, op,
+                    ": num_heads: expected heads of even width in ", q.size(2), " channels, got ", heads);
   for (const Tensor& weight : {q_weight, k_weight})
-    TORCH_CHECK_VALUE(weight.numel() == q.size(2), op, ": weight: expected [", q.size(2), "], got ", weight.sizes());
+    TORCH_CHECK_VALUE(weight.numel() == q.size(2), op, ": weight: expected [", q.size(2), "], got ",
+                      weight.sizes());
   for (const Tensor& phase : {cos, sin})
-    TORCH_CHECK_VALUE(phase.dim() == 2 && phase.size(0) == q.size(1) && phase.size(1) == q.size(2) / heads / 2, op,
-                      ": cos, sin: expected [", q.size(1), ", ", q.size(2) / heads / 2, "], got ", phase.sizes());
+    TORCH_CHECK_VALUE(
+        phase.dim() == 2 && phase.size(0) == q.size(1) && phase.size(1) == q.size(2) / heads / 2, op,
+        ": cos, sin: expected [", q.size(1), ", ", q.size(2) / heads / 2, "], got ", phase.sizes());
 }
 
 // The arguments of a launch, and what they point into.
@@ -106,12 +110,13 @@ Tensor qk_norm_rotary_into(const Tensor& q, const Tensor& k, const Tensor& q_wei
   Rotary rotary(q, k, q_weight, k_weight, cos, sin, heads, eps);
   const int64_t head_dim = rotary.args.head_dim;
   TORCH_CHECK_VALUE(k_out.sizes() == at::IntArrayRef({k.size(0), k.size(1), heads, head_dim}),
-                    "qk_norm_rotary: k_out: expected [", k.size(0), ", ", k.size(1), ", ", heads, ", ", head_dim,
-                    "], got ", k_out.sizes());
-  TORCH_CHECK_TYPE(k_out.scalar_type() == k.scalar_type(), "qk_norm_rotary: k_out: expected ", k.scalar_type(),
-                   " as k, got ", k_out.scalar_type());
+                    "qk_norm_rotary: k_out: expected [", k.size(0), ", ", k.size(1), ", ", heads, ", ",
+                    head_dim, "], got ", k_out.sizes());
+  TORCH_CHECK_TYPE(k_out.scalar_type() == k.scalar_type(), "qk_norm_rotary: k_out: expected ",
+                   k.scalar_type(), " as k, got ", k_out.scalar_type());
   TORCH_CHECK_VALUE(k_out.stride(3) == 1 || k_out.numel() == 0,
-                    "qk_norm_rotary: k_out: expected a contiguous last dimension, got strides ", k_out.strides());
+                    "qk_norm_rotary: k_out: expected a contiguous last dimension, got strides ",
+                    k_out.strides());
   Tensor q_out = empty_heads(q, heads);
   rotary.set_heads(0, q_out);
   rotary.set_heads(1, k_out);
@@ -141,13 +146,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rotary_backward(
     args.sides[i].weight_sums = sums.mutable_data_ptr<float>() + i * split.parts * width;
   }
   check_launch("qk_norm_rotary", launch_norm_rotary_backward(args, device.stream));
-  return {grads[0], grads[1], add_parts("qk_norm_rotary", sums.select(0, 0), q_weight.sizes(), q_weight, device.stream),
+  return {grads[0], grads[1],
+          add_parts("qk_norm_rotary", sums.select(0, 0), q_weight.sizes(), q_weight, device.stream),
           add_parts("qk_norm_rotary", sums.select(0, 1), k_weight.sizes(), k_weight, device.stream)};
 }
 
 // --- modulated_norm ---
 
-ModulatedNormArgs norm_arguments(const Tensor& x, const Tensor& scale, const Tensor& mean, const Tensor& rstd) {
+ModulatedNormArgs norm_arguments(const Tensor& x, const Tensor& scale, const Tensor& mean,
+                                 const Tensor& rstd) {
   ModulatedNormArgs args{};
   args.x = x.const_data_ptr();
   args.x_batch = x.stride(0);
@@ -165,8 +172,8 @@ ModulatedNormArgs norm_arguments(const Tensor& x, const Tensor& scale, const Ten
   return args;
 }
 
-std::tuple<Tensor, Tensor, Tensor> modulated_norm(const Tensor& x_, const Tensor& shift_, const Tensor& scale_,
-                                                  double eps) {
+std::tuple<Tensor, Tensor, Tensor> modulated_norm(const Tensor& x_, const Tensor& shift_,
+                                                  const Tensor& scale_, double eps) {
   const char* op = "modulated_norm";
   check_per_frame(op, "shift", shift_, x_);
   check_per_frame(op, "scale", scale_, x_);
@@ -217,7 +224,8 @@ std::tuple<Tensor, Tensor, Tensor> modulated_norm_backward(const Tensor& grad_ou
 
 GatedAddArgs gate_arguments(const Tensor& x, const Tensor& y, const Tensor& gate) {
   TORCH_CHECK_TYPE(x.scalar_type() == y.scalar_type() || x.scalar_type() == at::kFloat,
-                   "gated_add: y: expected ", x.scalar_type(), " as x, or a float32 x, got ", y.scalar_type());
+                   "gated_add: y: expected ", x.scalar_type(), " as x, or a float32 x, got ",
+                   y.scalar_type());
   GatedAddArgs args{};
   args.y = y.const_data_ptr();
   args.y_batch = y.stride(0);
@@ -250,7 +258,8 @@ Tensor gated_add(const Tensor& x_, const Tensor& y_, const Tensor& gate_) {
   return out;
 }
 
-std::tuple<Tensor, Tensor> gated_add_backward(const Tensor& grad_out_, const Tensor& y_, const Tensor& gate_) {
+std::tuple<Tensor, Tensor> gated_add_backward(const Tensor& grad_out_, const Tensor& y_,
+                                              const Tensor& gate_) {
   const char* op = "gated_add_backward";
   check_per_frame(op, "gate", gate_, y_);
   TORCH_CHECK_VALUE(grad_out_.sizes() == y_.sizes(), op, ": grad_out: expected shape ", y_.sizes(),

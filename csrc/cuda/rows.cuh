@@ -7,7 +7,7 @@
 
 namespace stream_r1::cuda {
 
-constexpr int kPack = 8;     // elements that a thread handles at a time: 16 bytes of a 16-bit type
+constexpr int kPack = 8;  // elements that a thread handles at a time: 16 bytes of a 16-bit type
 constexpr int kWarp = 32;
 
 struct Pack {
@@ -53,9 +53,10 @@ __device__ __forceinline__ void store_pack(T* to, int count, const Pack& pack) {
     } else {
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        prim::store16(to + 4 * half,
-                      make_uint4(__float_as_uint(pack.v[4 * half]), __float_as_uint(pack.v[4 * half + 1]),
-                                 __float_as_uint(pack.v[4 * half + 2]), __float_as_uint(pack.v[4 * half + 3])));
+        prim::store16(
+            to + 4 * half,
+            make_uint4(__float_as_uint(pack.v[4 * half]), __float_as_uint(pack.v[4 * half + 1]),
+                       __float_as_uint(pack.v[4 * half + 2]), __float_as_uint(pack.v[4 * half + 3])));
     }
   } else {
 #pragma unroll
@@ -91,8 +92,9 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
-// Combines a value of every thread of the block, in an order that does not depend on timing; the same in every
-// thread. Every thread has to call it, `kWarps` is the block's size in warps, and `identity` changes nothing.
+// Combines a value of every thread of the block, in an order that does not depend on timing; the same in
+// every thread. Every thread has to call it, `kWarps` is the block's size in warps, and `identity` changes
+// nothing.
 template <int kWarps, class Combine>
 __device__ __forceinline__ float block_reduce(float value, float identity, const Combine& combine) {
   __shared__ float of_warps[kWarps];

@@ -7,10 +7,10 @@ using stream_r1::Fp16;
 using stream_r1::cuda::IntraWeightsArgs;
 using stream_r1::cuda::RegionSaliencyArgs;
 
-#define STREAM_R1_REGION_SALIENCY(suffix, T)                                        \
-  extern "C" __global__ void __launch_bounds__(128, 4)                              \
-      region_saliency_##suffix(const __grid_constant__ RegionSaliencyArgs args) {   \
-    stream_r1::cuda::region_saliency<T>(args);                                      \
+#define STREAM_R1_REGION_SALIENCY(suffix, T)                                      \
+  extern "C" __global__ void __launch_bounds__(128, 4)                            \
+      region_saliency_##suffix(const __grid_constant__ RegionSaliencyArgs args) { \
+    stream_r1::cuda::region_saliency<T>(args);                                    \
   }
 
 STREAM_R1_REGION_SALIENCY(fp32, float)

@@ -11,7 +11,8 @@ constexpr int kBandThreads = 128;
 constexpr int kMapWarps = 8, kMapThreads = kMapWarps * kWarp;
 constexpr float kFlatRange = 1e-6f;  // a range below this fraction of the maximum is constant
 
-// One row of latent cells a block: the norms of its pixels are summed down each pixel column into shared memory
+// One row of latent cells a block: the norms of its pixels are summed down each pixel column into shared
+// memory
 // (`width` floats), then over the columns of a cell.
 template <class T>
 __device__ __forceinline__ void region_saliency(const RegionSaliencyArgs& args) {
@@ -55,7 +56,8 @@ __device__ __forceinline__ void region_saliency(const RegionSaliencyArgs& args) 
 }
 
 // softmax(-scores / temperature) of one axis.
-__device__ __forceinline__ float share_of_axis(const IntraWeightsArgs& args, const float* scores, int64_t axis) {
+__device__ __forceinline__ float share_of_axis(const IntraWeightsArgs& args, const float* scores,
+                                               int64_t axis) {
   float lowest = infinity(), total = 0;
   for (int64_t m = 0; m < args.axes; ++m) lowest = fminf(lowest, scores[m]);
   const auto weight = [&](int64_t m) {
@@ -65,7 +67,8 @@ __device__ __forceinline__ float share_of_axis(const IntraWeightsArgs& args, con
   return prim::divide(weight(axis), total);
 }
 
-// One frame (b, f) a block: the axes are fused, and `weights` becomes the spatial map, not yet divided by its mean.
+// One frame (b, f) a block: the axes are fused, and `weights` becomes the spatial map, not yet divided by its
+// mean.
 __device__ __forceinline__ void fuse_frame(const IntraWeightsArgs& args) {
   const int64_t unit = blockIdx.x, b = unit / args.frames, n = args.cells;
   float* const weights = args.weights + unit * n;
@@ -120,7 +123,8 @@ struct Profile {
   float low = infinity(), high = -infinity();
   bool finite;
 
-  __device__ Profile(const IntraWeightsArgs& args_, int64_t b) : args(args_), means(args_.frame_means + b * args_.frames) {
+  __device__ Profile(const IntraWeightsArgs& args_, int64_t b)
+      : args(args_), means(args_.frame_means + b * args_.frames) {
     float total = 0;
     for (int64_t f = 0; f < args.frames; ++f) {
       low = fminf(low, means[f]);
@@ -138,7 +142,8 @@ struct Profile {
   }
 };
 
-// One frame (b, f) a block: map times profile, each divided by its mean; NaN where the saliency is not finite.
+// One frame (b, f) a block: map times profile, each divided by its mean; NaN where the saliency is not
+// finite.
 __device__ __forceinline__ void weigh_frame(const IntraWeightsArgs& args) {
   const int64_t unit = blockIdx.x, b = unit / args.frames, n = args.cells;
   const Profile profile(args, b);

@@ -9,8 +9,8 @@
 #include "cpu/tensors.h"
 #include "cuda/launch.h"
 
-// The dispatch key that the ops are registered for. Tests register them for another one, on tensors in ordinary
-// memory, with a runtime of their own (tests/cuda/runtime.cpp).
+// The dispatch key that the ops are registered for. Tests register them for another one, on tensors in
+// ordinary memory, with a runtime of their own (tests/cuda/runtime.cpp).
 #ifndef STREAM_R1_CUDA_KEY
 #define STREAM_R1_CUDA_KEY CUDA
 #endif
@@ -23,8 +23,8 @@ inline void check_launch(const char* op, LaunchError error) {
 
 // While it lives the device of a tensor is the current one; `stream` is torch's current stream there.
 //
-// Torch's own stream functions are in a library that a CPU build of torch lacks, and the extension has to load
-// there: the function is looked up when it is needed.
+// Torch's own stream functions are in a library that a CPU build of torch lacks, and the extension has to
+// load there: the function is looked up when it is needed.
 class OnDevice {
  public:
   explicit OnDevice(const at::Tensor& tensor) : guard_(tensor.device()) {
@@ -33,7 +33,8 @@ class OnDevice {
     static const auto find = [] {
       void* symbol = dlsym(RTLD_DEFAULT, name);
       if (symbol == nullptr)
-        if (void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD)) symbol = dlsym(library, name);
+        if (void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD))
+          symbol = dlsym(library, name);
       return reinterpret_cast<Find>(symbol);
     }();
     TORCH_CHECK(find != nullptr, "stream_r1: expected a torch with CUDA, got one without ", name);

@@ -1,4 +1,4 @@
-"""Lets this folder's tests import the machine that they run kernels on (importlib mode leaves sys.path alone)."""
+"""Lets this folder's tests import the machine they run kernels on (importlib mode leaves sys.path alone)."""
 
 import sys
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from machine import Machine  # noqa: E402
+from machine import Machine
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def assert_close(ours: Tensor, exact: Tensor, same_dtype: Tensor, units: int = 1) -> None:
-    """The largest error is at most twice that of the same maths in torch at the same dtype, plus `units` in the last place.
+    """The largest error is at most twice that of torch at the same dtype, plus `units` in the last place.
 
     Args:
         ours: what the kernel made, its dtype the op's.
@@ -28,4 +28,6 @@ def assert_close(ours: Tensor, exact: Tensor, same_dtype: Tensor, units: int = 1
     largest = exact[finite].abs().max().item() if finite.any() else 0.0
     allowed = 2 * theirs.max().item() + units * torch.finfo(ours.dtype).eps * largest if finite.any() else 0.0
     worst = error.max().item() if finite.any() else 0.0
-    assert worst <= allowed, f"error {worst:.3g}, allowed {allowed:.3g} (torch at {ours.dtype}: {theirs.max().item():.3g})"
+    assert worst <= allowed, (
+        f"error {worst:.3g}, allowed {allowed:.3g} (torch at {ours.dtype}: {theirs.max().item():.3g})"
+    )

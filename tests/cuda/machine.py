@@ -1,8 +1,8 @@
 """Runs the CUDA ops without a GPU: their own bindings and launch functions, and their PTX on the executor.
 
-The ops' host code is built against tests/cuda/runtime.cpp, in which a launch is a call back to here, and registered for
-a spare dispatch key. An op is called for that key with tensors in ordinary memory; what it allocates is seen through a
-dispatch mode, and starts as NaN.
+The ops' host code is built against tests/cuda/runtime.cpp, in which a launch is a call back to here, and
+registered for a spare dispatch key. An op is called for that key with tensors in ordinary memory; what it
+allocates is seen through a dispatch mode, and starts as NaN.
 """
 
 from __future__ import annotations
@@ -110,17 +110,21 @@ class Machine:
             self._error = error
 
     def _word(self, data: bytes) -> bytes | np.ndarray:
-        """Eight bytes of the arguments: memory, if they are an address in a tensor that is known, else themselves."""
+        """Eight bytes of the arguments: memory, if they are an address in a known tensor, else themselves."""
         address = int.from_bytes(data, "little")
         best: tuple[int, int] | None = None
         for tensor in self._memory:
             low = tensor.data_ptr()
             if tensor.numel() == 0 or not low:
                 continue
-            reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+            reach = (
+                sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+            )
             high = low + reach * tensor.element_size()
             # the tensor that starts there, else the smallest that holds it
-            if low <= address < high and (best is None or (address - low, high - low) < (address - best[0], best[1] - best[0])):
+            if low <= address < high and (
+                best is None or (address - low, high - low) < (address - best[0], best[1] - best[0])
+            ):
                 best = (low, high)
         if best is None:
             return data

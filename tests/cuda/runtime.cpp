@@ -1,11 +1,12 @@
-// A CUDA runtime of which a launch is a call of a function: the host code of the kernels is linked against it, so that
-// tests get the very grid, shared memory and arguments that a GPU would get, and can execute the kernel themselves.
+// A CUDA runtime of which a launch is a call of a function: the host code of the kernels is linked against
+// it, so that tests get the very grid, shared memory and arguments that a GPU would get, and can execute the
+// kernel themselves.
 
 #include <cuda_runtime_api.h>
 
 #include <cstring>
-#include <unordered_map>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 namespace {
@@ -53,8 +54,8 @@ void** __cudaRegisterFatBinary(void*) {
 }
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
-void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*,
-                            int*) {
+void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, uint3*, uint3*, dim3*,
+                            dim3*, int*) {
   kernels()[host].name = name;
 }
 unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, cudaStream_t stream) {
@@ -100,8 +101,8 @@ cudaError_t cudaGetDevice(int* device) {
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrComputeCapabilityMajor ? 8
-           : attribute == cudaDevAttrMultiProcessorCount   ? processors
-                                                            : 0;
+           : attribute == cudaDevAttrMultiProcessorCount  ? processors
+                                                          : 0;
   return cudaSuccess;
 }
 

@@ -18,7 +18,9 @@ def fused(batch: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype
     return whole[:, :, 0], whole[:, :, 1], whole[:, :, 2]
 
 
-def check(ours: tuple[Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor | None = None) -> None:
+def check(
+    ours: tuple[Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor | None = None
+) -> None:
     true_out, true_lse = dense_attention(q.double(), k.double(), v.double(), scale, visible)
     # the tensor cores round the weights to the op's dtype, as torch does in its own attention
     scores = torch.einsum("bqhd,bkhd->bhqk", q.double() * scale, k.double())
@@ -43,7 +45,14 @@ def check(ours: tuple[Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor, scale: f
     ],
 )
 def test_cached_chunk_attention(
-    machine: Machine, dtype: torch.dtype, batch: int, queries: int, past: int, fresh: int, heads: int, head_dim: int
+    machine: Machine,
+    dtype: torch.dtype,
+    batch: int,
+    queries: int,
+    past: int,
+    fresh: int,
+    heads: int,
+    head_dim: int,
 ) -> None:
     torch.manual_seed(queries)
     q = fused(batch, queries, heads, head_dim, dtype)[0]
@@ -80,7 +89,7 @@ def test_split_over_the_keys(machine: Machine, dtype: torch.dtype) -> None:
 
 
 def test_growing_scores(machine: Machine) -> None:
-    """Each tile of keys has larger scores than all before: what was summed has to be scaled down each time."""
+    """Each tile of keys has larger scores than all before: what was summed has to be scaled down."""
     torch.manual_seed(0)
     q = torch.rand(1, 20, 1, 64).bfloat16()
     k = (torch.rand(1, 200, 1, 64) * torch.linspace(0.1, 4, 200)[:, None, None]).bfloat16()
@@ -98,7 +107,9 @@ def test_any_scale(machine: Machine, scale: float) -> None:
 def test_widths_without_a_kernel_are_padded(machine: Machine) -> None:
     torch.manual_seed(0)
     for head_dim in (20, 64, 96):
-        q, k, v = (x[:, :, :, :head_dim] for x in fused(1, 33, 2, 100, torch.bfloat16))  # rows that aren't aligned
+        q, k, v = (
+            x[:, :, :, :head_dim] for x in fused(1, 33, 2, 100, torch.bfloat16)
+        )  # rows that aren't aligned
         ours = machine.run("cached_chunk_attention", q, k, v, None, None, head_dim**-0.5)
         assert ours[0].is_contiguous()
         check(ours, q, k, v, head_dim**-0.5)
@@ -117,7 +128,9 @@ def test_nothing_to_attend_to(machine: Machine) -> None:
 def test_the_order_of_warps_does_not_matter(machine: Machine) -> None:
     torch.manual_seed(0)
     q, k, v = fused(1, 140, 1, 64, torch.bfloat16)
-    results = [machine.run("cached_chunk_attention", q, k, v, None, None, 0.125, seed=seed) for seed in range(3)]
+    results = [
+        machine.run("cached_chunk_attention", q, k, v, None, None, 0.125, seed=seed) for seed in range(3)
+    ]
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
@@ -137,7 +150,9 @@ def test_chunk_attention(machine: Machine, mask: ChunkMask) -> None:
     tokens = frames * mask.tokens_per_frame * (2 if mask.teacher_forcing else 1)
     q, k, v = fused(1, tokens, 1, 64, torch.bfloat16)
     settings = (mask.tokens_per_frame, mask.frames_per_chunk, mask.window_frames, mask.sink_frames)
-    ours = machine.run("chunk_attention", q, k, v, *settings, mask.first_chunk_frames, mask.teacher_forcing, 0.125)
+    ours = machine.run(
+        "chunk_attention", q, k, v, *settings, mask.first_chunk_frames, mask.teacher_forcing, 0.125
+    )
     n = mask.tokens_per_frame
     visible = mask.visible(frames).repeat_interleave(n, 0).repeat_interleave(n, 1)
     check(ours, q, k, v, 0.125, visible)
@@ -152,7 +167,15 @@ def test_backward_of_cached_chunk_attention(machine: Machine) -> None:
     expected = torch.autograd.grad((out, lse), (q, k, v), (up_out, up_lse))
     inputs = [x.detach() for x in (q, k, v)]
     ours = machine.run(
-        "cached_chunk_attention_backward", up_out, up_lse, *inputs, past_k, past_v, out.detach(), lse.detach(), 0.25
+        "cached_chunk_attention_backward",
+        up_out,
+        up_lse,
+        *inputs,
+        past_k,
+        past_v,
+        out.detach(),
+        lse.detach(),
+        0.25,
     )
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -171,7 +194,13 @@ def test_backward_of_chunk_attention(machine: Machine, mask: ChunkMask) -> None:
     inputs = [x.detach() for x in (q, k, v, out, lse)]
     settings = (mask.tokens_per_frame, mask.frames_per_chunk, mask.window_frames, mask.sink_frames)
     ours = machine.run(
-        "chunk_attention_backward", upstream, *inputs, *settings, mask.first_chunk_frames, mask.teacher_forcing, 0.25
+        "chunk_attention_backward",
+        upstream,
+        *inputs,
+        *settings,
+        mask.first_chunk_frames,
+        mask.teacher_forcing,
+        0.25,
     )
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

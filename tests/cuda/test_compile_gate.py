@@ -1,8 +1,8 @@
 """What the compiler makes of the kernels, for every architecture: held to tests/cuda/compiled.tsv.
 
-The table has, for every kernel, the registers of a thread (as a GPU allocates them, in eights) and the bytes of static
-shared memory that it may use. A kernel that got better fails too, if it is not in the table: `python
-tests/cuda/test_compile_gate.py` writes the table anew, and the change is looked at in review.
+The table has, for every kernel, the registers of a thread (as a GPU allocates them, in eights) and the bytes
+of static shared memory. A kernel that got better fails too: `python tests/cuda/test_compile_gate.py` writes the
+table anew, and the change is looked at in review.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 import toolchain  # noqa: E402
 
@@ -27,7 +27,13 @@ ARCHS = ("80", "90a", "100a", "120")
 TABLE = Path(__file__).parent / "compiled.tsv"
 
 # kernel's name -> instructions that its machine code must have
-COPIES_AND_PRODUCTS = ("LDGSTS.E.BYPASS.128", "LDSM.16.M88.4", "LDSM.16.MT88.4", "HMMA.16816.F32", "STG.E.128")
+COPIES_AND_PRODUCTS = (
+    "LDGSTS.E.BYPASS.128",
+    "LDSM.16.M88.4",
+    "LDSM.16.MT88.4",
+    "HMMA.16816.F32",
+    "STG.E.128",
+)
 WHOLE_PACKS = ("LDG.E.128", "STG.E.128")
 LOADS_ONLY = ("LDG.E.128",)
 REQUIRED = {
@@ -49,7 +55,10 @@ REQUIRED = {
 def find_cuobjdump() -> Path:
     """Of the toolkit, the path, NVIDIA's wheels, or Triton's package."""
     packages = Path(sysconfig.get_paths()["purelib"])
-    places = [toolchain.toolkit().nvcc.parent, *(Path(found).parent for found in [shutil.which("cuobjdump")] if found)]
+    places = [
+        toolchain.toolkit().nvcc.parent,
+        *(Path(found).parent for found in [shutil.which("cuobjdump")] if found),
+    ]
     places += [packages / "nvidia/cu13/bin", packages / "triton/backends/nvidia/bin"]
     for place in places:
         if (place / "cuobjdump").exists():
@@ -94,7 +103,9 @@ def machine_code(arch: str) -> dict[str, set[str]]:
     kernels: dict[str, set[str]] = {}
     for function in done.stdout.split("Function : ")[1:]:
         name = function.split()[0]
-        kernels[name] = set(re.findall(r"^\s*/\*[0-9a-f]{4,5}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]+)", function, re.MULTILINE))
+        kernels[name] = set(
+            re.findall(r"^\s*/\*[0-9a-f]{4,5}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]+)", function, re.MULTILINE)
+        )
     return kernels
 
 
@@ -114,8 +125,13 @@ def measured() -> dict[str, dict[str, str]]:
 
 def write_table() -> None:
     columns = [f"sm_{arch}" for arch in ARCHS]
-    lines = ["# Registers of a thread, in eights, and bytes of static shared memory, by nvcc 13.0.", "\t".join(["kernel", *columns])]
-    lines += ["\t".join([name, *(row[column] for column in columns)]) for name, row in sorted(measured().items())]
+    lines = [
+        "# Registers of a thread, in eights, and bytes of static shared memory, by nvcc 13.0.",
+        "\t".join(["kernel", *columns]),
+    ]
+    lines += [
+        "\t".join([name, *(row[column] for column in columns)]) for name, row in sorted(measured().items())
+    ]
     TABLE.write_text("\n".join(lines) + "\n")
 
 
@@ -140,7 +156,9 @@ def test_machine_code(arch: str) -> None:
     for name, opcodes in kernels.items():
         (required,) = [needs for pattern, needs in REQUIRED.items() if re.fullmatch(pattern, name)]
         for opcode in required:
-            assert any(found.startswith(opcode) for found in opcodes), f"{name} has no {opcode}: {sorted(opcodes)}"
+            assert any(found.startswith(opcode) for found in opcodes), (
+                f"{name} has no {opcode}: {sorted(opcodes)}"
+            )
 
 
 def test_no_float_atomics() -> None:

@@ -9,7 +9,12 @@ from torch import Tensor
 from stream_r1_kernels.dmd.reference import dmd_gradient_reference_, dmd_loss_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(1, 1, 1, 1, 1), (2, 3, 4, 5, 7), (2, 2, 3, 8, 16), (1, 3, 2, 96, 128)]  # the last: several blocks a sample
+SHAPES = [
+    (1, 1, 1, 1, 1),
+    (2, 3, 4, 5, 7),
+    (2, 2, 3, 8, 16),
+    (1, 3, 2, 96, 128),
+]  # the last: several blocks a sample
 
 
 def weights_of(kind: str, shape: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -17,8 +22,16 @@ def weights_of(kind: str, shape: tuple[int, ...]) -> tuple[Tensor | None, Tensor
     batch, frames, _, rows, columns = shape
     if kind == "none":
         return None, None, None
-    intra = torch.rand(batch, frames, 1, rows, columns) + 0.5 if kind == "cells" else torch.rand(1, frames, 1, 1, 1)
-    mask = torch.rand(batch, frames, 1, rows, columns) > 0.4 if kind == "cells" else torch.ones(shape[0], frames, 1, 1, 1).bool()
+    intra = (
+        torch.rand(batch, frames, 1, rows, columns) + 0.5
+        if kind == "cells"
+        else torch.rand(1, frames, 1, 1, 1)
+    )
+    mask = (
+        torch.rand(batch, frames, 1, rows, columns) > 0.4
+        if kind == "cells"
+        else torch.ones(shape[0], frames, 1, 1, 1).bool()
+    )
     if kind == "frames" and frames > 1:
         mask[:, 1:] = False
     return intra, torch.rand(batch) + 0.5, mask
@@ -26,7 +39,9 @@ def weights_of(kind: str, shape: tuple[int, ...]) -> tuple[Tensor | None, Tensor
 
 def predictions(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
     x = torch.randn(shape).to(dtype)
-    fake = torch.randn(shape[0], shape[2], shape[1], *shape[3:]).to(dtype).transpose(1, 2)  # frames and channels swapped
+    fake = (
+        torch.randn(shape[0], shape[2], shape[1], *shape[3:]).to(dtype).transpose(1, 2)
+    )  # frames and channels swapped
     return [x, fake, torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)]
 
 
@@ -48,7 +63,9 @@ def test_loss_and_gradient(machine: Machine, shape: tuple[int, ...], dtype: torc
     def reference(kind: torch.dtype | None) -> tuple[Tensor, Tensor]:
         tensors = [t if t is None or kind is None else t.double() for t in (x, fake, cond, negative)]
         leaf = tensors[0].detach().requires_grad_()
-        value = dmd_loss_reference(leaf, *tensors[1:], 3.0, *(w if kind is None else double(w) for w in weights))
+        value = dmd_loss_reference(
+            leaf, *tensors[1:], 3.0, *(w if kind is None else double(w) for w in weights)
+        )
         return value.detach(), torch.autograd.grad(2 * value, leaf)[0]
 
     true, same = reference(torch.float64), reference(None)
@@ -100,5 +117,7 @@ def test_an_empty_batch(machine: Machine) -> None:
 def test_the_order_of_warps_does_not_matter(machine: Machine) -> None:
     torch.manual_seed(0)
     x, fake, cond, uncond = predictions((2, 3, 2, 64, 64), torch.bfloat16)
-    results = [machine.run("dmd_loss", x, fake, cond, uncond, 3.0, None, None, None, seed=seed) for seed in range(3)]
+    results = [
+        machine.run("dmd_loss", x, fake, cond, uncond, 3.0, None, None, None, seed=seed) for seed in range(3)
+    ]
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))

@@ -19,7 +19,9 @@ SHAPES = [
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def gradients(function: Callable[..., Tensor], inputs: list[Tensor], upstream: Tensor, dtype: torch.dtype | None) -> list[Tensor]:
+def gradients(
+    function: Callable[..., Tensor], inputs: list[Tensor], upstream: Tensor, dtype: torch.dtype | None
+) -> list[Tensor]:
     leaves = [(x.to(dtype) if dtype else x).detach().requires_grad_() for x in inputs]
     out = function(*leaves)
     return list(torch.autograd.grad(out, leaves, upstream.to(out.dtype)))
@@ -34,7 +36,15 @@ def modulation(batch: int, frames: int, width: int, dtype: torch.dtype) -> tuple
 @pytest.mark.parametrize("float_modulation", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("batch", "frames", "tokens", "width"), SHAPES)
-def test_modulated_norm(machine: Machine, batch: int, frames: int, tokens: int, width: int, dtype: torch.dtype, float_modulation: bool) -> None:
+def test_modulated_norm(
+    machine: Machine,
+    batch: int,
+    frames: int,
+    tokens: int,
+    width: int,
+    dtype: torch.dtype,
+    float_modulation: bool,
+) -> None:
     torch.manual_seed(0)
     x = (torch.randn(batch, frames * tokens, 2 * width) * 3 + 1).to(dtype)[:, :, :width]
     shift, scale = modulation(batch, frames, width, torch.float32 if float_modulation else dtype)
@@ -55,19 +65,34 @@ def test_modulated_norm(machine: Machine, batch: int, frames: int, tokens: int, 
             exact.assert_close(a, b, c)
 
 
-MIXED = [*((dtype, dtype) for dtype in DTYPES), (torch.float32, torch.bfloat16), (torch.float32, torch.float16)]
+MIXED = [
+    *((dtype, dtype) for dtype in DTYPES),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+]
 
 
 @pytest.mark.parametrize("float_gate", [False, True])
 @pytest.mark.parametrize(("x_dtype", "y_dtype"), MIXED)
 @pytest.mark.parametrize(("batch", "frames", "tokens", "width"), SHAPES)
-def test_gated_add(machine: Machine, batch: int, frames: int, tokens: int, width: int, x_dtype: torch.dtype, y_dtype: torch.dtype, float_gate: bool) -> None:
+def test_gated_add(
+    machine: Machine,
+    batch: int,
+    frames: int,
+    tokens: int,
+    width: int,
+    x_dtype: torch.dtype,
+    y_dtype: torch.dtype,
+    float_gate: bool,
+) -> None:
     torch.manual_seed(0)
     x = torch.randn(batch, frames * tokens, width).to(x_dtype)
     y = torch.randn(batch, frames * tokens, 3 * width).to(y_dtype)[:, :, width : 2 * width]
     gate = modulation(batch, frames, width, torch.float32 if float_gate else y_dtype)[0]
     out = machine.run("gated_add", x, y, gate)
-    exact.assert_close(out, gated_add_reference(x.double(), y.double(), gate.double()), gated_add_reference(x, y, gate))
+    exact.assert_close(
+        out, gated_add_reference(x.double(), y.double(), gate.double()), gated_add_reference(x, y, gate)
+    )
     upstream = torch.randn(x.shape).to(x_dtype)
     ours = machine.run("gated_add_backward", upstream, y, gate)
     for a, b, c in zip(

@@ -1,6 +1,7 @@
-"""Proof that the execution tests can fail: faults are planted in the kernels' sources, and each must be caught.
+"""Proof that the execution tests can fail: faults are planted in the kernels' sources, each must be caught.
 
-docs/planted-faults.md lists them. A fault is caught by a wrong result, or by the executor: a race, a bad access.
+docs/planted-faults.md lists them. A fault is caught by a wrong result, or by the executor (a race, a bad
+access).
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def attention(machine: Machine, seed: int) -> None:
     past_k, past_v = (torch.randn(1, 70, 1, 64).bfloat16() for _ in range(2))
     k *= torch.linspace(0.2, 4, 200)[:, None, None]  # growing scores: the running maximum moves
     out, lse = machine.run("cached_chunk_attention", q, k, v, past_k, past_v, 0.2, seed=seed)
-    true = dense_attention(q.double(), torch.cat((past_k, k), 1).double(), torch.cat((past_v, v), 1).double(), 0.2)
+    true = dense_attention(
+        q.double(), torch.cat((past_k, k), 1).double(), torch.cat((past_v, v), 1).double(), 0.2
+    )
     torch.testing.assert_close(out.double(), true[0], rtol=0, atol=0.02)
     torch.testing.assert_close(lse.double(), true[1], rtol=1e-5, atol=1e-5)
 
@@ -93,7 +96,11 @@ def norm(machine: Machine, seed: int) -> None:
 
 def gate_backward(machine: Machine, seed: int) -> None:
     torch.manual_seed(seed)
-    y, gate, up = torch.randn(1, 150, 40).bfloat16(), torch.randn(1, 1, 40), torch.randn(1, 150, 40).bfloat16()
+    y, gate, up = (
+        torch.randn(1, 150, 40).bfloat16(),
+        torch.randn(1, 1, 40),
+        torch.randn(1, 150, 40).bfloat16(),
+    )
     grad_y, grad_gate = machine.run("gated_add_backward", up, y, gate, seed=seed)
     leaves = [y.double().requires_grad_(), gate.double().requires_grad_()]
     true = torch.autograd.grad(gated_add_reference(torch.zeros_like(leaves[0]), *leaves), leaves, up.double())
@@ -108,7 +115,9 @@ def dmd(machine: Machine, seed: int) -> None:
     mask = torch.rand(2, 2, 1, 96, 128) > 0.3
     loss, _, _ = machine.run("dmd_loss", x, fake, cond, uncond, 3.0, None, None, mask, seed=seed)
     fake = fake.nan_to_num()
-    true = dmd_loss_reference(x.double(), fake.double(), cond.double(), uncond.double(), 3.0, None, None, mask)
+    true = dmd_loss_reference(
+        x.double(), fake.double(), cond.double(), uncond.double(), 3.0, None, None, mask
+    )
     torch.testing.assert_close(loss.double(), true, rtol=1e-3, atol=0)  # one element of 98304 counts as 0
 
 
@@ -116,7 +125,9 @@ def saliency(machine: Machine, seed: int) -> None:
     torch.manual_seed(seed)
     grads = torch.randn(1, 1, 9, 3, 4, 320).bfloat16()  # cells of more than one pack, of more than one warp
     ours = machine.run("region_saliency", grads, 3, 2, 20, seed=seed)
-    torch.testing.assert_close(ours.double(), region_saliency_reference(grads.double(), 3, 2, 20), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        ours.double(), region_saliency_reference(grads.double(), 3, 2, 20), rtol=1e-5, atol=0
+    )
 
 
 def weights(machine: Machine, seed: int) -> None:
@@ -135,9 +146,13 @@ KERNELS = {
     chunked_attention: kernel("attention_bf16_64", "attention", "AttentionArgs", "attention_block<Bf16, 64>"),
     split_attention: kernel("attention_combine_bf16", "attention", "AttentionArgs", "combine_parts<Bf16>"),
     rotary: kernel("norm_rotary_bf16", "qk_norm_rotary", "NormRotaryArgs", "norm_rotary<Bf16>"),
-    rotary_backward: kernel("norm_rotary_grad_x_fp32", "qk_norm_rotary", "NormRotaryArgs", "norm_rotary_grad_x<float>"),
+    rotary_backward: kernel(
+        "norm_rotary_grad_x_fp32", "qk_norm_rotary", "NormRotaryArgs", "norm_rotary_grad_x<float>"
+    ),
     norm: kernel("modulated_norm_bf16", "modulated_norm", "ModulatedNormArgs", "modulated_norm<Bf16>"),
-    gate_backward: kernel("gated_add_backward_bf16", "gated_add", "GatedAddArgs", "gated_add_backward<Bf16, Bf16>"),
+    gate_backward: kernel(
+        "gated_add_backward_bf16", "gated_add", "GatedAddArgs", "gated_add_backward<Bf16, Bf16>"
+    ),
     dmd: kernel("dmd_distances_fp32", "dmd", "DmdArgs", "dmd_distances<float>")
     + 'extern "C" __global__ void dmd_directions_fp32(const __grid_constant__ DmdArgs args)'
     " { dmd_directions<float, float, false>(args); }\n",
@@ -161,43 +176,130 @@ A, R, C, S, D = (f"cuda/{name}.cuh" for name in ("attention", "rows", "column_su
 QK, N, G = (f"cuda/{name}.cuh" for name in ("qk_norm_rotary", "modulated_norm", "gated_add"))
 
 FAULTS = [
-    Fault("no barrier before the first keys are read", attention, A, "__syncthreads();  // queries", "// queries"),
-    Fault("no barrier before the values are read", attention, A, "__syncthreads();  // the values", "// the values"),
-    Fault("no barrier before the values are overwritten", attention, A, "__syncthreads();  // the next keys", "// the next"),
-    Fault("a wait for one copy too few", attention, A, "multiply_keys(key_tile, lane);\n    prim::wait_for_copies<0>();",
-          "multiply_keys(key_tile, lane);\n    prim::wait_for_copies<1>();"),
-    Fault("a tile of keys loaded twice", attention, A, "if (index + 1 < last) start_keys(index + 1);", "start_keys(index);"),
+    Fault(
+        "no barrier before the first keys are read",
+        attention,
+        A,
+        "__syncthreads();  // queries",
+        "// queries",
+    ),
+    Fault(
+        "no barrier before the values are read",
+        attention,
+        A,
+        "__syncthreads();  // the values",
+        "// the values",
+    ),
+    Fault(
+        "no barrier before the values are overwritten",
+        attention,
+        A,
+        "__syncthreads();  // the next keys",
+        "// the next",
+    ),
+    Fault(
+        "a wait for one copy too few",
+        attention,
+        A,
+        "multiply_keys(key_tile, lane);\n    prim::wait_for_copies<0>();",
+        "multiply_keys(key_tile, lane);\n    prim::wait_for_copies<1>();",
+    ),
+    Fault(
+        "a tile of keys loaded twice",
+        attention,
+        A,
+        "if (index + 1 < last) start_keys(index + 1);",
+        "start_keys(index);",
+    ),
     Fault("one key too many in the last tile", attention, A, ">= keys) scores", "> keys) scores"),
     Fault("sums of values not scaled down", attention, A, "out[n][j] *= decay[j / 2];", ";"),
     Fault("sum of weights not scaled down", attention, A, "sum[r] *= decay[r];", ""),
-    Fault("maximum over half of a row", attention, A, "top[r] = fmaxf(top[r], prim::exchange(top[r], 2));", ""),
+    Fault(
+        "maximum over half of a row", attention, A, "top[r] = fmaxf(top[r], prim::exchange(top[r], 2));", ""
+    ),
     Fault("pieces written where they are not read", attention, A, "first, piece),", "first, piece ^ 1),"),
     Fault("keys of the wrong segment", attention, A, "args.chunked ? 1 : r", "1"),
-    Fault("queries past the end are written", attention, A, "if (row >= queries) continue;\n    uint16_t", "uint16_t"),
+    Fault(
+        "queries past the end are written",
+        attention,
+        A,
+        "if (row >= queries) continue;\n    uint16_t",
+        "uint16_t",
+    ),
     Fault("a part's weight left out", split_attention, A, "total += weight;", "total += 1;"),
     Fault("log-sum-exp of one part", split_attention, A, "shift + prim::log2(total) * kLn2", "shift"),
-    Fault("noisy chunks taken for clean ones", chunked_attention, A, "if (noisy) index -= in_half;", "if (noisy) return;"),
-    Fault("the window starts a frame late", chunked_attention, "common/chunk_mask.h", "end - mask.window_frames)",
-          "end + 1 - mask.window_frames)"),
-    Fault("a sum over half a warp", norm, R, "mask > 0; mask /= 2) value += ", "mask > 1; mask /= 2) value += "),
+    Fault(
+        "noisy chunks taken for clean ones",
+        chunked_attention,
+        A,
+        "if (noisy) index -= in_half;",
+        "if (noisy) return;",
+    ),
+    Fault(
+        "the window starts a frame late",
+        chunked_attention,
+        "common/chunk_mask.h",
+        "end - mask.window_frames)",
+        "end + 1 - mask.window_frames)",
+    ),
+    Fault(
+        "a sum over half a warp", norm, R, "mask > 0; mask /= 2) value += ", "mask > 1; mask /= 2) value += "
+    ),
     Fault("padding counts in the variance", norm, N, "if (j < width - i) squares", "squares"),
-    Fault("the next frame's modulation", norm, N, "frame = t / (args.tokens / args.frames)", "frame = t % args.frames"),
+    Fault(
+        "the next frame's modulation",
+        norm,
+        N,
+        "frame = t / (args.tokens / args.frames)",
+        "frame = t % args.frames",
+    ),
     Fault("phases of the wrong head", rotary, QK, "row[(i + 2 * j) % head_dim / 2]", "row[i % head_dim / 2]"),
     Fault("a gradient rotated forwards", rotary_backward, QK, "cos, sin, -1.f)", "cos, sin, 1.f)"),
     Fault("no barrier between the stages of a column sum", gate_backward, C, "__syncthreads();", ""),
-    Fault("the last warp's rows not summed", gate_backward, C, "l < kSumLanes; ++l", "l < kSumLanes - 1; ++l"),
-    Fault("the last row of a stretch left out", gate_backward, G, "frame * tokens + begin + least(tokens - begin,",
-          "frame * tokens + begin - 1 + least(tokens - begin,"),
-    Fault("no barrier before a block's sum is read", dmd, R, "  __syncthreads();\n  float total = identity;", "  float total = identity;"),
+    Fault(
+        "the last warp's rows not summed", gate_backward, C, "l < kSumLanes; ++l", "l < kSumLanes - 1; ++l"
+    ),
+    Fault(
+        "the last row of a stretch left out",
+        gate_backward,
+        G,
+        "frame * tokens + begin + least(tokens - begin,",
+        "frame * tokens + begin - 1 + least(tokens - begin,",
+    ),
+    Fault(
+        "no barrier before a block's sum is read",
+        dmd,
+        R,
+        "  __syncthreads();\n  float total = identity;",
+        "  float total = identity;",
+    ),
     Fault("no barrier between two sums of a block", dmd, R, "__syncthreads();  // the next", "// the next"),
     Fault("sums of the first sample for all", dmd, D, "sums[sample * blocks + i]", "sums[i]"),
     Fault("NaN let through", dmd, D, "fabsf(difference) < infinity() ? difference : 0.f", "difference"),
     Fault("elements that the mask drops are counted", dmd, D, "kept += keep.v[j];", "kept += 1;"),
-    Fault("pixel frames of the wrong latent frame", saliency, S, "1 + factor * (frame - 1)", "factor * (frame - 1)"),
-    Fault("no barrier before cells are summed", saliency, S, "__syncthreads();\n  const float pixels", "const float pixels"),
+    Fault(
+        "pixel frames of the wrong latent frame",
+        saliency,
+        S,
+        "1 + factor * (frame - 1)",
+        "factor * (frame - 1)",
+    ),
+    Fault(
+        "no barrier before cells are summed",
+        saliency,
+        S,
+        "__syncthreads();\n  const float pixels",
+        "const float pixels",
+    ),
     Fault("a stronger axis gets more", weights, S, "lowest - scores[m]", "scores[m] - lowest"),
-    Fault("a map that is not divided by its mean", weights, S, "args.map_sums[unit]);", "static_cast<float>(n));"),
-]  # fmt: skip
+    Fault(
+        "a map that is not divided by its mean",
+        weights,
+        S,
+        "args.map_sums[unit]);",
+        "static_cast<float>(n));",
+    ),
+]
 
 
 @pytest.mark.parametrize("probe", KERNELS, ids=lambda probe: probe.__name__)
@@ -209,9 +311,13 @@ def test_probes_pass_without_a_fault(machine: Machine, probe: Probe) -> None:
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_planted_faults_are_caught(machine: Machine, fault: Fault) -> None:
     ptx = toolchain.compile_ptx(KERNELS[fault.probe], {fault.file: (fault.old, fault.new)})
-    with machine.replaced(ptx), pytest.raises((AssertionError, PtxError)):
+
+    def three_seeds() -> None:
         for seed in range(3):
             fault.probe(machine, seed)
+
+    with machine.replaced(ptx), pytest.raises((AssertionError, PtxError)):
+        three_seeds()
 
 
 def test_the_list_is_complete() -> None:

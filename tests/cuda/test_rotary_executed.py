@@ -28,7 +28,9 @@ def inputs(batch: int, tokens: int, width: int, dtype: torch.dtype) -> tuple[Ten
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("batch", "grid", "heads", "head_dim"), SHAPES)
-def test_forward(machine: Machine, batch: int, grid: tuple[int, int, int], heads: int, head_dim: int, dtype: torch.dtype) -> None:
+def test_forward(
+    machine: Machine, batch: int, grid: tuple[int, int, int], heads: int, head_dim: int, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
     cos, sin = RotaryGrid(head_dim).phases(5, *grid)
     q, k, q_weight, k_weight = inputs(batch, len(cos), heads * head_dim, dtype)
@@ -56,7 +58,9 @@ def test_keys_into_their_slot(machine: Machine, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("batch", "grid", "heads", "head_dim"), SHAPES)
-def test_backward(machine: Machine, batch: int, grid: tuple[int, int, int], heads: int, head_dim: int, dtype: torch.dtype) -> None:
+def test_backward(
+    machine: Machine, batch: int, grid: tuple[int, int, int], heads: int, head_dim: int, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
     cos, sin = RotaryGrid(head_dim).phases(5, *grid)
     q, k, q_weight, k_weight = inputs(batch, len(cos), heads * head_dim, dtype)
@@ -67,7 +71,11 @@ def test_backward(machine: Machine, batch: int, grid: tuple[int, int, int], head
         leaves = [(x.to(kind) if kind else x).detach().requires_grad_() for x in (q, k, q_weight, k_weight)]
         phases = [p.to(kind) if kind else p for p in (cos, sin)]
         outs = [norm_rotary(leaves[i], leaves[2 + i], *phases, heads, 1e-6) for i in range(2)]
-        return list(torch.autograd.grad(outs, leaves, [g.to(out.dtype) for g, out in zip(upstream, outs, strict=True)]))
+        return list(
+            torch.autograd.grad(
+                outs, leaves, [g.to(out.dtype) for g, out in zip(upstream, outs, strict=True)]
+            )
+        )
 
     for a, b, c in zip(ours, gradients(torch.float64), gradients(None), strict=True):
         exact.assert_close(a, b, c)
@@ -77,7 +85,9 @@ def test_no_rows(machine: Machine) -> None:
     cos, sin = RotaryGrid(8).phases(0, 1, 1, 2)
     q, weight = torch.randn(0, 2, 16), torch.ones(16)
     assert machine.run("qk_norm_rotary", q, q, weight, weight, cos, sin, 2, 1e-6)[0].shape == (0, 2, 2, 8)
-    grads = machine.run("qk_norm_rotary_backward", *[q.view(0, 2, 2, 8)] * 2, q, q, weight, weight, cos, sin, 2, 1e-6)
+    grads = machine.run(
+        "qk_norm_rotary_backward", *[q.view(0, 2, 2, 8)] * 2, q, q, weight, weight, cos, sin, 2, 1e-6
+    )
     assert torch.equal(grads[2], torch.zeros(16))
 
 

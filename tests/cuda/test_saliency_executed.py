@@ -20,7 +20,17 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
         (1, 1, 2, 1, 4, (1, 150), (2, 8)),  # wider than a block at once
     ],
 )
-def test_region_saliency(machine: Machine, axes: int, batch: int, frames: int, factor: int, channels: int, cells: tuple[int, int], cell: tuple[int, int], dtype: torch.dtype) -> None:
+def test_region_saliency(
+    machine: Machine,
+    axes: int,
+    batch: int,
+    frames: int,
+    factor: int,
+    channels: int,
+    cells: tuple[int, int],
+    cell: tuple[int, int],
+    dtype: torch.dtype,
+) -> None:
     torch.manual_seed(0)
     size = (1 + factor * (frames - 1), channels, cells[0] * cell[0], cells[1] * cell[1])
     grads = torch.randn(batch, axes, *size).to(dtype).transpose(0, 1)
@@ -33,7 +43,9 @@ def test_region_saliency(machine: Machine, axes: int, batch: int, frames: int, f
 @pytest.mark.parametrize(
     ("axes", "batch", "frames", "rows", "columns"), [(1, 1, 1, 1, 1), (3, 2, 4, 5, 7), (2, 1, 3, 60, 104)]
 )
-def test_intra_weights(machine: Machine, axes: int, batch: int, frames: int, rows: int, columns: int, use: tuple[bool, bool]) -> None:
+def test_intra_weights(
+    machine: Machine, axes: int, batch: int, frames: int, rows: int, columns: int, use: tuple[bool, bool]
+) -> None:
     torch.manual_seed(0)
     saliency, scores = torch.rand(axes, batch, frames, rows, columns) * 1e-3, torch.randn(batch, axes)
     settings = (0.7, 0.15, 0.2, 0.9, 1.0, *use)

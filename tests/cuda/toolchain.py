@@ -1,4 +1,4 @@
-"""nvcc as the tests use it. What it makes is kept under build/, by the hash of the sources and the command."""
+"""nvcc as the tests use it. What it makes is kept under build/, by the hash of sources and command."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def toolkit() -> cuda.Toolkit:
     found = cuda.find_toolkit()
     if found is None:
         raise FileNotFoundError(
-            "these tests compile the CUDA kernels and found no nvcc: pip install 'nvidia-cuda-nvcc==13.0.*' "
-            "'nvidia-nvvm==13.0.*' 'nvidia-cuda-crt==13.0.*' 'nvidia-cuda-runtime==13.0.*' 'nvidia-cuda-cccl==13.0.*'"
+            "these tests compile the CUDA kernels and found no nvcc: install the development dependencies "
+            "(nvidia-cuda-nvcc and what it needs, see pyproject.toml)"
         )
     return found
 
@@ -67,7 +67,7 @@ def _all_in_one(folder: Path, files: list[Path]) -> Path:
 
 
 def compile_ptx(unit: str, patch: Mapping[str, tuple[str, str]]) -> str:
-    """The PTX (sm_80) of a source file, for which the kernels' headers have been changed: a fault was planted.
+    """The PTX (sm_80) of a source file for which the kernels' headers were changed: a fault was planted.
 
     Args:
         unit: text of the source file.
