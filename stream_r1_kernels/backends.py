@@ -120,8 +120,8 @@ def _device_problem(device: torch.device) -> str | None:
         return None
     gpu, (major, minor) = torch.cuda.get_device_name(device), capability
     return (
-        f"the kernels were compiled for {', '.join(_CUDA_ARCHS)}, and {gpu} has compute capability {major}.{minor}: "
-        f"build with STREAM_R1_CUDA_ARCHS={major}{minor}"
+        f"the kernels were compiled for {', '.join(_CUDA_ARCHS)}, and {gpu} has compute capability "
+        f"{major}.{minor}: build with STREAM_R1_CUDA_ARCHS={major}{minor}"
     )
 
 

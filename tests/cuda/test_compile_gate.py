@@ -1,8 +1,8 @@
 """What the compiler makes of the kernels, for every architecture: held to tests/cuda/compiled.tsv.
 
 The table has, for every kernel, the registers of a thread (as a GPU allocates them, in eights) and the bytes
-of static shared memory. A kernel that got better fails too: `python tests/cuda/test_compile_gate.py` writes the
-table anew, and the change is looked at in review.
+of static shared memory. A kernel that got better fails too: `python tests/cuda/test_compile_gate.py` writes
+the table anew, and the change is looked at in review.
 """
 
 from __future__ import annotations
