@@ -48,6 +48,7 @@ REQUIRED = {
     r"dmd_(directions|gradient|scale)_\w+": WHOLE_PACKS,
     r"region_saliency_\w+": LOADS_ONLY,
     r"intra_weights_\w+": WHOLE_PACKS,
+    r"renew_sink_\w+": WHOLE_PACKS,
     r"add_parts|dmd_sum_loss": (),  # small: a value a thread
 }
 

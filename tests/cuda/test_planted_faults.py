@@ -18,6 +18,7 @@ from machine import Machine
 from ptx_executor import PtxError
 from stream_r1_kernels import ChunkMask, RotaryGrid
 from stream_r1_kernels.attention.reference import dense_attention
+from stream_r1_kernels.cache import renew_sink_
 from stream_r1_kernels.dmd.reference import dmd_loss_reference
 from stream_r1_kernels.norm.reference import gated_add_reference, modulated_norm_reference
 from stream_r1_kernels.rotary.reference import norm_rotary
@@ -139,6 +140,18 @@ def weights(machine: Machine, seed: int) -> None:
     torch.testing.assert_close(ours.double(), true, rtol=1e-4, atol=1e-5)
 
 
+def sink(machine: Machine, seed: int) -> None:
+    torch.manual_seed(seed)
+    storage = torch.randn(2, 2, 1, 12, 2, 16).bfloat16()
+    kept = [torch.randn(2, 1, 4, 2, 16) for _ in "kv"]
+    phases = [*RotaryGrid(16).temporal_shift(-5), *RotaryGrid(16).temporal_shift(3)]
+    ours, theirs = ([x.clone() for x in (storage, *kept)] for _ in range(2))
+    machine.run("renew_sink_", *ours, 8, 0.9, False, *phases, seed=seed)
+    renew_sink_(*theirs, 8, 0.9, False, *phases)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 Probe = Callable[[Machine, int], None]
 
 KERNELS = {
@@ -157,6 +170,7 @@ KERNELS = {
     + 'extern "C" __global__ void dmd_directions_fp32(const __grid_constant__ DmdArgs args)'
     " { dmd_directions<float, float, false>(args); }\n",
     saliency: kernel("region_saliency_bf16", "saliency", "RegionSaliencyArgs", "region_saliency<Bf16>"),
+    sink: kernel("renew_sink_bf16_fp32", "sink", "RenewSinkArgs", "renew_sink<Bf16, float>"),
     weights: kernel("intra_weights_fuse", "saliency", "IntraWeightsArgs", "fuse_frame")
     + 'extern "C" __global__ void intra_weights_weigh(const __grid_constant__ IntraWeightsArgs args)'
     " { weigh_frame(args); }\n",
@@ -173,7 +187,7 @@ class Fault:
 
 
 A, R, C, S, D = (f"cuda/{name}.cuh" for name in ("attention", "rows", "column_sums", "saliency", "dmd"))
-QK, N, G = (f"cuda/{name}.cuh" for name in ("qk_norm_rotary", "modulated_norm", "gated_add"))
+QK, N, G, K = (f"cuda/{name}.cuh" for name in ("qk_norm_rotary", "modulated_norm", "gated_add", "sink"))
 
 FAULTS = [
     Fault(
@@ -291,6 +305,8 @@ FAULTS = [
         "__syncthreads();\n  const float pixels",
         "const float pixels",
     ),
+    Fault("the sink not turned to the window", sink, K, "args.window_cos == nullptr ? k", "true ? k"),
+    Fault("another chunk averaged in", sink, K, "stored(1, args.slot + token)", "stored(1, token)"),
     Fault("a stronger axis gets more", weights, S, "lowest - scores[m]", "scores[m] - lowest"),
     Fault(
         "a map that is not divided by its mean",
