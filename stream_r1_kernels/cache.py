@@ -214,7 +214,7 @@ class ChunkCache:
         assert self._sink_k is not None
         ring = self.capacity - self.sink_frames
         device = self.storage.device
-        to_window = (None, None)
+        to_window: tuple[Tensor | None, Tensor | None] = (None, None)
         if self.moves_sink:
             to_window = self.rotary.temporal_shift(start + self.frames - self.capacity, device)
         compiled = resolve("auto", "renew_sink_", self.storage) != "reference"
