@@ -114,7 +114,7 @@ def extension() -> CppExtension:
         "stream_r1_kernels._C",
         sorted(str(path.relative_to(ROOT)) for path in [ROOT / "csrc/ops.cpp", *sources]),
         include_dirs=[str(ROOT / "csrc")],
-        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")),
+        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")),
         define_macros=[(f"STREAM_R1_HAS_{isa.upper()}", "1") for isa in ISA_FLAGS],
         extra_compile_args={
             "cxx": [
