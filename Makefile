@@ -36,7 +36,7 @@ lint: $(VENV)/.tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy stream_r1 stream_r1_kernels ptx_executor
-	find csrc -name '*.cpp' -o -name '*.h' | xargs -r $(BIN)/clang-format --dry-run --Werror
+	find csrc tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format --dry-run --Werror
 
 # The runtimes come before the interpreter's own allocations; libstdc++ has to be there when they look for throw.
 sanitize: $(VENV)/.tools
@@ -77,7 +77,7 @@ $(VENV)/.torch:
 	@touch $@
 
 # The package, editable, with the extension compiled; again when its sources change.
-$(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
+$(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py build_support/cuda.py $(SOURCES)
 	@echo "building and installing stream-r1"
 	@$(PIP) install --no-build-isolation -e . torch==$(TORCH)
 	@touch $@

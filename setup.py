@@ -2,6 +2,7 @@
 
 `csrc/ops.cpp` and `csrc/cpu/<op>.cpp` are compiled once. `csrc/cpu/<op>_kernel.cpp` are compiled once for
 every instruction set; the fastest that the machine has is picked at run time (csrc/cpu/isa.h).
+`csrc/cuda/<op>.cu` are compiled by nvcc where build_support/cuda.py decides so, once for every architecture.
 
 STREAM_R1_SANITIZE=1 adds AddressSanitizer and UBSan, and leaves out avx512 (see `make sanitize`).
 """
@@ -17,6 +18,10 @@ from setuptools import Extension, setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT))
+
+from build_support import cuda  # noqa: E402
+
 GIGABYTES_PER_JOB = 1.5  # what one compiler process needs for torch's headers
 UNITS = 2  # translation units that the op files are joined to
 SANITIZE = [
@@ -39,9 +44,11 @@ if platform.machine() in ("x86_64", "AMD64"):
 KERNEL_FILES = {"avx512_bf16": "attention_*_kernel.cpp"}
 
 if os.environ.get("STREAM_R1_SANITIZE") == "1":
-    ISA_FLAGS.pop("avx512", None)  # the same templates with more lanes, and half of a slow build
+    for isa in ("avx512", "avx512_bf16"):
+        ISA_FLAGS.pop(isa, None)  # the same templates with more lanes, and half of a slow build
 
-LEFT_OUT = {"cuda": "this version has no CUDA kernels yet"}
+CUDA, why_no_cuda = cuda.decide(torch.version.cuda)
+LEFT_OUT = {} if CUDA else {"cuda": why_no_cuda}
 
 
 def jobs() -> int:
@@ -64,12 +71,19 @@ class BuildKernels(BuildExtension):
             f"stream-r1: CPU kernels for {', '.join(ISA_FLAGS)}, against torch {torch.__version__}",
             file=sys.stderr,
         )
+        if CUDA:
+            print(f"stream-r1: CUDA kernels for {', '.join(cuda.archs())}, by {CUDA.nvcc}", file=sys.stderr)
         for part, why in LEFT_OUT.items():
             print(f"stream-r1: left out: {part} ({why})", file=sys.stderr)
-        super().run()
-        package = (ROOT if self.inplace else Path(self.build_lib)) / "stream_r1_kernels"
         record = {"torch": torch.__version__, "isa": list(ISA_FLAGS), "left_out": LEFT_OUT}
-        (package / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
+        if CUDA:
+            record["cuda_archs"] = cuda.archs()
+        package = (ROOT if self.inplace else Path(self.build_lib)) / "stream_r1_kernels"
+        note, text = package / "_build.json", json.dumps(record, indent=2) + "\n"
+        if not note.exists() or note.read_text() != text:
+            self.force = True  # what was built before is of other parts
+        super().run()
+        note.write_text(text)
 
     def build_extension(self, ext: Extension) -> None:
 
@@ -88,6 +102,9 @@ class BuildKernels(BuildExtension):
                 extra_postargs=[*ext.extra_compile_args["cxx"], *flags, f"-DSTREAM_R1_ISA={isa}"],
             )
         ]
+        if CUDA:
+            ext.extra_objects += cuda.compile_kernels(CUDA, Path(self.build_temp) / "cuda", jobs())
+            ext.extra_link_args += cuda.link_arguments(CUDA)
         ext.extra_compile_args["cxx"].append("-O1")  # checks and registration; the loops are in the kernels
         ext.sources = self.join_op_files(ext.sources)
         super().build_extension(ext)
@@ -107,11 +124,12 @@ class BuildKernels(BuildExtension):
 def extension() -> CppExtension:
     sanitize = SANITIZE if os.environ.get("STREAM_R1_SANITIZE") == "1" else []
     sources = [path for path in (ROOT / "csrc/cpu").glob("*.cpp") if not path.stem.endswith("_kernel")]
+    sources += cuda.binding_sources() if CUDA else []
     return CppExtension(
         "stream_r1_kernels._C",
         sorted(str(path.relative_to(ROOT)) for path in [ROOT / "csrc/ops.cpp", *sources]),
         include_dirs=[str(ROOT / "csrc")],
-        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")),
+        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")),
         define_macros=[(f"STREAM_R1_HAS_{isa.upper()}", "1") for isa in ISA_FLAGS],
         extra_compile_args={
             "cxx": [

@@ -20,6 +20,15 @@ TORCH_LIBRARY(stream_r1, m) {
       " Tensor? past_k, Tensor? past_v, Tensor out, Tensor lse, float scale) -> (Tensor, Tensor, Tensor)",
       tags);
 
+  // Once a chunk of a streaming cache: the evicted chunk at token `slot` is averaged into the kept sink, and
+  // the sink that the next chunk sees is written. storage [L, 2, B, T, H, D], sinks [L, B, S, H, D], phases
+  // [D / 2]. CUDA alone: elsewhere the cache does it in torch.
+  m.def(
+      "renew_sink_(Tensor(a!) storage, Tensor(b!) sink_k, Tensor(c!)? sink_v, int slot, float? ema, bool "
+      "first,"
+      " Tensor evicted_cos, Tensor evicted_sin, Tensor? window_cos, Tensor? window_sin) -> ()",
+      tags);
+
   // Attention over all chunks at once; work outside the visible blocks is skipped.
   m.def(
       "chunk_attention(Tensor q, Tensor k, Tensor v, int tokens_per_frame, int frames_per_chunk, int? "

@@ -22,6 +22,8 @@ def describe() -> str:
     else:
         lines.append(f"extension built   against torch {record['torch']}")
         lines.append(f"  CPU kernels     {', '.join(record['isa'])}")
+        if "cuda_archs" in record:
+            lines.append(f"  CUDA kernels    {', '.join(record['cuda_archs'])}, PTX of the last")
         lines.extend(f"  left out        {part}: {why}" for part, why in record["left_out"].items())
     if EXTENSION_PROBLEM is None:
         lines.append(f"running with      {torch.ops.stream_r1.cpu_isa()}, {torch.get_num_threads()} threads")

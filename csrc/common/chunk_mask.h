@@ -3,9 +3,14 @@
 
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <vector>
+
+#ifdef __CUDACC__
+#define STREAM_R1_HOST_DEVICE __host__ __device__
+#else
+#define STREAM_R1_HOST_DEVICE
+#endif
 
 namespace stream_r1 {
 
@@ -30,34 +35,51 @@ struct VisibleBlock {
 
 namespace detail {
 
-inline void add_range(VisibleBlock& block, int64_t begin, int64_t end) {
+STREAM_R1_HOST_DEVICE inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+STREAM_R1_HOST_DEVICE inline int64_t greatest(int64_t a, int64_t b) { return a < b ? b : a; }
+
+STREAM_R1_HOST_DEVICE inline void add_range(VisibleBlock& block, int64_t begin, int64_t end) {
   if (begin < end) block.ranges[block.num_ranges++] = {begin, end};
 }
 
 }  // namespace detail
 
-// One block a chunk, for a sequence of `frames` frames (each half of them when teacher forcing).
-inline std::vector<VisibleBlock> visible_blocks(const ChunkMask& mask, int64_t frames) {
-  const int64_t tokens = mask.tokens_per_frame, noisy = frames * tokens;
-  std::vector<VisibleBlock> clean_blocks, noisy_blocks;
-  int64_t start = 0, end = std::min(mask.first_chunk_frames, frames);
-  for (; start < frames; start = end, end = std::min(end + mask.frames_per_chunk, frames)) {
-    const int64_t window_start = mask.window_frames > 0 ? std::max<int64_t>(0, end - mask.window_frames) : 0;
-    const int64_t sink_end = std::min(mask.sink_frames, window_start);
-    VisibleBlock clean{start * tokens, end * tokens, {}, 0};
-    detail::add_range(clean, 0, sink_end * tokens);
-    detail::add_range(clean, window_start * tokens, end * tokens);
-    clean_blocks.push_back(clean);
-    if (mask.teacher_forcing) {
-      VisibleBlock own{noisy + start * tokens, noisy + end * tokens, {}, 0};
-      detail::add_range(own, 0, std::min(sink_end, start) * tokens);
-      detail::add_range(own, std::min(window_start, start) * tokens, start * tokens);
-      detail::add_range(own, own.begin, own.end);
-      noisy_blocks.push_back(own);
-    }
+// Chunks in `frames` frames.
+STREAM_R1_HOST_DEVICE inline int64_t num_chunks(const ChunkMask& mask, int64_t frames) {
+  const int64_t later = detail::greatest(0, frames - mask.first_chunk_frames);
+  return frames == 0 ? 0 : 1 + (later + mask.frames_per_chunk - 1) / mask.frames_per_chunk;
+}
+
+// Writes what the queries of a chunk see, in a sequence of `frames` frames (each half of them when teacher
+// forcing), to `block`; `noisy`: the chunk of the second half.
+STREAM_R1_HOST_DEVICE inline void find_visible(const ChunkMask& mask, int64_t frames, int64_t chunk,
+                                               bool noisy, VisibleBlock& block) {
+  const int64_t tokens = mask.tokens_per_frame;
+  const int64_t start = chunk == 0 ? 0 : mask.first_chunk_frames + (chunk - 1) * mask.frames_per_chunk;
+  const int64_t end = detail::least(mask.first_chunk_frames + chunk * mask.frames_per_chunk, frames);
+  const int64_t window_start = mask.window_frames > 0 ? detail::greatest(0, end - mask.window_frames) : 0;
+  const int64_t sink_end = detail::least(mask.sink_frames, window_start);
+  const int64_t half = noisy ? frames : 0;
+  block.begin = (half + start) * tokens;
+  block.end = (half + end) * tokens;
+  block.num_ranges = 0;
+  if (noisy) {
+    detail::add_range(block, 0, detail::least(sink_end, start) * tokens);
+    detail::add_range(block, detail::least(window_start, start) * tokens, start * tokens);
+    detail::add_range(block, block.begin, block.end);
+  } else {
+    detail::add_range(block, 0, sink_end * tokens);
+    detail::add_range(block, window_start * tokens, end * tokens);
   }
-  clean_blocks.insert(clean_blocks.end(), noisy_blocks.begin(), noisy_blocks.end());
-  return clean_blocks;
+}
+
+// One block a chunk: the clean ones, then, when teacher forcing, the noisy ones.
+inline std::vector<VisibleBlock> visible_blocks(const ChunkMask& mask, int64_t frames) {
+  std::vector<VisibleBlock> blocks;
+  for (int half = 0; half < (mask.teacher_forcing ? 2 : 1); ++half)
+    for (int64_t chunk = 0; chunk < num_chunks(mask, frames); ++chunk)
+      find_visible(mask, frames, chunk, half == 1, blocks.emplace_back());
+  return blocks;
 }
 
 }  // namespace stream_r1

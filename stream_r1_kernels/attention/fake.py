@@ -36,6 +36,22 @@ def _(
     return _backward(q, k, v)
 
 
+@torch.library.register_fake("stream_r1::renew_sink_")
+def _(
+    storage: Tensor,
+    sink_k: Tensor,
+    sink_v: Tensor | None,
+    slot: int,
+    ema: float | None,
+    first: bool,
+    evicted_cos: Tensor,
+    evicted_sin: Tensor,
+    window_cos: Tensor | None,
+    window_sin: Tensor | None,
+) -> None:
+    return None
+
+
 @torch.library.register_fake("stream_r1::chunk_attention")
 def _(
     q: Tensor,

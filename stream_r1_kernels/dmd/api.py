@@ -39,7 +39,7 @@ def dmd_loss(
             False get no gradient, and the inner mean counts the kept elements of each sample only (as if the
             rest were cut away; a sample that keeps none adds 0). The normaliser of g stays the mean over the
             whole sample, and w_intra is not normalised again. All True is the same as no mask.
-        backend: "auto", "cpu" or "reference"; an explicit choice never falls back.
+        backend: "auto", "cpu", "cuda" or "reference"; an explicit choice never falls back.
 
     Returns:
         A scalar, float32 (float64 for float64 x); 0 for an empty batch.

@@ -18,7 +18,7 @@ def modulated_norm(
         shift, scale: [B, F, D] with F dividing T (1 <= F <= T); x's dtype or float32. Any strides: they are
             usually slices of one [B, F, 6, D] tensor.
         eps: added to the variance, >= 0.
-        backend: "auto", "cpu" or "reference"; an explicit choice never falls back.
+        backend: "auto", "cpu", "cuda" or "reference"; an explicit choice never falls back.
 
     Returns:
         [B, T, D] in x's dtype, contiguous. Differentiable in x, shift and scale.
@@ -39,7 +39,7 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor, *, backend: str = "auto") -> T
         x: [B, T, D], the residual stream; float32, bfloat16, float16 or float64.
         y: [B, T, D], the branch; x's dtype, or bfloat16 / float16 beside a float32 x.
         gate: [B, F, D] with F dividing T (1 <= F <= T); y's dtype or float32; any strides.
-        backend: "auto", "cpu" or "reference"; an explicit choice never falls back.
+        backend: "auto", "cpu", "cuda" or "reference"; an explicit choice never falls back.
 
     Returns:
         [B, T, D] in x's dtype, contiguous. Differentiable in x, y and gate.

@@ -19,7 +19,7 @@ def region_saliency(pixel_grads: Tensor, latent_shape: Sequence[int], *, backend
         pixel_grads: [M, B, T, 3, H, W] or [B, T, 3, H, W]; d reward / d pixels, for M reward axes or one.
             float32, bfloat16, float16 or float64, any strides. Data: must not require grad.
         latent_shape: (F, h, w) with T = 1 + k (F - 1), h dividing H and w dividing W.
-        backend: "auto", "cpu" or "reference"; an explicit choice never falls back.
+        backend: "auto", "cpu", "cuda" or "reference"; an explicit choice never falls back.
 
     Returns:
         [M, B, F, h, w] or [B, F, h, w], >= 0, float32 (float64 for float64 gradients).
@@ -66,7 +66,7 @@ def intra_weights(
         spatial_floor, temporal_floor: least blended value before the division by the mean, in [0, 1].
         spatial_strength, temporal_strength: 1 is the published min-max, 0 gives ones.
         use_spatial, use_temporal: leave a part out (ablations "spatial only" and "temporal only").
-        backend: "auto", "cpu" or "reference"; an explicit choice never falls back.
+        backend: "auto", "cpu", "cuda" or "reference"; an explicit choice never falls back.
 
     Returns:
         [B, F, 1, h, w], float32 (float64 for a float64 saliency). A sample whose fused saliency is not

@@ -1,0 +1,221 @@
+// dmd_loss, dmd_gradient_, region_saliency and intra_weights on CUDA: checks, allocation and registration.
+
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include "cuda/dmd.h"
+#include "cuda/saliency.h"
+#include "cuda/tensors.h"
+
+namespace stream_r1::cuda {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kBlockElements = 16384;
+
+PlaneStrides planes(const Tensor& x) {
+  const auto stride = [&](int64_t d) { return x.size(d) == 1 ? int64_t{0} : x.stride(d); };
+  return {stride(0), stride(1), stride(2)};
+}
+
+// A weight or mask is one value a plane where its last two dimensions are 1, else planes of h * w values.
+Tensor whole_planes(const Tensor& value, const Tensor& x, bool* varies) {
+  TORCH_CHECK_VALUE(value.dim() == 5, "dmd: w_intra, mask: expected 5 dimensions, got shape ", value.sizes());
+  for (int64_t d = 0; d < 5; ++d)
+    TORCH_CHECK_VALUE(value.size(d) == 1 || value.size(d) == x.size(d), "dmd: w_intra, mask: ", value.sizes(),
+                      " does not broadcast to x ", x.sizes());
+  *varies = value.size(3) != 1 || value.size(4) != 1;
+  if (!*varies) return value;
+  return with_dense_rows(value.expand({value.size(0), value.size(1), value.size(2), x.size(3), x.size(4)}),
+                         2);
+}
+
+// The arguments of both passes, and what they point into.
+struct Dmd {
+  Tensor x, fake, real_cond, real_uncond, w_intra, w_inter, mask, sums;
+  DmdArgs args{};
+
+  Dmd(const Tensor& x_, const Tensor& fake_, const Tensor& real_cond_, const OptionalTensor& real_uncond_,
+      double guidance, const OptionalTensor& w_intra_, const OptionalTensor& w_inter_,
+      const OptionalTensor& mask_)
+      : x(x_) {
+    TORCH_CHECK_VALUE(x.dim() == 5, "dmd: x: expected shape [B, F, C, h, w], got ", x.sizes());
+    for (const Tensor& other : {fake_, real_cond_, real_uncond_.value_or(real_cond_)}) {
+      TORCH_CHECK_VALUE(other.sizes() == x.sizes(), "dmd: fake, real_cond, real_uncond: expected shape ",
+                        x.sizes(), " as x, got ", other.sizes());
+      TORCH_CHECK_TYPE(other.scalar_type() == x.scalar_type(), "dmd: fake, real_cond, real_uncond: expected ",
+                       x.scalar_type(), " as x, got ", other.scalar_type());
+    }
+    x = with_dense_rows(x_, 2);
+    fake = with_dense_rows(fake_, 2);
+    real_cond = with_dense_rows(real_cond_, 2);
+    real_uncond = real_uncond_.has_value() ? with_dense_rows(*real_uncond_, 2) : real_cond;
+    args.x = x.const_data_ptr(), args.x_planes = planes(x);
+    args.fake = fake.const_data_ptr(), args.fake_planes = planes(fake);
+    args.real_cond = real_cond.const_data_ptr(), args.real_cond_planes = planes(real_cond);
+    args.real_uncond = real_uncond.const_data_ptr(), args.real_uncond_planes = planes(real_uncond);
+    args.guidance = real_uncond_.has_value() ? static_cast<float>(guidance) : 0.f;
+    args.element = element_of(x);
+    args.batch = x.size(0), args.frames = x.size(1), args.channels = x.size(2);
+    args.plane = x.size(3) * x.size(4);
+    // Kept elements are counted in float32, exactly up to 2^24 in a block.
+    TORCH_CHECK_VALUE(args.plane <= int64_t{1} << 24, "dmd: x: expected at most 2^24 cells a frame, got ",
+                      args.plane);
+    if (w_intra_.has_value()) {
+      w_intra = whole_planes(w_intra_->to(at::kFloat), x, &args.w_intra_varies);
+      args.w_intra = w_intra.const_data_ptr<float>(), args.w_intra_planes = planes(w_intra);
+    }
+    if (mask_.has_value()) {
+      mask = whole_planes(*mask_, x, &args.mask_varies);
+      args.mask = mask.const_data_ptr<bool>(), args.mask_planes = planes(mask);
+    }
+    if (w_inter_.has_value()) {
+      TORCH_CHECK_VALUE(w_inter_->dim() == 1 && w_inter_->size(0) == args.batch,
+                        "dmd: w_inter: expected shape [", args.batch, "], got ", w_inter_->sizes());
+      w_inter = w_inter_->to(at::kFloat).contiguous();
+      args.w_inter = w_inter.const_data_ptr<float>();
+    }
+    args.planes_a_block = std::max<int64_t>(1, kBlockElements / std::max<int64_t>(1, args.plane));
+    args.blocks = (args.frames * args.channels + args.planes_a_block - 1) / args.planes_a_block;
+    sums = at::empty({3, args.batch, args.blocks}, x.options().dtype(at::kFloat));
+    args.distances = sums.mutable_data_ptr<float>();
+    args.kept = args.distances + args.batch * args.blocks;
+    args.squares = args.kept + args.batch * args.blocks;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> dmd_loss(const Tensor& x, const Tensor& fake, const Tensor& real_cond,
+                                            const OptionalTensor& real_uncond, double guidance,
+                                            const OptionalTensor& w_intra, const OptionalTensor& w_inter,
+                                            const OptionalTensor& mask) {
+  const OnDevice device(x);
+  Dmd dmd(x, fake, real_cond, real_uncond, guidance, w_intra, w_inter, mask);
+  Tensor direction = at::empty(x.sizes(), x.options());
+  Tensor factor = at::empty({dmd.args.batch}, dmd.sums.options()), loss = at::empty({}, dmd.sums.options());
+  dmd.args.direction = direction.mutable_data_ptr();
+  dmd.args.direction_planes = planes(direction);
+  dmd.args.direction_element = dmd.args.element;
+  dmd.args.factor = factor.mutable_data_ptr<float>();
+  dmd.args.loss = loss.mutable_data_ptr<float>();
+  check_launch("dmd_loss", launch_dmd_loss(dmd.args, device.stream));
+  return {loss, direction, factor};
+}
+
+Tensor dmd_loss_backward(const Tensor& grad_loss_, const Tensor& direction_, const Tensor& factor_) {
+  const OnDevice device(direction_);
+  const Tensor direction = direction_.contiguous(), factor = factor_.contiguous(),
+               grad_loss = grad_loss_.to(at::kFloat);
+  Tensor grad = at::empty(direction.sizes(), direction.options());
+  const int64_t batch = direction.size(0), n = batch == 0 ? 0 : direction.numel() / batch;
+  check_launch("dmd_loss_backward",
+               launch_dmd_scale({direction.const_data_ptr(), factor.const_data_ptr<float>(),
+                                 grad_loss.const_data_ptr<float>(), grad.mutable_data_ptr(), batch, n,
+                                 element_of(direction)},
+                                device.stream));
+  return grad;
+}
+
+void dmd_gradient_(Tensor buffer, const Tensor& x, const Tensor& fake, const Tensor& real_cond,
+                   const OptionalTensor& real_uncond, double guidance, const OptionalTensor& w_intra,
+                   const OptionalTensor& w_inter, const OptionalTensor& mask, double scale) {
+  TORCH_CHECK_VALUE(buffer.sizes() == x.sizes(), "dmd_gradient_: buffer: expected shape ", x.sizes(),
+                    " as x, got ", buffer.sizes());
+  TORCH_CHECK_TYPE(buffer.scalar_type() == x.scalar_type() || buffer.scalar_type() == at::kFloat,
+                   "dmd_gradient_: buffer: expected ", x.scalar_type(), " as x, or float32, got ",
+                   buffer.scalar_type());
+  const OnDevice device(x);
+  Dmd dmd(x, fake, real_cond, real_uncond, guidance, w_intra, w_inter, mask);
+  Tensor dense = with_dense_rows(buffer, 2);
+  dmd.args.direction = dense.mutable_data_ptr();
+  dmd.args.direction_planes = planes(dense);
+  dmd.args.direction_element = element_of(dense);
+  dmd.args.scale = static_cast<float>(scale);
+  check_launch("dmd_gradient_", launch_dmd_gradient(dmd.args, device.stream));
+  if (!dense.is_same(buffer)) buffer.copy_(dense);
+}
+
+Tensor region_saliency(const Tensor& pixel_grads, int64_t frames, int64_t rows, int64_t columns) {
+  const char* op = "region_saliency";
+  TORCH_CHECK_VALUE(pixel_grads.dim() == 6, op, ": pixel_grads: expected shape [M, B, T, 3, H, W], got ",
+                    pixel_grads.sizes());
+  const OnDevice device(pixel_grads);
+  const Tensor grads = with_dense_rows(pixel_grads);
+  const int64_t pixel_frames = grads.size(2), height = grads.size(4), width = grads.size(5);
+  const bool divides = frames > 0 && rows > 0 && columns > 0 && height % rows == 0 && width % columns == 0;
+  const bool causal =
+      frames == 1 ? pixel_frames == 1 : pixel_frames >= frames && (pixel_frames - 1) % (frames - 1) == 0;
+  TORCH_CHECK_VALUE(divides && causal, op, ": latent_shape: (", frames, ", ", rows, ", ", columns,
+                    ") does not fit pixel gradients of shape ", grads.sizes());
+  TORCH_CHECK_VALUE(width <= kMostPixels, op, ": pixel_grads: expected at most ", kMostPixels,
+                    " columns on CUDA, got ", width);
+  Tensor out =
+      at::empty({grads.size(0), grads.size(1), frames, rows, columns}, grads.options().dtype(at::kFloat));
+  const RegionSaliencyArgs args{grads.const_data_ptr(),
+                                grads.stride(0),
+                                grads.stride(1),
+                                grads.stride(2),
+                                grads.stride(3),
+                                grads.stride(4),
+                                out.mutable_data_ptr<float>(),
+                                grads.size(0),
+                                grads.size(1),
+                                pixel_frames,
+                                grads.size(3),
+                                height,
+                                width,
+                                frames,
+                                rows,
+                                columns,
+                                element_of(grads)};
+  check_launch(op, launch_region_saliency(args, device.stream));
+  return out;
+}
+
+Tensor intra_weights(const Tensor& saliency_, const Tensor& scores_, double temperature, double spatial_floor,
+                     double temporal_floor, double spatial_strength, double temporal_strength,
+                     bool use_spatial, bool use_temporal) {
+  const char* op = "intra_weights";
+  TORCH_CHECK_VALUE(saliency_.dim() == 5, op, ": saliency: expected shape [M, B, F, h, w], got ",
+                    saliency_.sizes());
+  const int64_t axes = saliency_.size(0), batch = saliency_.size(1), frames = saliency_.size(2),
+                rows = saliency_.size(3), columns = saliency_.size(4);
+  TORCH_CHECK_VALUE(axes > 0 && frames > 0 && rows * columns > 0, op,
+                    ": saliency: expected sizes above 0, got ", saliency_.sizes());
+  TORCH_CHECK_VALUE(scores_.sizes() == at::IntArrayRef({batch, axes}), op, ": scores: expected shape [",
+                    batch, ", ", axes, "], got ", scores_.sizes());
+  const OnDevice device(saliency_);
+  const Tensor saliency = saliency_.to(at::kFloat).contiguous(), scores = scores_.to(at::kFloat).contiguous();
+  Tensor weights = at::empty({batch, frames, 1, rows, columns}, saliency.options());
+  Tensor sums = at::empty({2, batch, frames}, saliency.options());
+  const IntraWeightsArgs args{saliency.const_data_ptr<float>(),
+                              scores.const_data_ptr<float>(),
+                              weights.mutable_data_ptr<float>(),
+                              sums.mutable_data_ptr<float>(),
+                              sums.mutable_data_ptr<float>() + batch * frames,
+                              axes,
+                              batch,
+                              frames,
+                              rows * columns,
+                              static_cast<float>(temperature),
+                              static_cast<float>(spatial_floor),
+                              static_cast<float>(temporal_floor),
+                              static_cast<float>(spatial_strength),
+                              static_cast<float>(temporal_strength),
+                              use_spatial,
+                              use_temporal};
+  check_launch(op, launch_intra_weights(args, device.stream));
+  return weights;
+}
+
+}  // namespace
+}  // namespace stream_r1::cuda
+
+TORCH_LIBRARY_IMPL(stream_r1, STREAM_R1_CUDA_KEY, m) {
+  m.impl("dmd_loss", stream_r1::cuda::dmd_loss);
+  m.impl("dmd_loss_backward", stream_r1::cuda::dmd_loss_backward);
+  m.impl("dmd_gradient_", stream_r1::cuda::dmd_gradient_);
+  m.impl("region_saliency", stream_r1::cuda::region_saliency);
+  m.impl("intra_weights", stream_r1::cuda::intra_weights);
+}

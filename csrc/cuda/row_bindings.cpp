@@ -1,0 +1,293 @@
+// qk_norm_rotary, modulated_norm and gated_add on CUDA: checks, allocation and registration.
+
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include "cpu/per_frame.h"
+#include "cuda/column_sums.h"
+#include "cuda/gated_add.h"
+#include "cuda/modulated_norm.h"
+#include "cuda/qk_norm_rotary.h"
+#include "cuda/tensors.h"
+
+namespace stream_r1::cuda {
+namespace {
+
+using at::Tensor;
+
+// sums [units, parts, D] -> [units, D] in the type of `like`.
+Tensor add_parts(const char* op, const Tensor& sums, at::IntArrayRef shape, const Tensor& like,
+                 Stream stream) {
+  Tensor out = at::empty(shape, like.options());
+  const int64_t width = sums.size(-1), parts = sums.size(-2);
+  const int64_t units = parts * width == 0 ? 0 : sums.numel() / (parts * width);
+  check_launch(op,
+               launch_add_parts({sums.const_data_ptr<float>(), target(out), units, parts, width}, stream));
+  return out;
+}
+
+// --- qk_norm_rotary ---
+
+void check_rotary(const Tensor& q, const Tensor& k, const Tensor& q_weight, const Tensor& k_weight,
+                  const Tensor& cos, const Tensor& sin, int64_t heads) {
+  const char* op = "qk_norm_rotary";
+  TORCH_CHECK_VALUE(q.dim() == 3 && q.sizes() == k.sizes(), op,
+                    ": q, k: expected the same [B, T, H * D], got ", q.sizes(), " and ", k.sizes());
+  TORCH_CHECK_TYPE(q.scalar_type() == k.scalar_type(), op, ": k: expected ", q.scalar_type(), " as q, got ",
+                   k.scalar_type());
+  TORCH_CHECK_VALUE(heads > 0 && q.size(2) % (2 * heads) == 0, op,
+                    ": num_heads: expected heads of even width in ", q.size(2), " channels, got ", heads);
+  for (const Tensor& weight : {q_weight, k_weight})
+    TORCH_CHECK_VALUE(weight.numel() == q.size(2), op, ": weight: expected [", q.size(2), "], got ",
+                      weight.sizes());
+  for (const Tensor& phase : {cos, sin})
+    TORCH_CHECK_VALUE(
+        phase.dim() == 2 && phase.size(0) == q.size(1) && phase.size(1) == q.size(2) / heads / 2, op,
+        ": cos, sin: expected [", q.size(1), ", ", q.size(2) / heads / 2, "], got ", phase.sizes());
+}
+
+// The arguments of a launch, and what they point into.
+struct Rotary {
+  Tensor x[2], weight[2], cos, sin;
+  NormRotaryArgs args{};
+
+  Rotary(const Tensor& q, const Tensor& k, const Tensor& q_weight, const Tensor& k_weight, const Tensor& cos_,
+         const Tensor& sin_, int64_t heads, double eps)
+      : x{with_dense_rows(q), with_dense_rows(k)},
+        weight{floats(q_weight), floats(k_weight)},
+        cos(cos_.to(at::kFloat).contiguous()),
+        sin(sin_.to(at::kFloat).contiguous()) {
+    check_rotary(q, k, q_weight, k_weight, cos, sin, heads);
+    args.cos = cos.const_data_ptr<float>();
+    args.sin = sin.const_data_ptr<float>();
+    args.batch = q.size(0);
+    args.tokens = q.size(1);
+    args.heads = static_cast<int32_t>(heads);
+    args.head_dim = static_cast<int32_t>(q.size(2) / heads);
+    args.eps = static_cast<float>(eps);
+    args.element = element_of(q);
+    for (int i = 0; i < 2; ++i) {
+      NormRotarySide& side = args.sides[i];
+      side.x = x[i].const_data_ptr();
+      side.x_batch = x[i].stride(0);
+      side.x_token = x[i].stride(1);
+      side.weight = source(weight[i]);
+    }
+  }
+
+  // The kernels read float32, bfloat16 and float16.
+  static Tensor floats(const Tensor& weight) {
+    return weight.scalar_type() == at::kDouble ? weight.to(at::kFloat) : weight.contiguous();
+  }
+
+  void set_heads(int i, const Tensor& y) {
+    args.sides[i].y = y.data_ptr();
+    args.sides[i].y_batch = y.stride(0);
+    args.sides[i].y_token = y.stride(1);
+    args.sides[i].y_head = y.stride(2);
+  }
+};
+
+Tensor empty_heads(const Tensor& x, int64_t heads) {
+  return at::empty({x.size(0), x.size(1), heads, x.size(2) / heads}, x.options());
+}
+
+std::tuple<Tensor, Tensor> qk_norm_rotary(const Tensor& q, const Tensor& k, const Tensor& q_weight,
+                                          const Tensor& k_weight, const Tensor& cos, const Tensor& sin,
+                                          int64_t heads, double eps) {
+  const OnDevice device(q);
+  Rotary rotary(q, k, q_weight, k_weight, cos, sin, heads, eps);
+  Tensor q_out = empty_heads(q, heads), k_out = empty_heads(k, heads);
+  rotary.set_heads(0, q_out);
+  rotary.set_heads(1, k_out);
+  check_launch("qk_norm_rotary", launch_norm_rotary(rotary.args, device.stream));
+  return {q_out, k_out};
+}
+
+Tensor qk_norm_rotary_into(const Tensor& q, const Tensor& k, const Tensor& q_weight, const Tensor& k_weight,
+                           const Tensor& cos, const Tensor& sin, int64_t heads, double eps, Tensor& k_out) {
+  const OnDevice device(q);
+  Rotary rotary(q, k, q_weight, k_weight, cos, sin, heads, eps);
+  const int64_t head_dim = rotary.args.head_dim;
+  TORCH_CHECK_VALUE(k_out.sizes() == at::IntArrayRef({k.size(0), k.size(1), heads, head_dim}),
+                    "qk_norm_rotary: k_out: expected [", k.size(0), ", ", k.size(1), ", ", heads, ", ",
+                    head_dim, "], got ", k_out.sizes());
+  TORCH_CHECK_TYPE(k_out.scalar_type() == k.scalar_type(), "qk_norm_rotary: k_out: expected ",
+                   k.scalar_type(), " as k, got ", k_out.scalar_type());
+  TORCH_CHECK_VALUE(k_out.stride(3) == 1 || k_out.numel() == 0,
+                    "qk_norm_rotary: k_out: expected a contiguous last dimension, got strides ",
+                    k_out.strides());
+  Tensor q_out = empty_heads(q, heads);
+  rotary.set_heads(0, q_out);
+  rotary.set_heads(1, k_out);
+  check_launch("qk_norm_rotary", launch_norm_rotary(rotary.args, device.stream));
+  return q_out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rotary_backward(
+    const Tensor& grad_q_, const Tensor& grad_k_, const Tensor& q, const Tensor& k, const Tensor& q_weight,
+    const Tensor& k_weight, const Tensor& cos, const Tensor& sin, int64_t heads, double eps) {
+  const OnDevice device(q);
+  Rotary rotary(q, k, q_weight, k_weight, cos, sin, heads, eps);
+  NormRotaryArgs& args = rotary.args;
+  const Tensor upstream[2] = {with_dense_rows(grad_q_.to(q.scalar_type())),
+                              with_dense_rows(grad_k_.to(k.scalar_type()))};
+  const int64_t rows = q.size(0) * q.size(1), width = q.size(2);
+  const Parts split(rows);
+  args.parts = split.parts;
+  args.rows_a_part = split.rows_a_part;
+  Tensor grads[2] = {at::empty(q.sizes(), q.options()), at::empty(k.sizes(), k.options())};
+  Tensor inverse_rms = at::empty({2, rows}, q.options().dtype(at::kFloat));
+  Tensor sums = at::empty({2, split.parts, width}, inverse_rms.options());
+  for (int i = 0; i < 2; ++i) {
+    rotary.set_heads(i, upstream[i]);
+    args.sides[i].grad_x = grads[i].mutable_data_ptr();
+    args.sides[i].inverse_rms = inverse_rms.mutable_data_ptr<float>() + i * rows;
+    args.sides[i].weight_sums = sums.mutable_data_ptr<float>() + i * split.parts * width;
+  }
+  check_launch("qk_norm_rotary", launch_norm_rotary_backward(args, device.stream));
+  return {grads[0], grads[1],
+          add_parts("qk_norm_rotary", sums.select(0, 0), q_weight.sizes(), q_weight, device.stream),
+          add_parts("qk_norm_rotary", sums.select(0, 1), k_weight.sizes(), k_weight, device.stream)};
+}
+
+// --- modulated_norm ---
+
+ModulatedNormArgs norm_arguments(const Tensor& x, const Tensor& scale, const Tensor& mean,
+                                 const Tensor& rstd) {
+  ModulatedNormArgs args{};
+  args.x = x.const_data_ptr();
+  args.x_batch = x.stride(0);
+  args.x_token = x.stride(1);
+  args.scale = source(scale);
+  args.scale_batch = scale.stride(0);
+  args.scale_frame = scale.stride(1);
+  args.mean = const_cast<float*>(mean.const_data_ptr<float>());
+  args.rstd = const_cast<float*>(rstd.const_data_ptr<float>());
+  args.batch = x.size(0);
+  args.tokens = x.size(1);
+  args.frames = scale.size(1);
+  args.width = static_cast<int32_t>(x.size(2));
+  args.element = element_of(x);
+  return args;
+}
+
+std::tuple<Tensor, Tensor, Tensor> modulated_norm(const Tensor& x_, const Tensor& shift_,
+                                                  const Tensor& scale_, double eps) {
+  const char* op = "modulated_norm";
+  check_per_frame(op, "shift", shift_, x_);
+  check_per_frame(op, "scale", scale_, x_);
+  TORCH_CHECK_VALUE(shift_.size(1) == scale_.size(1), op, ": scale: expected ", shift_.size(1),
+                    " frames as shift, got ", scale_.size(1));
+  const OnDevice device(x_);
+  const Tensor x = with_dense_rows(x_), shift = with_dense_rows(shift_), scale = with_dense_rows(scale_);
+  Tensor out = at::empty(x.sizes(), x.options());
+  Tensor mean = at::empty({x.size(0), x.size(1)}, x.options().dtype(at::kFloat)), rstd = at::empty_like(mean);
+  ModulatedNormArgs args = norm_arguments(x, scale, mean, rstd);
+  args.shift = source(shift);
+  args.shift_batch = shift.stride(0);
+  args.shift_frame = shift.stride(1);
+  args.out = out.mutable_data_ptr();
+  args.eps = static_cast<float>(eps);
+  check_launch(op, launch_modulated_norm(args, device.stream));
+  return {out, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> modulated_norm_backward(const Tensor& grad_out_, const Tensor& x_,
+                                                           const Tensor& scale_, const Tensor& mean_,
+                                                           const Tensor& rstd_) {
+  const char* op = "modulated_norm_backward";
+  check_per_frame(op, "scale", scale_, x_);
+  TORCH_CHECK_VALUE(grad_out_.sizes() == x_.sizes(), op, ": grad_out: expected shape ", x_.sizes(),
+                    " as x, got ", grad_out_.sizes());
+  const OnDevice device(x_);
+  const Tensor grad_out = grad_out_.to(x_.scalar_type()).contiguous(), x = with_dense_rows(x_),
+               scale = with_dense_rows(scale_), mean = mean_.contiguous(), rstd = rstd_.contiguous();
+  ModulatedNormArgs args = norm_arguments(x, scale, mean, rstd);
+  const Parts split(args.tokens / args.frames);
+  args.parts = split.parts;
+  args.rows_a_part = split.rows_a_part;
+  args.grad_out = grad_out.const_data_ptr();
+  Tensor grad_x = at::empty(x.sizes(), x.options());
+  args.grad_x = grad_x.mutable_data_ptr();
+  Tensor shift_sums =
+      at::empty({args.batch, args.frames, split.parts, args.width}, x.options().dtype(at::kFloat));
+  Tensor scale_sums = at::empty_like(shift_sums);
+  args.shift_sums = shift_sums.mutable_data_ptr<float>();
+  args.scale_sums = scale_sums.mutable_data_ptr<float>();
+  check_launch(op, launch_modulated_norm_backward(args, device.stream));
+  return {grad_x, add_parts(op, shift_sums, scale.sizes(), scale, device.stream),
+          add_parts(op, scale_sums, scale.sizes(), scale, device.stream)};
+}
+
+// --- gated_add ---
+
+GatedAddArgs gate_arguments(const Tensor& x, const Tensor& y, const Tensor& gate) {
+  TORCH_CHECK_TYPE(x.scalar_type() == y.scalar_type() || x.scalar_type() == at::kFloat,
+                   "gated_add: y: expected ", x.scalar_type(), " as x, or a float32 x, got ",
+                   y.scalar_type());
+  GatedAddArgs args{};
+  args.y = y.const_data_ptr();
+  args.y_batch = y.stride(0);
+  args.y_token = y.stride(1);
+  args.gate = source(gate);
+  args.gate_batch = gate.stride(0);
+  args.gate_frame = gate.stride(1);
+  args.batch = y.size(0);
+  args.tokens = y.size(1);
+  args.frames = gate.size(1);
+  args.width = static_cast<int32_t>(y.size(2));
+  args.x_element = element_of(x);
+  args.y_element = element_of(y);
+  return args;
+}
+
+Tensor gated_add(const Tensor& x_, const Tensor& y_, const Tensor& gate_) {
+  check_per_frame("gated_add", "gate", gate_, x_);
+  TORCH_CHECK_VALUE(y_.sizes() == x_.sizes(), "gated_add: y: expected shape ", x_.sizes(), " as x, got ",
+                    y_.sizes());
+  const OnDevice device(x_);
+  const Tensor x = with_dense_rows(x_), y = with_dense_rows(y_), gate = with_dense_rows(gate_);
+  GatedAddArgs args = gate_arguments(x, y, gate);
+  args.x = x.const_data_ptr();
+  args.x_batch = x.stride(0);
+  args.x_token = x.stride(1);
+  Tensor out = at::empty(x.sizes(), x.options());
+  args.out = out.mutable_data_ptr();
+  check_launch("gated_add", launch_gated_add(args, device.stream));
+  return out;
+}
+
+std::tuple<Tensor, Tensor> gated_add_backward(const Tensor& grad_out_, const Tensor& y_,
+                                              const Tensor& gate_) {
+  const char* op = "gated_add_backward";
+  check_per_frame(op, "gate", gate_, y_);
+  TORCH_CHECK_VALUE(grad_out_.sizes() == y_.sizes(), op, ": grad_out: expected shape ", y_.sizes(),
+                    " as y, got ", grad_out_.sizes());
+  const OnDevice device(y_);
+  const Tensor grad_out = grad_out_.contiguous(), y = with_dense_rows(y_), gate = with_dense_rows(gate_);
+  GatedAddArgs args = gate_arguments(grad_out, y, gate);
+  const Parts split(args.tokens / args.frames);
+  args.parts = split.parts;
+  args.rows_a_part = split.rows_a_part;
+  args.grad_out = grad_out.const_data_ptr();
+  Tensor grad_y = at::empty(y.sizes(), y.options());
+  args.grad_y = grad_y.mutable_data_ptr();
+  Tensor sums = at::empty({args.batch, args.frames, split.parts, args.width}, y.options().dtype(at::kFloat));
+  args.gate_sums = sums.mutable_data_ptr<float>();
+  check_launch(op, launch_gated_add_backward(args, device.stream));
+  return {grad_y, add_parts(op, sums, gate.sizes(), gate, device.stream)};
+}
+
+}  // namespace
+}  // namespace stream_r1::cuda
+
+TORCH_LIBRARY_IMPL(stream_r1, STREAM_R1_CUDA_KEY, m) {
+  m.impl("qk_norm_rotary", stream_r1::cuda::qk_norm_rotary);
+  m.impl("qk_norm_rotary_into", stream_r1::cuda::qk_norm_rotary_into);
+  m.impl("qk_norm_rotary_backward", stream_r1::cuda::qk_norm_rotary_backward);
+  m.impl("modulated_norm", stream_r1::cuda::modulated_norm);
+  m.impl("modulated_norm_backward", stream_r1::cuda::modulated_norm_backward);
+  m.impl("gated_add", stream_r1::cuda::gated_add);
+  m.impl("gated_add_backward", stream_r1::cuda::gated_add_backward);
+}

@@ -1,0 +1,73 @@
+// renew_sink_ on CUDA: checks and registration.
+
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include "cuda/sink.h"
+#include "cuda/tensors.h"
+
+namespace stream_r1::cuda {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+const float* phases(const OptionalTensor& phase, int64_t head_dim) {
+  if (!phase.has_value()) return nullptr;
+  TORCH_CHECK_VALUE(phase->sizes() == at::IntArrayRef({head_dim / 2}) && phase->is_contiguous(),
+                    "renew_sink_: phases: expected [", head_dim / 2, "], got ", phase->sizes());
+  return phase->const_data_ptr<float>();
+}
+
+void renew_sink_(Tensor storage, Tensor sink_k, OptionalTensor sink_v, int64_t slot,
+                 std::optional<double> ema, bool first, const Tensor& evicted_cos, const Tensor& evicted_sin,
+                 const OptionalTensor& window_cos, const OptionalTensor& window_sin) {
+  const char* op = "renew_sink_";
+  TORCH_CHECK_VALUE(storage.dim() == 6 && storage.size(1) == 2 && storage.is_contiguous(), op,
+                    ": storage: expected contiguous [L, 2, B, T, H, D], got ", storage.sizes());
+  const int64_t layers = storage.size(0), batch = storage.size(2), tokens = storage.size(3),
+                heads = storage.size(4), head_dim = storage.size(5);
+  for (const Tensor& sink : {sink_k, sink_v.value_or(sink_k)}) {
+    TORCH_CHECK_VALUE(sink.dim() == 5 && sink.is_contiguous() && sink.sizes() == sink_k.sizes() &&
+                          sink.size(0) == layers && sink.size(1) == batch && sink.size(3) == heads &&
+                          sink.size(4) == head_dim,
+                      op, ": sink_k, sink_v: expected contiguous [", layers, ", ", batch, ", S, ", heads,
+                      ", ", head_dim, "], got ", sink.sizes());
+    TORCH_CHECK_TYPE(sink.scalar_type() == storage.scalar_type() || sink.scalar_type() == at::kFloat, op,
+                     ": sink_k, sink_v: expected ", storage.scalar_type(), " as storage, or float32, got ",
+                     sink.scalar_type());
+    TORCH_CHECK_TYPE(sink.scalar_type() == sink_k.scalar_type(), op, ": sink_v: expected ",
+                     sink_k.scalar_type(), " as sink_k, got ", sink.scalar_type());
+  }
+  const int64_t sink_tokens = sink_k.size(2);
+  TORCH_CHECK_VALUE(
+      sink_tokens <= tokens && (!ema.has_value() || (slot >= sink_tokens && slot + sink_tokens <= tokens)),
+      op, ": slot: expected a slot of ", sink_tokens, " tokens past the sink and within ", tokens, ", got ",
+      slot);
+  TORCH_CHECK_VALUE(window_cos.has_value() == window_sin.has_value(), op,
+                    ": window_cos, window_sin: expected both or neither");
+  const OnDevice device(storage);
+  RenewSinkArgs args{};
+  args.storage = storage.mutable_data_ptr();
+  args.sink_k = sink_k.mutable_data_ptr();
+  args.sink_v = sink_v.has_value() ? sink_v->mutable_data_ptr() : nullptr;
+  args.evicted_cos = phases(evicted_cos, head_dim);
+  args.evicted_sin = phases(evicted_sin, head_dim);
+  args.window_cos = phases(window_cos, head_dim);
+  args.window_sin = phases(window_sin, head_dim);
+  args.layers = layers, args.batch = batch, args.tokens = tokens, args.heads = heads;
+  args.sink_tokens = sink_tokens, args.slot = slot;
+  args.head_dim = static_cast<int32_t>(head_dim);
+  args.averages = ema.has_value();
+  args.keep = static_cast<float>(ema.value_or(1));
+  args.add = static_cast<float>(1 - ema.value_or(1));
+  args.first = first;
+  args.element = element_of(storage);
+  args.sink_element = element_of(sink_k);
+  check_launch(op, launch_renew_sink(args, device.stream));
+}
+
+}  // namespace
+}  // namespace stream_r1::cuda
+
+TORCH_LIBRARY_IMPL(stream_r1, STREAM_R1_CUDA_KEY, m) { m.impl("renew_sink_", stream_r1::cuda::renew_sink_); }

@@ -1,0 +1,61 @@
+// From tensors to what the launch functions take.
+
+#pragma once
+
+#include <ATen/ATen.h>
+#include <c10/core/DeviceGuard.h>
+#include <dlfcn.h>
+
+#include "cpu/tensors.h"
+#include "cuda/launch.h"
+
+// The dispatch key that the ops are registered for. Tests register them for another one, on tensors in
+// ordinary memory, with a runtime of their own (tests/cuda/runtime.cpp).
+#ifndef STREAM_R1_CUDA_KEY
+#define STREAM_R1_CUDA_KEY CUDA
+#endif
+
+namespace stream_r1::cuda {
+
+inline void check_launch(const char* op, LaunchError error) {
+  TORCH_CHECK(error == nullptr, op, ": CUDA says: ", error);
+}
+
+// While it lives the device of a tensor is the current one; `stream` is torch's current stream there.
+//
+// Torch's own stream functions are in a library that a CPU build of torch lacks, and the extension has to
+// load there: the function is looked up when it is needed.
+class OnDevice {
+ public:
+  explicit OnDevice(const at::Tensor& tensor) : guard_(tensor.device()) {
+    using Find = int32_t (*)(int32_t device, void** stream);
+    constexpr const char* name = "aoti_torch_get_current_cuda_stream";
+    static const auto find = [] {
+      void* symbol = dlsym(RTLD_DEFAULT, name);
+      if (symbol == nullptr)
+        if (void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD))
+          symbol = dlsym(library, name);
+      return reinterpret_cast<Find>(symbol);
+    }();
+    TORCH_CHECK(find != nullptr, "stream_r1: expected a torch with CUDA, got one without ", name);
+    void* found = nullptr;
+    TORCH_CHECK(find(tensor.get_device(), &found) == 0, "stream_r1: torch has no current stream on ",
+                tensor.device());
+    stream = static_cast<Stream>(found);
+  }
+
+  Stream stream;
+
+ private:
+  c10::DeviceGuard guard_;
+};
+
+// Does every row along the last dimension start at a multiple of 16 bytes?
+inline bool rows_are_aligned(const at::Tensor& x) {
+  if (reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 != 0) return false;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d)
+    if (x.size(d) > 1 && x.stride(d) * x.element_size() % 16 != 0) return false;
+  return true;
+}
+
+}  // namespace stream_r1::cuda

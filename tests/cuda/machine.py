@@ -1,0 +1,132 @@
+"""Runs the CUDA ops without a GPU: their own bindings and launch functions, and their PTX on the executor.
+
+The ops' host code is built against tests/cuda/runtime.cpp, in which a launch is a call back to here, and
+registered for a spare dispatch key. An op is called for that key with tensors in ordinary memory; what it
+allocates is seen through a dispatch mode, and starts as NaN.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import toolchain
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import stream_r1_kernels  # noqa: F401  the schemas
+from ptx_executor import Kernel, Module
+
+KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
+
+_LAUNCH = ctypes.CFUNCTYPE(
+    None,
+    ctypes.c_char_p,
+    ctypes.POINTER(ctypes.c_uint),
+    ctypes.POINTER(ctypes.c_uint),
+    ctypes.c_size_t,
+    ctypes.c_void_p,
+)
+
+
+class _Allocations(TorchDispatchMode):
+    """Keeps every tensor that an op makes, and fills the empty ones with NaN."""
+
+    def __init__(self, memory: list[Tensor]) -> None:
+        super().__init__()
+        self.memory = memory
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, Tensor):
+                if "empty" in func.name() and tensor.numel():
+                    tensor.view(-1).view(torch.uint8).fill_(0xFF)
+                self.memory.append(tensor)
+        return result
+
+
+class Machine:
+    """One launch after the other, in order.
+
+    Attributes:
+        launches: names of the kernels that were launched, in order.
+    """
+
+    def __init__(self) -> None:
+        library, ptx = toolchain.build_host(Path(__file__).parent / "runtime.cpp")
+        self._module = Module.from_ptx(ptx)
+        self._library = ctypes.CDLL(str(library))
+        self._callback = _LAUNCH(self._launch)
+        self._library.on_launch(self._callback)
+        self._memory: list[Tensor] = []
+        self._error: Exception | None = None
+        self._replaced: dict[str, Kernel] = {}
+        self._seed = 0
+        self.launches: list[str] = []
+
+    def run(self, op: str, *args: Any, seed: int = 0, processors: int = 1) -> Any:
+        """The CUDA implementation of torch.ops.stream_r1.<op>.
+
+        Args:
+            seed: of the order of warps and blocks.
+            processors: of the GPU that the op takes this machine for.
+        """
+        self._library.set_processors(processors)
+        self._memory = [value for value in args if isinstance(value, Tensor)]
+        self._error, self._seed, self.launches = None, seed, []
+        overload = getattr(torch.ops.stream_r1, op).default
+        with torch.no_grad(), _Allocations(self._memory):
+            result = overload.redispatch(KEY, *args)
+        if self._error is not None:
+            raise self._error
+        return result
+
+    @contextmanager
+    def replaced(self, ptx: str) -> Iterator[None]:
+        """Within it the kernels of `ptx` stand in for those of the same name."""
+        self._replaced = dict(Module.from_ptx(ptx))
+        try:
+            yield
+        finally:
+            self._replaced = {}
+
+    def _launch(self, name: bytes, grid: Any, block: Any, shared: int, argument: int) -> None:
+        if self._error is not None:
+            return
+        try:
+            self.launches.append(name.decode())
+            kernel = self._replaced.get(name.decode()) or self._module[name.decode()]
+            (parameter,) = kernel.parameters
+            data = ctypes.string_at(argument, parameter.size)
+            words = tuple(self._word(data[at : at + 8]) for at in range(0, len(data), 8))
+            kernel.launch(grid[:3], block[:3], [words], shared_bytes=shared, seed=self._seed)
+        except Exception as error:  # an exception can't pass through the C++ in between
+            self._error = error
+
+    def _word(self, data: bytes) -> bytes | np.ndarray:
+        """Eight bytes of the arguments: memory, if they are an address in a known tensor, else themselves."""
+        address = int.from_bytes(data, "little")
+        best: tuple[int, int] | None = None
+        for tensor in self._memory:
+            low = tensor.data_ptr()
+            if tensor.numel() == 0 or not low:
+                continue
+            reach = (
+                sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+            )
+            high = low + reach * tensor.element_size()
+            # the tensor that starts there, else the smallest that holds it
+            if low <= address < high and (
+                best is None or (address - low, high - low) < (address - best[0], best[1] - best[0])
+            ):
+                best = (low, high)
+        if best is None:
+            return data
+        low, high = best
+        return np.ctypeslib.as_array((ctypes.c_uint8 * (high - low)).from_address(low))[address - low :]

@@ -1,0 +1,176 @@
+"""What the compiler makes of the kernels, for every architecture: held to tests/cuda/compiled.tsv.
+
+The table has, for every kernel, the registers of a thread (as a GPU allocates them, in eights) and the bytes
+of static shared memory. A kernel that got better fails too: `python tests/cuda/test_compile_gate.py` writes
+the table anew, and the change is looked at in review.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+
+import toolchain  # noqa: E402
+
+from build_support import cuda  # noqa: E402
+
+ARCHS = ("80", "90a", "100a", "120")
+TABLE = Path(__file__).parent / "compiled.tsv"
+
+# kernel's name -> instructions that its machine code must have
+COPIES_AND_PRODUCTS = (
+    "LDGSTS.E.BYPASS.128",
+    "LDSM.16.M88.4",
+    "LDSM.16.MT88.4",
+    "HMMA.16816.F32",
+    "STG.E.128",
+)
+WHOLE_PACKS = ("LDG.E.128", "STG.E.128")
+LOADS_ONLY = ("LDG.E.128",)
+REQUIRED = {
+    r"attention_(bf16|fp16)_\d+": COPIES_AND_PRODUCTS,
+    r"attention_combine_\w+": WHOLE_PACKS,
+    r"norm_rotary(_grad_x)?_(fp32|bf16|fp16)": WHOLE_PACKS,
+    r"norm_rotary_grad_weight_\w+": LOADS_ONLY,
+    r"modulated_norm(_grad_x)?_(fp32|bf16|fp16)": WHOLE_PACKS,
+    r"modulated_norm_grad_modulation_\w+": LOADS_ONLY,
+    r"gated_add_\w+": WHOLE_PACKS,
+    r"dmd_distances_\w+": LOADS_ONLY,
+    r"dmd_(directions|gradient|scale)_\w+": WHOLE_PACKS,
+    r"region_saliency_\w+": LOADS_ONLY,
+    r"intra_weights_\w+": WHOLE_PACKS,
+    r"renew_sink_\w+": WHOLE_PACKS,
+    r"add_parts|dmd_sum_loss": (),  # small: a value a thread
+}
+
+
+def find_cuobjdump() -> Path:
+    """Of the toolkit, the path, NVIDIA's wheels, or Triton's package."""
+    packages = Path(sysconfig.get_paths()["purelib"])
+    places = [
+        toolchain.toolkit().nvcc.parent,
+        *(Path(found).parent for found in [shutil.which("cuobjdump")] if found),
+    ]
+    places += [packages / "nvidia/cu13/bin", packages / "triton/backends/nvidia/bin"]
+    for place in places:
+        if (place / "cuobjdump").exists():
+            return place / "cuobjdump"
+    raise FileNotFoundError(
+        "the gate reads machine code with cuobjdump and found none: "
+        "pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+    )
+
+
+@cache
+def resources(arch: str) -> dict[str, dict[str, int]]:
+    """Registers (in eights), shared memory, stack and spills of every kernel, as ptxas says."""
+    _, log = toolchain.compile_cubin(arch)
+    kernels: dict[str, dict[str, int]] = {}
+    for entry in log.split("Compiling entry function ")[1:]:
+        name = entry.split("'")[1]
+        numbers = {
+            key: int(found[1]) if (found := re.search(pattern, entry)) else 0
+            for key, pattern in {
+                "registers": r"Used (\d+) registers",
+                "shared": r"(\d+) bytes smem",
+                "stack": r"(\d+) bytes stack frame",
+                "spill stores": r"(\d+) bytes spill stores",
+                "spill loads": r"(\d+) bytes spill loads",
+            }.items()
+        }
+        kernels[name] = numbers | {"registers": -(-numbers["registers"] // 8) * 8}
+    return kernels
+
+
+@cache
+def machine_code(arch: str) -> dict[str, set[str]]:
+    """The opcodes of every kernel, with their modifiers."""
+    cubin, _ = toolchain.compile_cubin(arch)
+    cuobjdump = find_cuobjdump()
+    environment = toolchain.toolkit().environment
+    environment["PATH"] = f"{cuobjdump.parent}:{environment['PATH']}"
+    done = subprocess.run(
+        [str(cuobjdump), "-sass", str(cubin)], env=environment, capture_output=True, text=True, check=True
+    )
+    kernels: dict[str, set[str]] = {}
+    for function in done.stdout.split("Function : ")[1:]:
+        name = function.split()[0]
+        kernels[name] = set(
+            re.findall(r"^\s*/\*[0-9a-f]{4,5}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]+)", function, re.MULTILINE)
+        )
+    return kernels
+
+
+def read_table() -> dict[str, dict[str, str]]:
+    """kernel -> architecture -> "registers shared"."""
+    head, *rows = [line.split("\t") for line in TABLE.read_text().splitlines() if not line.startswith("#")]
+    return {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in rows}
+
+
+def measured() -> dict[str, dict[str, str]]:
+    kernels: dict[str, dict[str, str]] = {}
+    for arch in ARCHS:
+        for name, numbers in sorted(resources(arch).items()):
+            kernels.setdefault(name, {})[f"sm_{arch}"] = f"{numbers['registers']} {numbers['shared']}"
+    return kernels
+
+
+def write_table() -> None:
+    columns = [f"sm_{arch}" for arch in ARCHS]
+    lines = [
+        "# Registers of a thread, in eights, and bytes of static shared memory, by nvcc 13.0.",
+        "\t".join(["kernel", *columns]),
+    ]
+    lines += [
+        "\t".join([name, *(row[column] for column in columns)]) for name, row in sorted(measured().items())
+    ]
+    TABLE.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_registers_and_shared_memory(arch: str) -> None:
+    ours = {name: f"{numbers['registers']} {numbers['shared']}" for name, numbers in resources(arch).items()}
+    assert ours == {name: row[f"sm_{arch}"] for name, row in read_table().items()}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_nothing_is_spilled_and_nothing_local(arch: str) -> None:
+    for name, numbers in resources(arch).items():
+        assert (numbers["stack"], numbers["spill stores"], numbers["spill loads"]) == (0, 0, 0), name
+    for name, opcodes in machine_code(arch).items():
+        assert not [opcode for opcode in opcodes if opcode.startswith(("LDL", "STL"))], name
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_machine_code(arch: str) -> None:
+    kernels = machine_code(arch)
+    assert set(kernels) == set(resources(arch))
+    for name, opcodes in kernels.items():
+        (required,) = [needs for pattern, needs in REQUIRED.items() if re.fullmatch(pattern, name)]
+        for opcode in required:
+            assert any(found.startswith(opcode) for found in opcodes), (
+                f"{name} has no {opcode}: {sorted(opcodes)}"
+            )
+
+
+def test_no_float_atomics() -> None:
+    """They would make sums depend on the order of blocks."""
+    for path in cuda.ROOT.glob("csrc/cuda/*.cu*"):
+        assert "atomic" not in path.read_text().replace("without atomics", ""), path.name
+
+
+def test_default_architectures_are_these() -> None:
+    assert cuda.DEFAULT_ARCHS.split(";") == list(ARCHS)
+
+
+if __name__ == "__main__":
+    write_table()

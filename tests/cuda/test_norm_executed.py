@@ -1,0 +1,124 @@
+"""modulated_norm and gated_add: forward and backward, run on real tensors, against float64."""
+
+from collections.abc import Callable
+
+import exact
+import pytest
+import torch
+from machine import Machine
+from torch import Tensor
+
+from stream_r1_kernels.norm.reference import gated_add_reference, modulated_norm_reference
+
+SHAPES = [
+    (1, 1, 1, 1),  # one element
+    (2, 2, 15, 33),  # odd in every way
+    (2, 3, 12, 64),
+    (1, 1, 150, 264),  # a frame in several stretches, channels in several blocks
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def gradients(
+    function: Callable[..., Tensor], inputs: list[Tensor], upstream: Tensor, dtype: torch.dtype | None
+) -> list[Tensor]:
+    leaves = [(x.to(dtype) if dtype else x).detach().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    return list(torch.autograd.grad(out, leaves, upstream.to(out.dtype)))
+
+
+def modulation(batch: int, frames: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Slices of one tensor, as in the student."""
+    six = torch.randn(batch, frames, 6, width).to(dtype)
+    return six[:, :, 0], six[:, :, 4]
+
+
+@pytest.mark.parametrize("float_modulation", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "frames", "tokens", "width"), SHAPES)
+def test_modulated_norm(
+    machine: Machine,
+    batch: int,
+    frames: int,
+    tokens: int,
+    width: int,
+    dtype: torch.dtype,
+    float_modulation: bool,
+) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(batch, frames * tokens, 2 * width) * 3 + 1).to(dtype)[:, :, :width]
+    shift, scale = modulation(batch, frames, width, torch.float32 if float_modulation else dtype)
+    out, mean, rstd = machine.run("modulated_norm", x, shift, scale, 1e-6)
+    true = modulated_norm_reference(x.double(), shift.double(), scale.double(), 1e-6)
+    if width > 1:  # of one channel the norm is 0 / 0 but for eps
+        exact.assert_close(out, true, modulated_norm_reference(x, shift, scale, 1e-6))
+    upstream = torch.randn(x.shape).to(dtype)
+    ours = machine.run("modulated_norm_backward", upstream, x, scale, mean, rstd)
+    function = lambda *leaves: modulated_norm_reference(*leaves, 1e-6)  # noqa: E731
+    if width > 1:
+        for a, b, c in zip(
+            ours,
+            gradients(function, [x, shift, scale], upstream, torch.float64),
+            gradients(function, [x, shift, scale], upstream, None),
+            strict=True,
+        ):
+            exact.assert_close(a, b, c)
+
+
+MIXED = [
+    *((dtype, dtype) for dtype in DTYPES),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+]
+
+
+@pytest.mark.parametrize("float_gate", [False, True])
+@pytest.mark.parametrize(("x_dtype", "y_dtype"), MIXED)
+@pytest.mark.parametrize(("batch", "frames", "tokens", "width"), SHAPES)
+def test_gated_add(
+    machine: Machine,
+    batch: int,
+    frames: int,
+    tokens: int,
+    width: int,
+    x_dtype: torch.dtype,
+    y_dtype: torch.dtype,
+    float_gate: bool,
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(batch, frames * tokens, width).to(x_dtype)
+    y = torch.randn(batch, frames * tokens, 3 * width).to(y_dtype)[:, :, width : 2 * width]
+    gate = modulation(batch, frames, width, torch.float32 if float_gate else y_dtype)[0]
+    out = machine.run("gated_add", x, y, gate)
+    exact.assert_close(
+        out, gated_add_reference(x.double(), y.double(), gate.double()), gated_add_reference(x, y, gate)
+    )
+    upstream = torch.randn(x.shape).to(x_dtype)
+    ours = machine.run("gated_add_backward", upstream, y, gate)
+    for a, b, c in zip(
+        ours,
+        gradients(gated_add_reference, [x, y, gate], upstream, torch.float64)[1:],
+        gradients(gated_add_reference, [x, y, gate], upstream, None)[1:],
+        strict=True,
+    ):
+        exact.assert_close(a, b, c)
+
+
+def test_no_tokens(machine: Machine) -> None:
+    x, scale = torch.randn(2, 0, 8), torch.randn(2, 1, 8)
+    out, mean, rstd = machine.run("modulated_norm", x, scale, scale, 1e-6)
+    assert out.shape == x.shape
+    _, grad_shift, grad_scale = machine.run("modulated_norm_backward", x, x, scale, mean, rstd)
+    assert torch.equal(grad_shift, torch.zeros_like(scale))
+    assert torch.equal(grad_scale, torch.zeros_like(scale))
+    assert torch.equal(machine.run("gated_add_backward", x, x, scale)[1], torch.zeros_like(scale))
+
+
+def test_the_order_of_warps_does_not_matter(machine: Machine) -> None:
+    torch.manual_seed(0)
+    x, (shift, scale) = torch.randn(1, 150, 40).bfloat16(), modulation(1, 1, 40, torch.bfloat16)
+    _, mean, rstd = machine.run("modulated_norm", x, shift, scale, 1e-6)
+    calls = [("modulated_norm_backward", x, x, scale, mean, rstd), ("gated_add_backward", x, x, scale)]
+    for call in calls:
+        results = [machine.run(*call, seed=seed) for seed in range(3)]
+        assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))

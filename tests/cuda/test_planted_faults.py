@@ -1,0 +1,341 @@
+"""Proof that the execution tests can fail: faults are planted in the kernels' sources, each must be caught.
+
+docs/planted-faults.md lists them. A fault is caught by a wrong result, or by the executor (a race, a bad
+access).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import exact
+import pytest
+import toolchain
+import torch
+from machine import Machine
+
+from ptx_executor import PtxError
+from stream_r1_kernels import ChunkMask, RotaryGrid
+from stream_r1_kernels.attention.reference import dense_attention
+from stream_r1_kernels.cache import renew_sink_
+from stream_r1_kernels.dmd.reference import dmd_loss_reference
+from stream_r1_kernels.norm.reference import gated_add_reference, modulated_norm_reference
+from stream_r1_kernels.rotary.reference import norm_rotary
+from stream_r1_kernels.saliency.reference import intra_weights_reference, region_saliency_reference
+
+
+def kernel(name: str, header: str, args: str, body: str) -> str:
+    """A source file with one of the kernels."""
+    return (
+        f'#include "cuda/{header}.cuh"\nusing namespace stream_r1;\nusing namespace stream_r1::cuda;\n'
+        f'extern "C" __global__ void {name}(const __grid_constant__ {args} args) {{ {body}(args); }}\n'
+    )
+
+
+def attention(machine: Machine, seed: int) -> None:
+    torch.manual_seed(seed)
+    q, k, v = (torch.randn(1, n, 1, 64).bfloat16() for n in (150, 200, 200))
+    past_k, past_v = (torch.randn(1, 70, 1, 64).bfloat16() for _ in range(2))
+    k *= torch.linspace(0.2, 4, 200)[:, None, None]  # growing scores: the running maximum moves
+    out, lse = machine.run("cached_chunk_attention", q, k, v, past_k, past_v, 0.2, seed=seed)
+    true = dense_attention(
+        q.double(), torch.cat((past_k, k), 1).double(), torch.cat((past_v, v), 1).double(), 0.2
+    )
+    torch.testing.assert_close(out.double(), true[0], rtol=0, atol=0.02)
+    torch.testing.assert_close(lse.double(), true[1], rtol=1e-5, atol=1e-5)
+
+
+def split_attention(machine: Machine, seed: int) -> None:
+    torch.manual_seed(seed)
+    q, k, v = (torch.randn(1, n, 1, 64).bfloat16() for n in (10, 530, 530))
+    out, lse = machine.run("cached_chunk_attention", q, k, v, None, None, 0.125, seed=seed, processors=4)
+    true = dense_attention(q.double(), k.double(), v.double(), 0.125)
+    torch.testing.assert_close(out.double(), true[0], rtol=0, atol=0.005)
+    torch.testing.assert_close(lse.double(), true[1], rtol=1e-5, atol=1e-5)
+
+
+def chunked_attention(machine: Machine, seed: int) -> None:
+    torch.manual_seed(seed)
+    mask = ChunkMask(20, 2, window_frames=3, sink_frames=1, first_chunk_frames=1, teacher_forcing=True)
+    q, k, v = (torch.randn(1, 200, 1, 64).bfloat16() for _ in range(3))
+    out, _ = machine.run("chunk_attention", q, k, v, 20, 2, 3, 1, 1, True, 0.125, seed=seed)
+    visible = mask.visible(5).repeat_interleave(20, 0).repeat_interleave(20, 1)
+    true = dense_attention(q.double(), k.double(), v.double(), 0.125, visible)[0]
+    torch.testing.assert_close(out.double(), true, rtol=0, atol=0.02)
+
+
+def rotary(machine: Machine, seed: int) -> None:
+    torch.manual_seed(seed)
+    cos, sin = RotaryGrid(10).phases(3, 2, 5, 7)
+    q, k = (torch.randn(1, 70, 30).bfloat16() for _ in range(2))
+    w = 1 + 0.1 * torch.randn(30)
+    ours = machine.run("qk_norm_rotary", q, k, w, w, cos, sin, 3, 1e-6, seed=seed)
+    for out, x in zip(ours, (q, k), strict=True):
+        true = norm_rotary(x.double(), w.double(), cos.double(), sin.double(), 3, 1e-6)
+        exact.assert_close(out, true, norm_rotary(x, w, cos, sin, 3, 1e-6))
+
+
+def rotary_backward(machine: Machine, seed: int) -> None:
+    torch.manual_seed(seed)
+    cos, sin = RotaryGrid(10).phases(3, 2, 5, 7)
+    x, w, up = torch.randn(1, 70, 30), 1 + 0.1 * torch.randn(30), torch.randn(1, 70, 3, 10)
+    ours = machine.run("qk_norm_rotary_backward", up, up, x, x, w, w, cos, sin, 3, 1e-6, seed=seed)
+    leaves = [x.double().requires_grad_(), w.double().requires_grad_()]
+    true = torch.autograd.grad(norm_rotary(*leaves, cos.double(), sin.double(), 3, 1e-6), leaves, up.double())
+    torch.testing.assert_close(ours[0].double(), true[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours[2].double(), true[1], rtol=1e-4, atol=1e-4)
+
+
+def norm(machine: Machine, seed: int) -> None:
+    torch.manual_seed(seed)
+    x, shift, scale = torch.randn(2, 12, 43).bfloat16() + 1, torch.randn(2, 3, 43), torch.randn(2, 3, 43)
+    out = machine.run("modulated_norm", x, shift, scale, 1e-6, seed=seed)[0]
+    true = modulated_norm_reference(x.double(), shift.double(), scale.double(), 1e-6)
+    exact.assert_close(out, true, modulated_norm_reference(x, shift, scale, 1e-6))
+
+
+def gate_backward(machine: Machine, seed: int) -> None:
+    torch.manual_seed(seed)
+    y, gate, up = (
+        torch.randn(1, 150, 40).bfloat16(),
+        torch.randn(1, 1, 40),
+        torch.randn(1, 150, 40).bfloat16(),
+    )
+    grad_y, grad_gate = machine.run("gated_add_backward", up, y, gate, seed=seed)
+    leaves = [y.double().requires_grad_(), gate.double().requires_grad_()]
+    true = torch.autograd.grad(gated_add_reference(torch.zeros_like(leaves[0]), *leaves), leaves, up.double())
+    torch.testing.assert_close(grad_y.double(), true[0], rtol=0.01, atol=0.01)
+    torch.testing.assert_close(grad_gate.double(), true[1], rtol=1e-4, atol=1e-4)
+
+
+def dmd(machine: Machine, seed: int) -> None:
+    torch.manual_seed(seed)
+    x, fake, cond, uncond = (torch.randn(2, 2, 2, 96, 128) for _ in range(4))
+    fake[0, 1, 1, 3, 3] = float("nan")
+    mask = torch.rand(2, 2, 1, 96, 128) > 0.3
+    loss, _, _ = machine.run("dmd_loss", x, fake, cond, uncond, 3.0, None, None, mask, seed=seed)
+    fake = fake.nan_to_num()
+    true = dmd_loss_reference(
+        x.double(), fake.double(), cond.double(), uncond.double(), 3.0, None, None, mask
+    )
+    torch.testing.assert_close(loss.double(), true, rtol=1e-3, atol=0)  # one element of 98304 counts as 0
+
+
+def saliency(machine: Machine, seed: int) -> None:
+    torch.manual_seed(seed)
+    grads = torch.randn(1, 1, 9, 3, 4, 320).bfloat16()  # cells of more than one pack, of more than one warp
+    ours = machine.run("region_saliency", grads, 3, 2, 20, seed=seed)
+    torch.testing.assert_close(
+        ours.double(), region_saliency_reference(grads.double(), 3, 2, 20), rtol=1e-5, atol=0
+    )
+
+
+def weights(machine: Machine, seed: int) -> None:
+    torch.manual_seed(seed)
+    maps, scores = torch.rand(2, 2, 3, 20, 30), torch.randn(2, 2)
+    settings = (1.0, 0.15, 0.2, 1.0, 1.0, True, True)
+    ours = machine.run("intra_weights", maps, scores, *settings, seed=seed)
+    true = intra_weights_reference(maps.double(), scores.double(), *settings)
+    torch.testing.assert_close(ours.double(), true, rtol=1e-4, atol=1e-5)
+
+
+def sink(machine: Machine, seed: int) -> None:
+    torch.manual_seed(seed)
+    storage = torch.randn(2, 2, 1, 12, 2, 16).bfloat16()
+    kept = [torch.randn(2, 1, 4, 2, 16) for _ in "kv"]
+    phases = [*RotaryGrid(16).temporal_shift(-5), *RotaryGrid(16).temporal_shift(3)]
+    ours, theirs = ([x.clone() for x in (storage, *kept)] for _ in range(2))
+    machine.run("renew_sink_", *ours, 8, 0.9, False, *phases, seed=seed)
+    renew_sink_(*theirs, 8, 0.9, False, *phases)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+Probe = Callable[[Machine, int], None]
+
+KERNELS = {
+    attention: kernel("attention_bf16_64", "attention", "AttentionArgs", "attention_block<Bf16, 64>"),
+    chunked_attention: kernel("attention_bf16_64", "attention", "AttentionArgs", "attention_block<Bf16, 64>"),
+    split_attention: kernel("attention_combine_bf16", "attention", "AttentionArgs", "combine_parts<Bf16>"),
+    rotary: kernel("norm_rotary_bf16", "qk_norm_rotary", "NormRotaryArgs", "norm_rotary<Bf16>"),
+    rotary_backward: kernel(
+        "norm_rotary_grad_x_fp32", "qk_norm_rotary", "NormRotaryArgs", "norm_rotary_grad_x<float>"
+    ),
+    norm: kernel("modulated_norm_bf16", "modulated_norm", "ModulatedNormArgs", "modulated_norm<Bf16>"),
+    gate_backward: kernel(
+        "gated_add_backward_bf16", "gated_add", "GatedAddArgs", "gated_add_backward<Bf16, Bf16>"
+    ),
+    dmd: kernel("dmd_distances_fp32", "dmd", "DmdArgs", "dmd_distances<float>")
+    + 'extern "C" __global__ void dmd_directions_fp32(const __grid_constant__ DmdArgs args)'
+    " { dmd_directions<float, float, false>(args); }\n",
+    saliency: kernel("region_saliency_bf16", "saliency", "RegionSaliencyArgs", "region_saliency<Bf16>"),
+    sink: kernel("renew_sink_bf16_fp32", "sink", "RenewSinkArgs", "renew_sink<Bf16, float>"),
+    weights: kernel("intra_weights_fuse", "saliency", "IntraWeightsArgs", "fuse_frame")
+    + 'extern "C" __global__ void intra_weights_weigh(const __grid_constant__ IntraWeightsArgs args)'
+    " { weigh_frame(args); }\n",
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    name: str
+    probe: Probe
+    file: str
+    old: str
+    new: str
+
+
+A, R, C, S, D = (f"cuda/{name}.cuh" for name in ("attention", "rows", "column_sums", "saliency", "dmd"))
+QK, N, G, K = (f"cuda/{name}.cuh" for name in ("qk_norm_rotary", "modulated_norm", "gated_add", "sink"))
+
+FAULTS = [
+    Fault(
+        "no barrier before the first keys are read",
+        attention,
+        A,
+        "__syncthreads();  // queries",
+        "// queries",
+    ),
+    Fault(
+        "no barrier before the values are read",
+        attention,
+        A,
+        "__syncthreads();  // the values",
+        "// the values",
+    ),
+    Fault(
+        "no barrier before the values are overwritten",
+        attention,
+        A,
+        "__syncthreads();  // the next keys",
+        "// the next",
+    ),
+    Fault(
+        "a wait for one copy too few",
+        attention,
+        A,
+        "multiply_keys(key_tile, lane);\n    prim::wait_for_copies<0>();",
+        "multiply_keys(key_tile, lane);\n    prim::wait_for_copies<1>();",
+    ),
+    Fault(
+        "a tile of keys loaded twice",
+        attention,
+        A,
+        "if (index + 1 < last) start_keys(index + 1);",
+        "start_keys(index);",
+    ),
+    Fault("one key too many in the last tile", attention, A, ">= keys) scores", "> keys) scores"),
+    Fault("sums of values not scaled down", attention, A, "out[n][j] *= decay[j / 2];", ";"),
+    Fault("sum of weights not scaled down", attention, A, "sum[r] *= decay[r];", ""),
+    Fault(
+        "maximum over half of a row", attention, A, "top[r] = fmaxf(top[r], prim::exchange(top[r], 2));", ""
+    ),
+    Fault("pieces written where they are not read", attention, A, "first, piece),", "first, piece ^ 1),"),
+    Fault("keys of the wrong segment", attention, A, "args.chunked ? 1 : r", "1"),
+    Fault(
+        "queries past the end are written",
+        attention,
+        A,
+        "if (row >= queries) continue;\n    uint16_t",
+        "uint16_t",
+    ),
+    Fault("a part's weight left out", split_attention, A, "total += weight;", "total += 1;"),
+    Fault("log-sum-exp of one part", split_attention, A, "shift + prim::log2(total) * kLn2", "shift"),
+    Fault(
+        "noisy chunks taken for clean ones",
+        chunked_attention,
+        A,
+        "if (noisy) index -= in_half;",
+        "if (noisy) return;",
+    ),
+    Fault(
+        "the window starts a frame late",
+        chunked_attention,
+        "common/chunk_mask.h",
+        "end - mask.window_frames)",
+        "end + 1 - mask.window_frames)",
+    ),
+    Fault(
+        "a sum over half a warp", norm, R, "mask > 0; mask /= 2) value += ", "mask > 1; mask /= 2) value += "
+    ),
+    Fault("padding counts in the variance", norm, N, "if (j < width - i) squares", "squares"),
+    Fault(
+        "the next frame's modulation",
+        norm,
+        N,
+        "frame = t / (args.tokens / args.frames)",
+        "frame = t % args.frames",
+    ),
+    Fault("phases of the wrong head", rotary, QK, "row[(i + 2 * j) % head_dim / 2]", "row[i % head_dim / 2]"),
+    Fault("a gradient rotated forwards", rotary_backward, QK, "cos, sin, -1.f)", "cos, sin, 1.f)"),
+    Fault("no barrier between the stages of a column sum", gate_backward, C, "__syncthreads();", ""),
+    Fault(
+        "the last warp's rows not summed", gate_backward, C, "l < kSumLanes; ++l", "l < kSumLanes - 1; ++l"
+    ),
+    Fault(
+        "the last row of a stretch left out",
+        gate_backward,
+        G,
+        "frame * tokens + begin + least(tokens - begin,",
+        "frame * tokens + begin - 1 + least(tokens - begin,",
+    ),
+    Fault(
+        "no barrier before a block's sum is read",
+        dmd,
+        R,
+        "  __syncthreads();\n  float total = identity;",
+        "  float total = identity;",
+    ),
+    Fault("no barrier between two sums of a block", dmd, R, "__syncthreads();  // the next", "// the next"),
+    Fault("sums of the first sample for all", dmd, D, "sums[sample * blocks + i]", "sums[i]"),
+    Fault("NaN let through", dmd, D, "fabsf(difference) < infinity() ? difference : 0.f", "difference"),
+    Fault("elements that the mask drops are counted", dmd, D, "kept += keep.v[j];", "kept += 1;"),
+    Fault(
+        "pixel frames of the wrong latent frame",
+        saliency,
+        S,
+        "1 + factor * (frame - 1)",
+        "factor * (frame - 1)",
+    ),
+    Fault(
+        "no barrier before cells are summed",
+        saliency,
+        S,
+        "__syncthreads();\n  const float pixels",
+        "const float pixels",
+    ),
+    Fault("the sink not turned to the window", sink, K, "args.window_cos == nullptr ? k", "true ? k"),
+    Fault("another chunk averaged in", sink, K, "stored(1, args.slot + token)", "stored(1, token)"),
+    Fault("a stronger axis gets more", weights, S, "lowest - scores[m]", "scores[m] - lowest"),
+    Fault(
+        "a map that is not divided by its mean",
+        weights,
+        S,
+        "args.map_sums[unit]);",
+        "static_cast<float>(n));",
+    ),
+]
+
+
+@pytest.mark.parametrize("probe", KERNELS, ids=lambda probe: probe.__name__)
+def test_probes_pass_without_a_fault(machine: Machine, probe: Probe) -> None:
+    with machine.replaced(toolchain.compile_ptx(KERNELS[probe], {})):
+        probe(machine, 0)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_planted_faults_are_caught(machine: Machine, fault: Fault) -> None:
+    ptx = toolchain.compile_ptx(KERNELS[fault.probe], {fault.file: (fault.old, fault.new)})
+
+    def three_seeds() -> None:
+        for seed in range(3):
+            fault.probe(machine, seed)
+
+    with machine.replaced(ptx), pytest.raises((AssertionError, PtxError)):
+        three_seeds()
+
+
+def test_the_list_is_complete() -> None:
+    page = (toolchain.cuda.ROOT / "docs/planted-faults.md").read_text()
+    assert [fault.name for fault in FAULTS if f"| {fault.name} |" not in page] == []
