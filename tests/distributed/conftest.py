@@ -1,5 +1,6 @@
 """Lets these tests import their workers and the distillation tests' models; starts processes quickly."""
 
+import importlib.util
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -12,6 +13,12 @@ import torch
 HERE = Path(__file__).parent
 PATHS = [str(HERE), str(HERE.parent / "distill"), str(HERE.parent.parent)]
 sys.path[:0] = PATHS[:2]
+
+# The models that the command's tests have: a fixture is taken from where it is.
+_spec = importlib.util.spec_from_file_location("product_world", HERE.parent / "product" / "conftest.py")
+_product = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_product)
+world = _product.world
 
 
 @pytest.fixture(scope="session", autouse=True)
