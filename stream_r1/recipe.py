@@ -142,7 +142,8 @@ def load_any(path: str | Path, overrides: Sequence[str] = ()) -> Recipe | InitRe
     kind = data.get("kind", "distill")
     if kind not in kinds:
         raise SettingsError(f"{source}: kind: expected one of {', '.join(kinds)}, got {kind!r}")
-    recipe: Recipe | InitRecipe = build(Recipe if kind == "distill" else InitRecipe, data, source)
+    recipe: Recipe | InitRecipe
+    recipe = build(Recipe, data, source) if kind == "distill" else build(InitRecipe, data, source)
     problems = list(_misfits(recipe))
     if problems:
         raise SettingsError(f"{path}: " + ("\n  ".join(["does not fit its models", *problems])))

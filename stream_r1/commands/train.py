@@ -22,8 +22,9 @@ from stream_r1.recipe import InitRecipe, Recipe
 
 if TYPE_CHECKING:
     from stream_r1.distill.events import StepDone
-    from stream_r1.distill.loop import TrainingLoop
+    from stream_r1.distill.initialise import InitTrainer
     from stream_r1.distill.ranks import Ranks
+    from stream_r1.distill.trainer import DistillTrainer
 
 HISTORY = "history.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -92,7 +93,9 @@ def _train(recipe: Recipe | InitRecipe, ranks: Ranks, console: Console, *, fresh
     return trainer.stopped
 
 
-def _trainer(recipe: Recipe | InitRecipe, ranks: Ranks, out: Path, *, fresh: bool) -> TrainingLoop:
+def _trainer(
+    recipe: Recipe | InitRecipe, ranks: Ranks, out: Path, *, fresh: bool
+) -> DistillTrainer | InitTrainer:
     from stream_r1 import assembly
 
     assembly.require_models(recipe, unused=("teacher",) if isinstance(recipe, InitRecipe) else ())

@@ -185,6 +185,7 @@ class TrainingLoop(ABC):
         if model is None:
             return None
         index = name.partition("/")[0]
+        parameter: Tensor | None
         if index.isdigit():
             parameter = list(model.parameters())[int(index)]
         else:

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from stream_r1.distill.settings import DistributedSettings
@@ -46,7 +48,7 @@ class Ranks:
     local_size: int = 1
     device: torch.device = _CPU
     launched: bool = False
-    store: dist.Store | None = None
+    store: Store | None = None
 
     @property
     def first(self) -> bool:
@@ -189,14 +191,14 @@ def _start(settings: DistributedSettings) -> Ranks:
         torch.cuda.set_device(local)
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     timeout = timedelta(minutes=settings.timeout_minutes)
-    store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",  # checkpoints talk over the CPU
-        store=dist.PrefixStore("group", store),
+        store=PrefixStore("group", store),
         rank=rank,
         world_size=size,
         timeout=timeout,
         device_id=device if cuda else None,
     )
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    return Ranks(rank, size, local_size, device, launched=True, store=dist.PrefixStore("run", store))
+    return Ranks(rank, size, local_size, device, launched=True, store=PrefixStore("run", store))

@@ -19,9 +19,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from stream_r1.distill.ranks import Ranks
 from stream_r1.distill.state import CheckpointError, clear_partial, flatten, flush, publish, unflatten
@@ -55,7 +58,7 @@ class SharedCheckpoints:
         path, partial = self._begin(step)
         if self.ranks.from_first(_holds(path, values)):
             return path
-        dcp.save(dict(flatten(parts)), storage_writer=_writer(partial))
+        save(dict(flatten(parts)), storage_writer=_writer(partial))
         self._publish(path, values)
         return path
 
@@ -65,7 +68,7 @@ class SharedCheckpoints:
         path, partial = self._begin(step)
         if self._background is None:  # messages of its own, so as not to meet the training's
             self._background = dist.new_group(backend="gloo")
-        future = dcp.async_save(
+        future = async_save(
             dict(flatten(parts)), storage_writer=_writer(partial), process_group=self._background
         )
         if not isinstance(future, Future):
@@ -125,14 +128,14 @@ def load_shared_checkpoint(
             there = (path / name).stat().st_size if (path / name).is_file() else None
             if there != size:
                 raise CheckpointError(f"{path}: {name}: expected {size} bytes, got {there}")
-        reader = dcp.HuggingFaceStorageReader(str(path))
+        reader = HuggingFaceStorageReader(str(path))
         tensors: dict[str, Any] = {}
         for key, meta in reader.read_metadata().state_dict_metadata.items():
             tensors[key] = _empty(like(key, meta.size), meta.size, meta.properties.dtype)  # type: ignore[union-attr]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that one process reads it alone is meant
-            dcp.load(tensors, storage_reader=reader, no_dist=not ranks.launched)
-    except (OSError, KeyError, ValueError, SafetensorError, dcp.CheckpointException) as error:
+            load(tensors, storage_reader=reader, no_dist=not ranks.launched)
+    except (OSError, KeyError, ValueError, SafetensorError, CheckpointException) as error:
         raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from error
     return unflatten(tensors), told["values"]
 
@@ -155,6 +158,6 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def _writer(partial: Path) -> dcp.HuggingFaceStorageWriter:
+def _writer(partial: Path) -> HuggingFaceStorageWriter:
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.WARNING)
-    return dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
+    return HuggingFaceStorageWriter(str(partial), save_distributed=True)

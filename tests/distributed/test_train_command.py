@@ -45,14 +45,14 @@ def test_torchrun_trains_what_one_process_trains(world: Path, tmp_path: Path) ->
     smooth = ("student.eps=0.01", "critic.eps=0.01")
     assert command("train", str(recipe), f"out={tmp_path / 'one'}", *smooth)[0] == 0
     arguments = ["train", str(recipe), f"out={tmp_path / 'two'}", *smooth, "distributed.shard=full"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*torchrun, "-m", "stream_r1", *arguments],
         capture_output=True,
         text=True,
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=300,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 0, done.stderr
