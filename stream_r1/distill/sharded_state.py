@@ -55,9 +55,10 @@ class SharedCheckpoints:
     def save(self, step: int, parts: dict[str, dict[str, Tensor]], values: dict[str, Any]) -> Path:
         """Writes step-<step> and returns when it is complete."""
         self.finish()
-        path, partial = self._begin(step)
+        path = self._path(step)
         if self.ranks.from_first(_holds(path, values)):
             return path
+        partial = self._begin(path)
         save(dict(flatten(parts)), storage_writer=_writer(partial))
         self._publish(path, values)
         return path
@@ -65,13 +66,15 @@ class SharedCheckpoints:
     def begin(self, step: int, parts: dict[str, dict[str, Tensor]], values: dict[str, Any]) -> None:
         """Copies everything to host memory and writes it while the caller goes on; `finish` completes it."""
         self.finish()
-        path, partial = self._begin(step)
+        path = self._path(step)
+        partial = self._begin(path)
         if self._background is None:  # messages of its own, so as not to meet the training's
             self._background = dist.new_group(backend="gloo")
         future = async_save(
             dict(flatten(parts)), storage_writer=_writer(partial), process_group=self._background
         )
         if not isinstance(future, Future):
+            future.staging_completion.result()  # the copy is made: the caller may change everything
             future = future.upload_completion
         self._pending = future, path, values
 
@@ -87,14 +90,16 @@ class SharedCheckpoints:
         self._publish(path, values)
         return path
 
-    def _begin(self, step: int) -> tuple[Path, Path]:
-        path = self.folder / f"step-{step:08d}"
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def _begin(self, path: Path) -> Path:
         partial = _partial(path)
         if self.ranks.first:
             clear_partial(self.folder)
             partial.mkdir()
         self.ranks.barrier()
-        return path, partial
+        return partial
 
     def _publish(self, path: Path, values: dict[str, Any]) -> None:
         """Every rank has written; a checkpoint of the same step gives way."""

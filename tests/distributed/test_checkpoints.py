@@ -10,6 +10,7 @@ import torch
 from workers import (
     Processes,
     distiller,
+    joined,
     launch,
     settings,
     train,
@@ -62,6 +63,25 @@ def test_a_resumed_run_is_the_unbroken_run(distributed: dict[str, Any], tmp_path
     moved = launch(4, train, tmp_path, other)[0]  # from step 2
     assert moved[0] == [pytest.approx(line, rel=1e-5, abs=1e-6) for line in unbroken[0][2:]]
     assert_equal(moved[1], unbroken[1], 1e-5)
+
+
+def _save_twice(folder: Path, chosen: Any) -> list[int]:
+    with joined(chosen) as ranks:
+        run = distiller(ranks, folder, chosen)
+        written = []
+        for _ in range(2):
+            path = run.save()
+            written.append((path / "values.json").stat().st_mtime_ns)
+        run.train_step()
+        run.step -= 1  # another state of the same step takes its place
+        path = run.save()
+        return [*written, (path / "values.json").stat().st_mtime_ns]
+
+
+def test_the_same_state_is_written_once(tmp_path: Path) -> None:
+    first, second, third = launch(2, _save_twice, tmp_path, settings())[0]
+    assert first == second < third
+    assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["step-00000000"]
 
 
 def test_one_process_s_file_goes_on_in_parts_on_two(tmp_path: Path) -> None:

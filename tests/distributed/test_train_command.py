@@ -14,8 +14,9 @@ import yaml
 from workers import launch
 
 from stream_r1.cli import main
+from stream_r1.config import SettingsError
 from stream_r1.models.checkpoints import load_student
-from stream_r1.recipe import InitRecipe, Recipe, load_any
+from stream_r1.recipe import InitRecipe, Recipe, load, load_any, load_start
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -126,3 +127,15 @@ def test_published_recipes(path: Path) -> None:
     code, out, _ = command("train", str(path), "--check")
     assert code == 0
     assert "shard: full" in out
+
+
+def test_another_kind_of_recipe_is_refused() -> None:
+    folder = ROOT / "recipes" / "wan2.1-1.3b"
+    with pytest.raises(
+        SettingsError, match="kind: expected one of distill, ode-init, teacher-forcing, got 'ode'"
+    ):
+        load_any(folder / "ode-init.yaml", ["kind=ode"])
+    with pytest.raises(SettingsError, match="kind: expected distill, got 'ode-init'"):
+        load(folder / "ode-init.yaml")
+    with pytest.raises(SettingsError, match="kind: expected ode-init or teacher-forcing, got 'distill'"):
+        load_start(folder / "stream-r1.yaml")
