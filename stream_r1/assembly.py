@@ -109,7 +109,7 @@ def write_ode_pairs(recipe: InitRecipe, ranks: Ranks | None = None) -> Iterator[
     teacher = _score_model(recipe.models.teacher, ranks.device).eval()
     channels: int = teacher.config.in_channels  # type: ignore[union-attr, assignment]
     prompts = read_prompts(recipe.prompts)
-    text = _embeddings(recipe, [*prompts, recipe.pairs.negative_prompt])
+    text = _embeddings(recipe, [*prompts, recipe.pairs.negative_text])
     yield from make_ode_pairs(
         teacher,
         text[:-1],

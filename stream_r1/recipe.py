@@ -16,6 +16,7 @@ from pydantic import Field
 
 from stream_r1.config import Settings, SettingsError, build, merge, parse_overrides, read_recipe
 from stream_r1.distill.settings import Count, DistillSettings, InitSettings, NotNegative, RolloutSettings
+from stream_r1.models.text import WAN_NEGATIVE_PROMPT
 
 FILM_PROMPTS = "film"
 
@@ -83,6 +84,11 @@ class PairSettings(Settings):
     negative_prompt: str = ""
     order: Literal[1, 2] = 2
     batch: Count = 4
+
+    @property
+    def negative_text(self) -> str:
+        """The negative prompt in full; "wan" is Wan's own, as in `MatchingSettings`."""
+        return WAN_NEGATIVE_PROMPT if self.negative_prompt == "wan" else self.negative_prompt
 
 
 class InitRecipe(InitSettings):
