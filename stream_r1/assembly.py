@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import WanTransformer3DModel
-from torch import nn
+from torch import Tensor, nn
 
 from stream_r1.config import SettingsError
+from stream_r1.distill.initialise import InitTrainer, Objective
+from stream_r1.distill.ode import OdeRegression, load_ode_pairs, make_ode_pairs
+from stream_r1.distill.ranks import Ranks
+from stream_r1.distill.teacher_forcing import TeacherForcing
 from stream_r1.distill.trainer import DistillTrainer
 from stream_r1.models.checkpoints import load_student
 from stream_r1.models.text import TextEncoder, load_text_encoder
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.models.vae import VideoVAE
-from stream_r1.recipe import Recipe, locate, read_prompts
+from stream_r1.recipe import InitRecipe, Recipe, locate, read_prompts
 from stream_r1.rewards import Reward, load_reward
+from stream_r1.schedule import FlowSchedule
 
 
 @dataclass
@@ -31,26 +37,29 @@ class Models:
     text: TextEncoder
 
 
-def load_models(recipe: Recipe, device: str = "cpu") -> Models:
-    """The models of a recipe.
+def load_models(recipe: Recipe, ranks: Ranks | None = None) -> Models:
+    """The models of a recipe, on the rank's device.
+
+    Those that the ranks divide among them stay in host memory: they move block by block, in parts.
 
     Raises:
         SettingsError: models that are missing, all of them, before any is loaded.
     """
     require_models(recipe)
-    paths = recipe.models
-    student = load_student(locate(paths.student), device=device, **recipe.stream.overrides())
+    paths, device = recipe.models, (ranks or Ranks()).device
     return Models(
-        student=student,
-        teacher=_score_model(paths.teacher, device),
-        critic=None if paths.critic is None else _score_model(paths.critic, device),
+        student=_student(recipe, ranks),
+        teacher=_score_model(paths.teacher, _home(recipe, ranks)),
+        critic=None if paths.critic is None else _score_model(paths.critic, _home(recipe, ranks)),
         vae=VideoVAE.from_pretrained(locate(paths.vae)).to(device),
         reward=load_reward(locate(paths.reward), device=device),
-        text=load_text_encoder(paths.text if paths.text == "minilm" else str(locate(paths.text))),
+        text=_text_encoder(paths.text, device),
     )
 
 
-def make_trainer(recipe: Recipe, models: Models, folder: Path | str) -> DistillTrainer:
+def make_trainer(
+    recipe: Recipe, models: Models, folder: Path | str, ranks: Ranks | None = None
+) -> DistillTrainer:
     """The trainer of a recipe; checkpoints go into ``folder``."""
     return DistillTrainer(
         recipe.distillation(),
@@ -62,13 +71,68 @@ def make_trainer(recipe: Recipe, models: Models, folder: Path | str) -> DistillT
         vae=models.vae,
         reward=models.reward,
         folder=folder,
+        ranks=ranks,
     )
 
 
-def require_models(recipe: Recipe) -> None:
+def make_init_trainer(recipe: InitRecipe, folder: Path | str, ranks: Ranks | None = None) -> InitTrainer:
+    """The trainer of a start; checkpoints go into ``folder``.
+
+    Raises:
+        SettingsError: models that are missing, or the teacher's trajectories.
+    """
+    require_models(recipe, unused=("teacher",))
+    pairs_folder = locate(recipe.pairs.folder)
+    if not any(pairs_folder.glob("pairs-*.safetensors")):
+        raise SettingsError(
+            f"pairs.folder: {recipe.pairs.folder}: no pairs-*.safetensors; "
+            "stream-r1 data ode-pairs RECIPE makes them"
+        )
+    pairs = load_ode_pairs(pairs_folder, _embeddings(recipe, read_prompts(recipe.prompts)))
+    schedule = FlowSchedule(recipe.rollout.shift)
+    objective: Objective = OdeRegression(pairs)
+    if recipe.kind == "teacher-forcing":
+        videos = pairs.trajectories[:, -1]
+        objective = TeacherForcing(
+            videos, pairs.text, pairs.text_index, schedule=schedule, steps=recipe.rollout.steps
+        )
+    return InitTrainer(recipe.training(), _student(recipe, ranks), objective, folder=folder, ranks=ranks)
+
+
+def write_ode_pairs(recipe: InitRecipe, ranks: Ranks | None = None) -> Iterator[int]:
+    """Writes the teacher's trajectories that a start's recipe names, each rank its part of the files.
+
+    Goes on where an earlier call stopped; yields the number of the last one after each file.
+    """
+    require_models(recipe)
+    ranks, size = ranks or Ranks(), recipe.rollout
+    teacher = _score_model(recipe.models.teacher, ranks.device).eval()
+    channels: int = teacher.config.in_channels  # type: ignore[union-attr, assignment]
+    prompts = read_prompts(recipe.prompts)
+    text = _embeddings(recipe, [*prompts, recipe.pairs.negative_text])
+    yield from make_ode_pairs(
+        teacher,
+        text[:-1],
+        recipe.pairs.folder,
+        pairs=recipe.pairs.count,
+        latent_shape=(size.frames, channels, size.height, size.width),
+        negative=text[-1:].to(ranks.device),
+        schedule=FlowSchedule(size.shift),
+        steps=size.steps,
+        solver_steps=recipe.pairs.solver_steps,
+        guidance=recipe.pairs.guidance,
+        order=recipe.pairs.order,
+        batch=recipe.pairs.batch,
+        seed=recipe.seed,
+        share=(ranks.rank, ranks.size),
+    )
+
+
+def require_models(recipe: Recipe | InitRecipe, *, unused: tuple[str, ...] = ()) -> None:
     """Refuse, before any work, models and prompts that are not there."""
     read_prompts(recipe.prompts)
-    named = {f"models.{key}": value for key, value in recipe.models.model_dump(exclude_none=True).items()}
+    paths = recipe.models.model_dump(exclude_none=True, exclude=set(unused))
+    named = {f"models.{key}": value for key, value in paths.items()}
     if recipe.models.text == "minilm":
         del named["models.text"]
     missing = [
@@ -80,6 +144,27 @@ def require_models(recipe: Recipe) -> None:
         raise SettingsError("\n  ".join(["models are missing", *missing]))
 
 
-def _score_model(path: str, device: str) -> nn.Module:
+def _home(recipe: Recipe | InitRecipe, ranks: Ranks | None) -> torch.device:
+    """Where a transformer is loaded."""
+    divided = ranks is not None and ranks.launched and recipe.distributed.shard != "none"
+    return torch.device("cpu") if ranks is None or divided else ranks.device
+
+
+def _student(recipe: Recipe | InitRecipe, ranks: Ranks | None) -> CausalWanTransformer:
+    path = locate(recipe.models.student)
+    return load_student(path, device=_home(recipe, ranks), **recipe.stream.overrides())
+
+
+def _score_model(path: str, device: torch.device) -> nn.Module:
     model: nn.Module = WanTransformer3DModel.from_pretrained(locate(path), torch_dtype=torch.float32)
     return model.to(device)
+
+
+def _text_encoder(spec: str, device: torch.device | str = "cpu") -> TextEncoder:
+    return load_text_encoder(spec if spec == "minilm" else str(locate(spec)), device=device)
+
+
+def _embeddings(recipe: InitRecipe, prompts: list[str]) -> Tensor:
+    """[P, L, D], float32, in host memory."""
+    encoder = _text_encoder(recipe.models.text)
+    return torch.cat([encoder.encode([prompt]) for prompt in prompts]).float()

@@ -66,7 +66,10 @@ def train(
     check: Annotated[bool, typer.Option("--check", help="Check and show the settings, run nothing.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")] = False,
 ) -> None:
-    """Distil a student by a recipe; go on where an earlier run stopped."""
+    """Train a student by a recipe; go on where an earlier run stopped.
+
+    On several GPUs: torchrun --nproc-per-node N -m stream_r1 train RECIPE.
+    """
     from stream_r1.commands.train import run
 
     run(recipe, overrides or [], check=check, fresh=fresh)
@@ -212,6 +215,17 @@ def data_baselines(
     from stream_r1.commands.data import baselines
 
     baselines(out, recipe, cache)
+
+
+@data_app.command("ode-pairs")
+def data_ode_pairs(
+    recipe: Annotated[Path, typer.Argument(help="A recipe of a start, as wan2.1-1.3b/ode-init.yaml.")],
+    overrides: Overrides = None,
+) -> None:
+    """Write the teacher's trajectories that a student's start is learnt from; goes on where it stopped."""
+    from stream_r1.commands.data import ode_pairs
+
+    ode_pairs(recipe, overrides or [])
 
 
 @app.command()

@@ -1,4 +1,8 @@
-"""A recipe: everything one distillation run is told, and whether it fits the models it names."""
+"""A recipe: everything one run is told, and whether it fits the models it names.
+
+`Recipe` distils (``kind: distill``, or none given); `InitRecipe` trains a student's start before that, by ODE
+regression (``kind: ode-init``) or teacher forcing (``kind: teacher-forcing``).
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field
 
-from stream_r1.config import Settings, SettingsError, load_recipe
-from stream_r1.distill.settings import Count, DistillSettings
+from stream_r1.config import Settings, SettingsError, build, merge, parse_overrides, read_recipe
+from stream_r1.distill.settings import Count, DistillSettings, InitSettings, NotNegative, RolloutSettings
+from stream_r1.models.text import WAN_NEGATIVE_PROMPT
 
 FILM_PROMPTS = "film"
 
@@ -45,6 +50,7 @@ class StreamSettings(Settings):
 class Recipe(DistillSettings):
     """The settings of the distillation, its models, its prompts and where results go."""
 
+    kind: Literal["distill"] = "distill"
     models: ModelPaths
     stream: StreamSettings = StreamSettings()
     prompts: str = FILM_PROMPTS
@@ -57,18 +63,93 @@ class Recipe(DistillSettings):
 
     def as_yaml(self) -> str:
         """The resolved settings; a recipe again."""
-        return yaml.safe_dump(
-            self.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=100
-        )
+        return _as_yaml(self)
+
+
+class InitModelPaths(Settings):
+    """Where the models are, see `ModelPaths`. student: the weights that it starts from."""
+
+    student: str
+    teacher: str
+    text: str = "minilm"
+
+
+class PairSettings(Settings):
+    """The teacher's trajectories that a start is learnt from: arguments of `make_ode_pairs`."""
+
+    folder: str
+    count: Count = 1000
+    solver_steps: Count = 48
+    guidance: NotNegative = 3.0
+    negative_prompt: str = ""
+    order: Literal[1, 2] = 2
+    batch: Count = 4
+
+    @property
+    def negative_text(self) -> str:
+        """The negative prompt in full; "wan" is Wan's own, as in `MatchingSettings`."""
+        return WAN_NEGATIVE_PROMPT if self.negative_prompt == "wan" else self.negative_prompt
+
+
+class InitRecipe(InitSettings):
+    """The settings of the training of a start, its models, its data and where results go.
+
+    Both kinds learn from `pairs`, which ``stream-r1 data ode-pairs`` makes: ODE regression from whole
+    trajectories, teacher forcing from their ends, the teacher's videos. Of `rollout`, sizes, steps and shift
+    count.
+    """
+
+    kind: Literal["ode-init", "teacher-forcing"]
+    models: InitModelPaths
+    stream: StreamSettings = StreamSettings()
+    rollout: RolloutSettings = RolloutSettings()
+    pairs: PairSettings
+    prompts: str = FILM_PROMPTS
+    out: str = "out/start"
+
+    def training(self) -> InitSettings:
+        """The part that the trainer is given."""
+        return InitSettings(**{name: getattr(self, name) for name in InitSettings.model_fields})
+
+    def as_yaml(self) -> str:
+        """The resolved settings; a recipe again."""
+        return _as_yaml(self)
+
+
+def _as_yaml(recipe: Recipe | InitRecipe) -> str:
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=100)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe of a distillation, see `load_any`; another kind is refused."""
+    recipe = load_any(path, overrides)
+    if not isinstance(recipe, Recipe):
+        raise SettingsError(f"{path}: kind: expected distill, got {recipe.kind!r}")
+    return recipe
+
+
+def load_start(path: str | Path, overrides: Sequence[str] = ()) -> InitRecipe:
+    """A recipe of a start, see `load_any`; another kind is refused."""
+    recipe = load_any(path, overrides)
+    if not isinstance(recipe, InitRecipe):
+        raise SettingsError(f"{path}: kind: expected ode-init or teacher-forcing, got {recipe.kind!r}")
+    return recipe
+
+
+def load_any(path: str | Path, overrides: Sequence[str] = ()) -> Recipe | InitRecipe:
     """A recipe file with ``key=value`` overrides, checked by itself and against the models that are there.
 
     Raises:
         SettingsError: what is wrong, everything at once.
     """
-    recipe = load_recipe(Recipe, locate(path), overrides)
+    data = merge(read_recipe(locate(path)), parse_overrides(overrides))
+    source = str(locate(path)) + (" with overrides" if overrides else "")
+    kinds = ("distill", "ode-init", "teacher-forcing")
+    kind = data.get("kind", "distill")
+    if kind not in kinds:
+        raise SettingsError(f"{source}: kind: expected one of {', '.join(kinds)}, got {kind!r}")
+    recipe: Recipe | InitRecipe
+    recipe = build(Recipe, data, source) if kind == "distill" else build(InitRecipe, data, source)
     problems = list(_misfits(recipe))
     if problems:
         raise SettingsError(f"{path}: " + ("\n  ".join(["does not fit its models", *problems])))
@@ -101,10 +182,10 @@ def read_prompts(source: str) -> list[str]:
     return prompts
 
 
-def _misfits(recipe: Recipe) -> list[str]:
+def _misfits(recipe: Recipe | InitRecipe) -> list[str]:
     """Combinations that cannot work, read off the models' configurations; no weight is loaded."""
     student, teacher, vae, reward = (
-        _config(getattr(recipe.models, name)) for name in ("student", "teacher", "vae", "reward")
+        _config(getattr(recipe.models, name, None)) for name in ("student", "teacher", "vae", "reward")
     )
     problems = []
     if student:
@@ -122,7 +203,12 @@ def _misfits(recipe: Recipe) -> list[str]:
             f"got {vae['z_dim']}"
         )
     axes = reward.get("axes") if reward else None
-    if recipe.weighting.mode == "re-dmd" and axes and recipe.weighting.motion_axis not in axes:
+    if (
+        isinstance(recipe, Recipe)
+        and recipe.weighting.mode == "re-dmd"
+        and axes
+        and recipe.weighting.motion_axis not in axes
+    ):
         problems.append(
             f"weighting.motion_axis: expected an axis of the reward ({', '.join(axes)}), "
             f"got {recipe.weighting.motion_axis!r}"
@@ -130,7 +216,7 @@ def _misfits(recipe: Recipe) -> list[str]:
     return problems
 
 
-def _stream_misfits(recipe: Recipe, student: dict[str, Any]) -> list[str]:
+def _stream_misfits(recipe: Recipe | InitRecipe, student: dict[str, Any]) -> list[str]:
     problems = []
     chunk, first = student.get("frames_per_chunk", 3), student.get("first_chunk_frames")
     rest = recipe.rollout.frames - (first or 0)
@@ -162,7 +248,9 @@ def _stream_misfits(recipe: Recipe, student: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _config(folder: str) -> dict[str, Any]:
+def _config(folder: str | None) -> dict[str, Any]:
     """The folder's config.json, or nothing if it is not there (weight files carry no configuration)."""
+    if folder is None:
+        return {}
     path = locate(folder) / "config.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -86,6 +86,22 @@ def reference(out: Path, prompts: str, cache: Path | None) -> None:
     console.print(f"{out} ({out.stat().st_size / 2**10:.0f} KB, {len(videos)} clips)", soft_wrap=True)
 
 
+def ode_pairs(path: Path, overrides: list[str]) -> None:
+    """Write the trajectories of a start's recipe; processes that torchrun started share the files."""
+    from stream_r1 import recipe as recipes
+    from stream_r1.assembly import write_ode_pairs
+    from stream_r1.distill.ranks import join
+
+    recipe = recipes.load_start(path, overrides)
+    with join(recipe.distributed) as ranks:
+        console = Console(quiet=not ranks.first)
+        with console.status("loading the teacher") as status:
+            for done in write_ode_pairs(recipe, ranks):
+                status.update(f"trajectories: {done} of {recipe.pairs.count}")
+        ranks.barrier()
+        console.print(f"{recipe.pairs.folder}: {recipe.pairs.count} trajectories", soft_wrap=True)
+
+
 def baselines(out: Path, recipe: Path, cache: Path | None) -> None:
     """Measure the teacher's samples and the film as the demo measures the students, and write the figures."""
     from stream_r1 import recipe as recipes

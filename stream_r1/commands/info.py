@@ -62,9 +62,9 @@ def _describe(console: Console, path: Path) -> None:
         console.print(f"[bold]{path}[/bold]  {_weights(path)}", soft_wrap=True)
     elif path.suffix in (".yaml", ".yml"):
         from stream_r1.commands.train import show
-        from stream_r1.recipe import load
+        from stream_r1.recipe import load_any
 
-        show(console, load(path))
+        show(console, load_any(path))
     elif not path.exists():
         raise FileNotFoundError(2, "No such file or folder", str(path))
     else:

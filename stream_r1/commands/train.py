@@ -1,10 +1,16 @@
-"""``stream-r1 train``: distil by a recipe, resuming where an earlier run stopped."""
+"""``stream-r1 train``: train by a recipe, resuming where an earlier run stopped.
+
+Started by torchrun, all its processes train together: the first one talks and writes.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
+import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,10 +18,13 @@ from rich.console import Console
 from rich.syntax import Syntax
 
 from stream_r1 import recipe as recipes
-from stream_r1.recipe import Recipe
+from stream_r1.recipe import InitRecipe, Recipe
 
 if TYPE_CHECKING:
     from stream_r1.distill.events import StepDone
+    from stream_r1.distill.initialise import InitTrainer
+    from stream_r1.distill.ranks import Ranks
+    from stream_r1.distill.trainer import DistillTrainer
 
 HISTORY = "history.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -24,50 +33,82 @@ STUDENT = "student"
 
 def run(path: Path, overrides: list[str], *, check: bool, fresh: bool) -> None:
     """Check the recipe; unless that is all, train, export the student and say where it is."""
-    console = Console()
-    recipe = recipes.load(path, overrides)
+    # Before the group is there, every process finds the same and one a machine tells it.
+    talks = os.environ.get("LOCAL_RANK", "0") == "0"
+    console = Console(quiet=not talks)
+    try:
+        recipe = recipes.load_any(path, overrides)
+    except ValueError:
+        if talks:
+            raise
+        sys.exit(2)
     if check:
         show(console, recipe)
         return
-    out = Path(recipe.out)
-    from stream_r1.assembly import load_models, make_trainer, require_models
+    from stream_r1.distill.ranks import join
 
-    require_models(recipe)
-    if fresh:
-        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
-        (out / HISTORY).unlink(missing_ok=True)
+    with join(recipe.distributed) as ranks:
+        if not ranks.first:
+            console = Console(quiet=True)
+            warnings.simplefilter("ignore")
+        stopped = _train(recipe, ranks, console, fresh=fresh)
+    if stopped:
+        sys.exit(130)
+
+
+def _train(recipe: Recipe | InitRecipe, ranks: Ranks, console: Console, *, fresh: bool) -> bool:
+    """Whether the run was stopped before its end."""
+    out = Path(recipe.out)
     with console.status("loading the models"):
-        trainer = make_trainer(recipe, load_models(recipe), out / CHECKPOINTS)
+        trainer = _trainer(recipe, ranks, out, fresh=fresh)
     resumed = trainer.resume()
     if resumed is not None:
         console.print(f"going on from {resumed}", soft_wrap=True)
     if trainer.step >= recipe.steps:
         console.print(f"all {recipe.steps} steps are done; steps=N goes further, --fresh starts over")
-        return
+        return False
 
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "recipe.yaml").write_text(recipe.as_yaml(), encoding="utf-8")
-    _forget_after(out / HISTORY, trainer.step)
+    if ranks.first:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "recipe.yaml").write_text(recipe.as_yaml(), encoding="utf-8")
+        _forget_after(out / HISTORY, trainer.step)
     from stream_r1.commands.progress import DistillationDisplay
     from stream_r1.distill.events import StepDone
 
-    with (
-        (out / HISTORY).open("a", encoding="utf-8") as history,
-        DistillationDisplay(console, "distilling", recipe.steps, trainer.step) as display,
-    ):
+    title = "distilling" if isinstance(recipe, Recipe) else "training the start"
+    with ExitStack() as stack:
+        history = None
+        if ranks.first:
+            history = stack.enter_context((out / HISTORY).open("a", encoding="utf-8"))
+        display = stack.enter_context(DistillationDisplay(console, title, recipe.steps, trainer.step))
         for event in trainer.run():
             display.show(event)
-            if isinstance(event, StepDone):
+            if isinstance(event, StepDone) and history is not None:
                 history.write(_line(event))
                 history.flush()
     trainer.export(out / STUDENT)
     console.print(f"student: {out / STUDENT}", soft_wrap=True)
     if trainer.stopped:
         console.print("stopped; the same command goes on from here")
-        sys.exit(130)
+    return trainer.stopped
 
 
-def show(console: Console, recipe: Recipe) -> None:
+def _trainer(
+    recipe: Recipe | InitRecipe, ranks: Ranks, out: Path, *, fresh: bool
+) -> DistillTrainer | InitTrainer:
+    from stream_r1 import assembly
+
+    assembly.require_models(recipe, unused=("teacher",) if isinstance(recipe, InitRecipe) else ())
+    if fresh and ranks.first:
+        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+        (out / HISTORY).unlink(missing_ok=True)
+    ranks.barrier()
+    if isinstance(recipe, InitRecipe):
+        return assembly.make_init_trainer(recipe, out / CHECKPOINTS, ranks)
+    return assembly.make_trainer(recipe, assembly.load_models(recipe, ranks), out / CHECKPOINTS, ranks)
+
+
+def show(console: Console, recipe: Recipe | InitRecipe) -> None:
     """Print the resolved settings."""
     console.print(Syntax(recipe.as_yaml(), "yaml", background_color="default", word_wrap=True))
 

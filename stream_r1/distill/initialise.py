@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stream_r1.distill.events import Clock, StepDone
 from stream_r1.distill.loop import TrainingLoop, make_adamw
 from stream_r1.distill.noise import SampleNoise
 from stream_r1.distill.order import ShuffledOrder
 from stream_r1.distill.precision import computing_in
+from stream_r1.distill.ranks import Ranks
 from stream_r1.distill.settings import InitSettings
+from stream_r1.distill.sharding import export_student
 from stream_r1.distill.state import Ema, load_optimizer_tensors, load_parameters, optimizer_tensors
 from stream_r1.models.transformer import CausalWanTransformer
 
@@ -41,6 +44,7 @@ class InitTrainer(TrainingLoop):
         student: is trained in place.
         objective: `OdeRegression` or `TeacherForcing`.
         folder: where checkpoints go and come from; None keeps none.
+        ranks: see `DistillTrainer`.
     """
 
     def __init__(
@@ -50,10 +54,12 @@ class InitTrainer(TrainingLoop):
         objective: Objective,
         *,
         folder: Path | str | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        super().__init__(settings, folder)
+        super().__init__(settings, folder, ranks)
         self.settings = settings
         self.student = student.train()
+        self._share([self.student], settings.batch, settings.accumulation, len(objective))
         if settings.gradient_checkpointing:
             student.enable_gradient_checkpointing()
         self.objective = objective
@@ -67,8 +73,9 @@ class InitTrainer(TrainingLoop):
         clock, scalars, losses = Clock(), dict[str, float](), []
         indices = self.order.draw(self.settings.batch)
         seeds = torch.randint(2**62, (self.settings.batch,), generator=self.random).tolist()
-        size = self.settings.batch // self.settings.accumulation
-        for start in range(0, self.settings.batch, size):
+        size = self.settings.batch // self.ranks.size // self.settings.accumulation
+        own = self.ranks.rank * size * self.settings.accumulation  # this rank's first sample
+        for start in range(own, own + size * self.settings.accumulation, size):
             noise = SampleNoise(seeds[start : start + size], self.device)
             with clock.part("forward"), computing_in(self.settings.precision, self.device):
                 loss = self.objective.loss(self.student, indices[start : start + size], noise)
@@ -87,11 +94,11 @@ class InitTrainer(TrainingLoop):
 
     def export(self, folder: Path | str, *, ema: bool = True) -> None:
         """Writes the student as a diffusers folder, with its averaged weights if `ema` and there are some."""
-        if ema:
-            with self.ema.applied():
-                self.student.save_pretrained(folder)
-        else:
-            self.student.save_pretrained(folder)
+        with self.ema.applied() if ema else nullcontext():
+            export_student(self.student, folder, self.ranks)
+
+    def _owners(self) -> dict[str, nn.Module]:
+        return dict.fromkeys(("student", "ema", "optimizer"), self.student)
 
     def _parts(self) -> dict[str, dict[str, Tensor]]:
         return {

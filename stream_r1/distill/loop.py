@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from stream_r1.distill.events import Event, Saved, StepDone
+from stream_r1.distill.ranks import Ranks
 from stream_r1.distill.settings import LoopSettings, OptimizerSettings
+from stream_r1.distill.sharded_state import SharedCheckpoints, load_shared_checkpoint
+from stream_r1.distill.sharding import Sharding, divided_like, weight_sum, whole
 from stream_r1.distill.state import (
     CheckpointError,
     StopRequest,
@@ -19,6 +22,8 @@ from stream_r1.distill.state import (
     load_checkpoint,
     save_checkpoint,
 )
+
+Parts = dict[str, dict[str, Tensor]]
 
 
 class DivergedError(RuntimeError):
@@ -33,11 +38,16 @@ class TrainingLoop(ABC):
     Args:
         settings: how many steps, and when to keep what.
         folder: where checkpoints go and come from; None keeps none.
+        ranks: the processes that train together; every one of them runs the same loop. None: this one alone.
     """
 
-    def __init__(self, settings: LoopSettings, folder: Path | str | None) -> None:
+    def __init__(self, settings: LoopSettings, folder: Path | str | None, ranks: Ranks | None = None) -> None:
         self._loop = settings
         self.folder = Path(folder) if folder is not None else None
+        self.ranks = ranks or Ranks()
+        self._shared = None
+        if self.ranks.launched and self.folder is not None:
+            self._shared = SharedCheckpoints(self.folder, settings.keep_checkpoints, self.ranks)
         self.step = 0
         self.stopped = False
         self._stop = StopRequest()
@@ -48,7 +58,7 @@ class TrainingLoop(ABC):
         """One step; leaves `step` one higher."""
 
     @abstractmethod
-    def _parts(self) -> dict[str, dict[str, Tensor]]:
+    def _parts(self) -> Parts:
         """The tensors that the rest of the run depends on, by part and name."""
 
     @abstractmethod
@@ -56,8 +66,32 @@ class TrainingLoop(ABC):
         """The rest that it depends on, as JSON can hold it."""
 
     @abstractmethod
-    def _restore(self, parts: dict[str, dict[str, Tensor]], values: dict[str, Any]) -> None:
+    def _restore(self, parts: Parts, values: dict[str, Any]) -> None:
         """Takes back what `_parts` and `_values` gave."""
+
+    @abstractmethod
+    def _owners(self) -> dict[str, nn.Module]:
+        """By part, the model whose parameters its tensors belong to: they are divided as these are."""
+
+    def _share(self, models: list[nn.Module], batch: int, accumulation: int, data: object) -> None:
+        """Divides models and work among the ranks, which must have begun alike.
+
+        Raises:
+            ValueError: a batch that does not divide, or ranks with other settings, data or weights.
+        """
+        ranks = self.ranks
+        if not ranks.launched:
+            return
+        if batch % (ranks.size * accumulation):
+            raise ValueError(
+                f"batch: expected a multiple of {ranks.size} processes x accumulation {accumulation}, "
+                f"got {batch}"
+            )
+        ranks.require_same(**self._loop.model_dump(mode="json"), data=data)
+        ranks.require_same(weights=[weight_sum(model) for model in models])
+        sharding = Sharding(self._loop.distributed, ranks)
+        for model in models:
+            sharding.place(model)
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to be of this run."""
@@ -73,7 +107,7 @@ class TrainingLoop(ABC):
         self.stopped = False
         with self._stop:
             while self.step < self._loop.steps:
-                if self._stop:
+                if self.ranks.any(bool(self._stop)):
                     self.stopped = True
                     yield from self._save("stopped")
                     return
@@ -83,6 +117,7 @@ class TrainingLoop(ABC):
                 except GeneratorExit:  # the consumer left; between two steps everything is whole
                     self.save()
                     raise
+                yield from self._written(wait=False)
                 if self.step % self._loop.checkpoint_every == 0 and self.step < self._loop.steps:
                     yield from self._save("interval")
             yield from self._save("finished")
@@ -95,14 +130,21 @@ class TrainingLoop(ABC):
         """Writes a checkpoint of everything that the rest of the run depends on; None without a folder."""
         if self.folder is None:
             return None
+        if self._shared is not None:
+            return self._shared.save(self.step, *self._state())
+        return save_checkpoint(self.folder, self.step, *self._state(), keep=self._loop.keep_checkpoints)
+
+    def _state(self) -> tuple[Parts, dict[str, Any]]:
         values = {
             "step": self.step,
             "skipped": self._skipped,
             "identity": self._identity(),
             "own": self._values(),
         }
-        parts = self._parts() | {"random": {"torch": torch.get_rng_state()}}
-        return save_checkpoint(self.folder, self.step, parts, values, keep=self._loop.keep_checkpoints)
+        return self._parts() | {"random": {self._random_name(): torch.get_rng_state()}}, values
+
+    def _random_name(self) -> str:
+        return f"torch.{self.ranks.rank}" if self.ranks.launched else "torch"
 
     def resume(self) -> Path | None:
         """Continues from the newest checkpoint in the folder, bit for bit; None if there is none.
@@ -110,24 +152,61 @@ class TrainingLoop(ABC):
         Raises CheckpointError if it is damaged or of a run with other settings.
         """
         there = list_checkpoints(self.folder) if self.folder is not None else []
-        if not there:
-            return None
-        self.load(there[-1])
-        return there[-1]
+        newest = self.ranks.from_first(there[-1] if there else None)
+        if newest is not None:
+            self.load(newest)
+        return newest
 
     def load(self, path: Path | str) -> None:
-        """Continues from a checkpoint; see `resume`."""
-        parts, values = load_checkpoint(path)
+        """Continues from a checkpoint, of however many processes; see `resume`."""
+        if Path(path).is_dir():
+            parts, values = load_shared_checkpoint(path, self._like, self.ranks)
+        else:
+            parts, values = load_checkpoint(path)
+            for part, named in parts.items():
+                for name, t in named.items():
+                    named[name] = divided_like(t, self._like(f"{part}/{name}", t.shape))
         _refuse_another_run(path, values["identity"], self._identity())
-        torch.set_rng_state(parts.pop("random")["torch"])
+        random = parts.pop("random")
+        # A process that was not there before has no state; nothing of a trainer's own draws from this one.
+        if self._random_name() in random:
+            torch.set_rng_state(random[self._random_name()])
         self._restore(parts, values["own"])
         self.step = values["step"]
         self._skipped = values["skipped"]
 
+    def _like(self, key: str, shape: torch.Size) -> Tensor | None:
+        """The parameter that a tensor of a checkpoint belongs to, if it has its shape.
+
+        Keys are <part>/<parameter> or, of optimizers, <part>/<parameter's index>/<what>.
+        """
+        part, _, name = key.partition("/")
+        model = self._owners().get(part)
+        if model is None:
+            return None
+        index = name.partition("/")[0]
+        parameter: Tensor | None
+        if index.isdigit():
+            parameter = list(model.parameters())[int(index)]
+        else:
+            parameter = dict(model.named_parameters()).get(name)
+        return parameter if parameter is not None and parameter.shape == shape else None
+
     def _save(self, why: Literal["interval", "stopped", "finished"]) -> Iterator[Event]:
+        if self._shared is not None:
+            yield from self._written(wait=True)
+            if why == "interval" and self._loop.distributed.async_checkpoints:
+                self._shared.begin(self.step, *self._state())
+                return
         path = self.save()
         if path is not None:
             yield Saved(self.step, path, why)
+
+    def _written(self, *, wait: bool) -> Iterator[Event]:
+        """Tells of a checkpoint that was written beside the training and is complete by now."""
+        path = self._shared.finish(wait=wait) if self._shared is not None else None
+        if path is not None:
+            yield Saved(int(path.name.removeprefix("step-")), path, "interval")
 
     def _descend(
         self,
@@ -137,12 +216,13 @@ class TrainingLoop(ABC):
         clip: float,
         scalars: dict[str, float],
     ) -> None:
-        """Clips and steps once for all micro-batches; skips the update if anything in it is not finite."""
+        """Clips and steps once for all micro-batches and ranks; skips it if anything in it is not finite."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, clip)
-        loss = torch.stack(losses).mean()
+        self.ranks.average_gradients(parameters)
+        norm = whole(nn.utils.clip_grad_norm_(parameters, clip))
+        loss = self.ranks.mean(torch.stack(losses).mean())
         numbers = torch.stack([loss.float(), norm.float()])
-        finite = bool(torch.isfinite(numbers).all())
+        finite = not self.ranks.any(not torch.isfinite(numbers).all())
         if finite:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -109,6 +109,7 @@ def make_ode_pairs(
     batch: int = 16,
     seed: int = 0,
     dtype: torch.dtype = torch.float16,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[int]:
     """Writes trajectories to `folder`, `batch` to a file, and yields how many there are after each.
 
@@ -121,6 +122,8 @@ def make_ode_pairs(
         pairs: how many trajectories.
         latent_shape: (F, C, h, w).
         dtype: of the trajectories on disk.
+        share: (which, of how many): write only every so many-th file; processes that share the work make the
+            files that one would make.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -136,7 +139,8 @@ def make_ode_pairs(
             "texts": len(text),
         }
     )
-    for start in range(0, pairs, batch):
+    which, shares = share
+    for start in range(which * batch, pairs, shares * batch):
         path = folder / f"pairs-{start:06d}.safetensors"
         count = min(batch, pairs - start)
         if _pairs_in(path, settings) < count:

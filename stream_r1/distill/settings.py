@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -101,8 +101,37 @@ class WeightingSettings(Settings):
     samples_at_once: Count | None = None
 
 
+class DistributedSettings(Settings):
+    """How a run that a launcher started as several processes divides its models among them.
+
+    shard: "none": every process holds every model, gradients are averaged; "full": each holds a part of every
+        model, its gradients, optimizer and average; "hybrid": `replicas` groups, each with a whole set of
+        parts.
+    replicas: None: one a machine.
+    backend: "auto" is nccl with a GPU and gloo without.
+    param_dtype: of sharded weights while they compute; what is kept, and sums of gradients, stay float32.
+    async_checkpoints: write checkpoints at intervals beside the training, from a copy in host memory.
+    timeout_minutes: how long a process waits for the others.
+    """
+
+    shard: Literal["none", "full", "hybrid"] = "none"
+    replicas: Count | None = None
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    async_checkpoints: bool = False
+    timeout_minutes: Positive = 30.0
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> DistributedSettings:
+        if self.replicas is not None and self.shard != "hybrid":
+            raise ValueError(f"replicas: only shard 'hybrid' has replicas, got shard {self.shard!r}")
+        if self.param_dtype != "float32" and self.shard == "none":
+            raise ValueError("param_dtype: only sharded weights are cast, got shard 'none'")
+        return self
+
+
 class LoopSettings(Settings):
-    """How long a run is, in which precision it computes, and what it keeps.
+    """How long a run is, in which precision it computes, what it keeps, and on how many processes.
 
     max_skipped: updates in a row that may fail to be finite.
     """
@@ -113,10 +142,20 @@ class LoopSettings(Settings):
     max_skipped: Count = 5
     checkpoint_every: Count = 50
     keep_checkpoints: Count = 2
+    distributed: DistributedSettings = DistributedSettings()
+
+    @model_validator(mode="after")
+    def _narrow_weights_in_narrow_sums(self) -> LoopSettings:
+        if self.distributed.param_dtype != "float32" and self.precision != self.distributed.param_dtype:
+            raise ValueError(
+                f"distributed.param_dtype: {self.distributed.param_dtype} needs precision "
+                f"{self.distributed.param_dtype}, got {self.precision}"
+            )
+        return self
 
     def maths(self) -> dict[str, Any]:
-        """What a resumed run may not change."""
-        free = {"steps", "max_skipped", "checkpoint_every", "keep_checkpoints"}
+        """What a resumed run may not change. How it is divided among processes it may."""
+        free = {"steps", "max_skipped", "checkpoint_every", "keep_checkpoints", "distributed"}
         return self.model_dump(mode="json", exclude=free)
 
 

@@ -1,8 +1,9 @@
 """What outlives a training process: checkpoints, whole or not there, and the moving average of weights.
 
-A checkpoint is one safetensors file: every tensor under "<part>/<name>", everything else as JSON in its
-metadata. Nothing in it can run code. It is written beside its place, flushed to disk and then renamed, so a
-process killed at any moment leaves the previous checkpoint as it was.
+A checkpoint of one process is one safetensors file: every tensor under "<part>/<name>", everything else as
+JSON in its metadata. (Several processes write a folder of them, see `sharded_state`.) Nothing in it can run
+code. It is written beside its place, flushed to disk and then renamed, so a process killed at any moment
+leaves the previous checkpoint as it was.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -23,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-_NAME = re.compile(r"step-(\d{8})\.safetensors")
+_NAME = re.compile(r"step-(\d{8})(\.safetensors)?")
 _FORMAT = "1"
 
 
@@ -46,28 +48,18 @@ def save_checkpoint(
         values: whatever JSON can hold.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.glob(".*.partial"):  # of processes that were killed
-        left_over.unlink()
-    tensors = {
-        f"{part}/{name}": t.detach().contiguous()
-        for part, named in parts.items()
-        for name, t in named.items()
-    }
+    clear_partial(folder)
+    tensors = {key: t.contiguous() for key, t in flatten(parts).items()}
     path = folder / f"step-{step:08d}.safetensors"
     partial = folder / f".{path.name}.partial"
     save_file(tensors, partial, metadata={"format": _FORMAT, "values": json.dumps(values)})
-    _flush(partial)
-    os.replace(partial, path)
-    _flush(folder)  # the rename itself
-    for old in list_checkpoints(folder)[:-keep]:
-        old.unlink()
+    publish(partial, path, keep=keep)
     return path
 
 
 def load_checkpoint(path: Path | str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Parts and values of a checkpoint. Raises CheckpointError if it is not one or is damaged."""
-    parts: dict[str, dict[str, Tensor]] = {}
+    tensors: dict[str, Tensor] = {}
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -76,11 +68,10 @@ def load_checkpoint(path: Path | str) -> tuple[dict[str, dict[str, Tensor]], dic
                     f"{path}: not a checkpoint of a trainer (format {metadata.get('format')!r})"
                 )
             for key in file.keys():  # noqa: SIM118 (not a mapping)
-                part, _, name = key.partition("/")
-                parts.setdefault(part, {})[name] = file.get_tensor(key)
+                tensors[key] = file.get_tensor(key)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from error
-    return parts, json.loads(metadata["values"])
+    return unflatten(tensors), json.loads(metadata["values"])
 
 
 def list_checkpoints(folder: Path | str) -> list[Path]:
@@ -89,7 +80,45 @@ def list_checkpoints(folder: Path | str) -> list[Path]:
     return sorted(p for p in folder.iterdir() if _NAME.fullmatch(p.name)) if folder.is_dir() else []
 
 
-def _flush(path: Path) -> None:
+def flatten(parts: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors by part and name -> by "<part>/<name>"."""
+    return {f"{part}/{name}": t.detach() for part, named in parts.items() for name, t in named.items()}
+
+
+def unflatten(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The inverse of `flatten`: the first "/" divides."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        part, _, name = key.partition("/")
+        parts.setdefault(part, {})[name] = value
+    return parts
+
+
+def clear_partial(folder: Path) -> None:
+    """Makes a folder for checkpoints, without what killed processes left in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for left_over in folder.glob(".*.partial"):
+        _remove(left_over)
+
+
+def publish(partial: Path, path: Path, *, keep: int) -> None:
+    """Gives a complete checkpoint its name, and then removes all but the `keep` newest."""
+    flush(partial)
+    os.replace(partial, path)
+    flush(path.parent)  # the rename itself
+    for old in list_checkpoints(path.parent)[:-keep]:
+        # A folder goes in many steps: under a name that is not a checkpoint's.
+        gone = old.with_name(f".{old.name}.partial")
+        os.replace(old, gone)
+        _remove(gone)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def flush(path: Path) -> None:
+    """Waits until a file or a folder's entries are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

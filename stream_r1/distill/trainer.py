@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,10 @@ from stream_r1.distill.loop import TrainingLoop, make_adamw
 from stream_r1.distill.noise import SampleNoise
 from stream_r1.distill.order import ShuffledOrder
 from stream_r1.distill.precision import computing_in
+from stream_r1.distill.ranks import Ranks
 from stream_r1.distill.rollout import self_rollout
 from stream_r1.distill.settings import DistillSettings
+from stream_r1.distill.sharding import export_student
 from stream_r1.distill.state import Ema, load_optimizer_tensors, load_parameters, optimizer_tensors
 from stream_r1.distill.weighting import StreamR1Weights
 from stream_r1.models.text import TextEncoder
@@ -43,6 +46,9 @@ class _Draw:
     prompts: list[str]
     seeds: list[int]
     exit_step: int
+
+    def of_rank(self, ranks: Ranks) -> _Draw:
+        return list(self.split(ranks.size))[ranks.rank]
 
     def split(self, parts: int) -> Iterator[_Draw]:
         size = len(self.prompts) // parts
@@ -68,9 +74,12 @@ class DistillTrainer(TrainingLoop):
         vae, reward: needed by every weighting but "uniform", where a reward is only reported.
         negative: [1, L, D], the embedding that guidance moves away from; None encodes
             `matching.negative_text`.
+        ranks: the processes that train together (see `join`): each makes the same trainer of the same models,
+            which move to the ranks' devices, and sees its part of every batch. None: this process alone.
 
     Everything random comes from `settings.seed`; two runs with the same arguments on one machine are equal
-    bit for bit, resumed or not.
+    bit for bit, resumed or not. Random choices belong to samples and not to ranks, so other numbers of ranks
+    give the same run up to the order of sums.
     """
 
     def __init__(
@@ -86,18 +95,21 @@ class DistillTrainer(TrainingLoop):
         vae: Decoder | None = None,
         reward: Reward | None = None,
         negative: Tensor | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        super().__init__(settings, folder)
+        super().__init__(settings, folder, ranks)
         self.settings = settings
-        self.device = next(student.parameters()).device
         self.student = student.train()
         self.teacher = teacher.eval().requires_grad_(False)
         self.critic = (critic if critic is not None else deepcopy(teacher)).train().requires_grad_(True)
+        self.prompts = list(prompts)
+        models = [self.student, self.critic, self.teacher]
+        self._share(models, settings.batch, settings.accumulation, hashed(self.prompts))
+        self.device = next(student.parameters()).device
         if settings.rollout.gradient_checkpointing:
             for model in (self.student, self.critic):
                 model.enable_gradient_checkpointing()  # type: ignore[operator]
 
-        self.prompts = list(prompts)
         self.order = ShuffledOrder(len(self.prompts), settings.seed)
         self.text_encoder = text_encoder
         self.random = torch.Generator().manual_seed(settings.seed)
@@ -134,7 +146,7 @@ class DistillTrainer(TrainingLoop):
     def _update_student(self, clock: Clock, scalars: dict[str, float]) -> Preview | None:
         draw, parts = self._draw(), self.settings.accumulation
         preview, losses, scores, logs = None, [], [], []
-        for micro in draw.split(parts):
+        for micro in draw.of_rank(self.ranks).split(parts):
             noise = SampleNoise(micro.seeds, self.device)
             text = self._embed(micro.prompts)
             with clock.part("rollout"), self._precision():
@@ -156,15 +168,16 @@ class DistillTrainer(TrainingLoop):
             if not scalars["student/skipped"]:
                 self.ema.update(self.step)
         if scores and self.weights is not None:
-            self.weights.history.observe(torch.cat(scores))
-            scalars |= {key: sum(log[key] for log in logs) / len(logs) for key in logs[0]}
+            self.weights.history.observe(self.ranks.gather(torch.cat(scores)))
+            means = {key: sum(log[key] for log in logs) / len(logs) for key in logs[0]}
+            scalars |= self.ranks.summary(means)
         scalars["student/exit_step"] = draw.exit_step
         return preview
 
     def _update_critic(self, clock: Clock, scalars: dict[str, float]) -> None:
         draw, parts = self._draw(), self.settings.accumulation
         losses = []
-        for micro in draw.split(parts):
+        for micro in draw.of_rank(self.ranks).split(parts):
             noise = SampleNoise(micro.seeds, self.device)
             text = self._embed(micro.prompts)
             with clock.part("critic rollout"), self._precision():
@@ -267,13 +280,19 @@ class DistillTrainer(TrainingLoop):
         if self.weights is not None and values["weights"] is not None:
             self.weights.load_state_dict(values["weights"])
 
+    def _owners(self) -> dict[str, nn.Module]:
+        student = dict.fromkeys(("student", "ema", "student_optimizer"), self.student)
+        return {**student, "critic": self.critic, "critic_optimizer": self.critic}
+
     def _identity(self) -> dict[str, Any]:
-        return super()._identity() | {"prompts": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()}
+        return super()._identity() | {"prompts": hashed(self.prompts)}
 
     def export(self, folder: Path | str, *, ema: bool = True) -> None:
         """Writes the student as a diffusers folder, with its averaged weights if `ema` and there are some."""
-        if ema:
-            with self.ema.applied():
-                self.student.save_pretrained(folder)
-        else:
-            self.student.save_pretrained(folder)
+        with self.ema.applied() if ema else nullcontext():
+            export_student(self.student, folder, self.ranks)
+
+
+def hashed(prompts: list[str]) -> str:
+    """Tells other prompts from these."""
+    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()

@@ -384,7 +384,8 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return t
 
     def _as_context(self, where: str, text: TextContext | Tensor, batch: int) -> TextContext:
-        context = text if isinstance(text, TextContext) else self.encode_text(text)
+        # The class's own function: a model in parts has its weights already, and would let them go again.
+        context = text if isinstance(text, TextContext) else CausalWanTransformer.encode_text(self, text)
         if len(context.k) != len(self.blocks) or context.batch not in (1, batch):
             raise ValueError(
                 f"CausalWanTransformer.{where}: text must have {len(self.blocks)} layers and batch 1 or "

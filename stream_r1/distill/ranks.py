@@ -1,0 +1,204 @@
+"""The processes that train together, a rank each, and what they tell one another.
+
+One process by itself is `Ranks()`: every method then gives back what it was given, bit for bit. `join` makes
+the processes that a launcher started (torchrun, or anything that sets its variables) into one group.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
+
+from stream_r1.distill.settings import DistributedSettings
+
+_LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_CPU = torch.device("cpu")
+_BUCKET = 1 << 24  # gradients that are summed in one message, in elements
+
+T = TypeVar("T")
+
+
+class RankError(RuntimeError):
+    """What ended a run of several processes, said by the first of them that failed."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is among those that train together.
+
+    rank, size: its place and their number.
+    local_size: how many of them are on this machine.
+    device: where it computes.
+    launched: whether there is a process group; without one there is one process.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_size: int = 1
+    device: torch.device = _CPU
+    launched: bool = False
+    store: Store | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank is the one that talks and writes."""
+        return self.rank == 0
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean of every rank's `x`, of the same shape everywhere; summed in float64."""
+        if not self.launched:
+            return x
+        total = x.detach().to(self.device, torch.float64)
+        dist.all_reduce(total)
+        return (total / self.size).to(x)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Every rank's `x` [B, ...], one after the other: [size * B, ...]."""
+        if not self.launched:
+            return x
+        out = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(out, x.contiguous())
+        return torch.cat(out)
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so."""
+        if not self.launched:
+            return flag
+        asked = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        return bool(asked)
+
+    def summary(self, scalars: dict[str, float]) -> dict[str, float]:
+        """Every rank's numbers as one: the mean, or the extreme where the name ends in min or max."""
+        if not self.launched or not scalars:
+            return scalars
+        table = self.gather(torch.tensor([list(scalars.values())], dtype=torch.float64, device=self.device))
+        take = {"min": table.amin(0).tolist(), "max": table.amax(0).tolist()}
+        mean = table.mean(0).tolist()
+        return {key: take.get(key.rpartition("/")[2], mean)[i] for i, key in enumerate(scalars)}
+
+    def from_first(self, value: T) -> T:
+        """The first rank's `value`, small and picklable."""
+        if not self.launched:
+            return value
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Waits for every rank."""
+        self.any(False)
+
+    def require_same(self, **values: object) -> None:
+        """Refuses to go on when ranks differ in what they were told. Raises ValueError on all of them."""
+        if not self.launched:
+            return
+        everybody: list[dict[str, object]] = [{} for _ in range(self.size)]
+        dist.all_gather_object(everybody, values)
+        for name in values:
+            said = [each[name] for each in everybody]
+            for rank, other in enumerate(said):
+                if other != said[0]:
+                    raise ValueError(
+                        f"every rank must have the same {name.replace('_', ' ')}: "
+                        f"rank 0 has {said[0]}, rank {rank} has {other}"
+                    )
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replaces the gradients of parameters that every rank holds whole by their means.
+
+        Sharded ones are left alone: theirs are averaged in the backward.
+        """
+        if not self.launched:
+            return
+        bucket: list[Tensor] = []
+        for p in parameters:
+            if p.grad is None or isinstance(p.grad, DTensor):
+                continue
+            if bucket and (
+                p.grad.dtype != bucket[0].dtype or sum(g.numel() for g in bucket) + p.grad.numel() > _BUCKET
+            ):
+                self._average(bucket)
+                bucket = []
+            bucket.append(p.grad)
+        if bucket:
+            self._average(bucket)
+
+    def _average(self, gradients: list[Tensor]) -> None:
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat)
+        flat /= self.size
+        for g, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            g.copy_(mean.view_as(g))
+
+    def failed_first(self) -> bool:
+        """Whether this rank is the first to report a failure; the others fail in its wake."""
+        if self.store is None:
+            return True
+        try:
+            return self.store.add("failed", 1) == 1
+        except (RuntimeError, OSError):  # whoever kept the store is gone
+            return False
+
+
+def launched() -> bool:
+    """Whether a launcher started this process as one of a group."""
+    return all(name in os.environ for name in _LAUNCHED)
+
+
+@contextmanager
+def join(settings: DistributedSettings) -> Iterator[Ranks]:
+    """The group that the environment describes, for as long as the context lasts; without one, `Ranks()`.
+
+    An error that leaves the context becomes a RankError on the first rank that fails. Those that fail in its
+    wake raise SystemExit, so that one message is told.
+    """
+    if not launched():
+        yield Ranks()
+        return
+    ranks = _start(settings)
+    try:
+        yield ranks
+    except Exception as error:
+        if not ranks.failed_first():
+            raise SystemExit(2) from error
+        told = str(error).strip() or type(error).__name__
+        kind = "" if type(error).__module__.startswith("stream_r1") else f"{type(error).__name__}: "
+        raise RankError(f"rank {ranks.rank} of {ranks.size}: {kind}{told}") from error
+    dist.destroy_process_group()
+
+
+def _start(settings: DistributedSettings) -> Ranks:
+    cuda = settings.backend == "nccl" or (settings.backend == "auto" and torch.cuda.is_available())
+    local = int(os.environ["LOCAL_RANK"])
+    if cuda:
+        if local >= torch.cuda.device_count():
+            raise ValueError(
+                f"distributed.backend: nccl needs a GPU a process, local rank {local} found "
+                f"{torch.cuda.device_count()} (fewer processes, or distributed.backend=gloo)"
+            )
+        torch.cuda.set_device(local)
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    timeout = timedelta(minutes=settings.timeout_minutes)
+    store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",  # checkpoints talk over the CPU
+        store=PrefixStore("group", store),
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
+        device_id=device if cuda else None,
+    )
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    return Ranks(rank, size, local_size, device, launched=True, store=PrefixStore("run", store))

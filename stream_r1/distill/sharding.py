@@ -1,0 +1,112 @@
+"""Models in parts: each rank keeps a slice of every weight and fetches a block's whole while it computes.
+
+Source: FSDP2 of torch, `torch.distributed.fsdp.fully_shard`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from stream_r1.distill.ranks import Ranks
+from stream_r1.distill.settings import DistributedSettings
+from stream_r1.models.transformer import CausalWanTransformer
+
+
+class Sharding:
+    """Brings models to the ranks' devices, in parts where the settings say so.
+
+    Raises:
+        ValueError: replicas that do not divide the ranks.
+    """
+
+    def __init__(self, settings: DistributedSettings, ranks: Ranks) -> None:
+        self.settings = settings
+        self.ranks = ranks
+        self.mesh = self._make_mesh() if ranks.launched and settings.shard != "none" else None
+
+    def _make_mesh(self) -> DeviceMesh:
+        kind, size = self.ranks.device.type, self.ranks.size
+        if self.settings.shard == "full":
+            return init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
+        replicas = self.settings.replicas or max(1, size // self.ranks.local_size)
+        if size % replicas:
+            raise ValueError(
+                f"distributed.replicas: expected a divisor of the {size} processes, got {replicas}"
+            )
+        return init_device_mesh(kind, (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))
+
+    def place(self, model: nn.Module) -> None:
+        """Divides a transformer, in place: every block by itself, the rest together.
+
+        A whole block exists on a rank while it computes, forward or backward; so do the parameters outside
+        of the blocks while a pass goes on. Every call fetches anew, so what it computes with is never from
+        before an update.
+        """
+        if not self.ranks.launched:
+            return
+        if self.mesh is None:
+            model.to(self.ranks.device)
+            return
+        narrow = self.settings.param_dtype == "bfloat16"
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if narrow else None,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,  # a timestep of 937.5 is not a bfloat16
+        )
+        # What our blocks give out may be a view; nobody writes into it.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+        for block in model.blocks:  # type: ignore[union-attr]
+            fully_shard(block, mesh=self.mesh, mp_policy=policy, reshard_after_forward=True)
+        fully_shard(model, mesh=self.mesh, mp_policy=policy, reshard_after_forward=True)
+        if isinstance(model, CausalWanTransformer):
+            for block in model.blocks:
+                register_fsdp_forward_method(block, "text_keys_values")
+            for method in ("encode_text", "forward_chunk"):
+                register_fsdp_forward_method(model, method)
+
+
+def whole(x: Tensor) -> Tensor:
+    """A tensor that may be in parts, gathered; every rank must ask."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def divided_like(x: Tensor, like: Tensor | None) -> Tensor:
+    """A whole tensor, the same on all ranks, divided as `like` is."""
+    if not isinstance(like, DTensor):
+        return x
+    return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def weight_sum(model: nn.Module) -> float:
+    """One number that tells other weights from these."""
+    return sum(p.detach().double().sum().item() for p in model.parameters())
+
+
+def export_student(student: CausalWanTransformer, folder: Path | str, ranks: Ranks) -> None:
+    """Writes a diffusers folder from the first rank; every rank must call it."""
+    if not isinstance(student, FSDPModule):
+        if ranks.first:
+            student.save_pretrained(folder)
+        ranks.barrier()
+        return
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(student, options=options)  # empty but on the first rank
+    if ranks.first:
+        with torch.device("meta"):
+            gathered: CausalWanTransformer = CausalWanTransformer.from_config(student.config)
+        gathered.load_state_dict(state, assign=True)
+        gathered.save_pretrained(folder)
+    ranks.barrier()

@@ -1,0 +1,143 @@
+"""Checkpoints that several processes write together: resumed, moved to other numbers of them, broken off."""
+
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from workers import (
+    Processes,
+    distiller,
+    joined,
+    launch,
+    settings,
+    train,
+    train_alone,
+    train_and_note,
+)
+
+from stream_r1.distill.state import CheckpointError, list_checkpoints
+
+SHARDED = {"shard": "full"}
+
+
+def assert_equal(
+    got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 0
+) -> None:
+    """Bit for bit, or to a tolerance relative to a tensor's largest number."""
+    drop = ("random/",)  # the state of generators that nothing draws from is of processes
+    got, expected = ({k: v for k, v in each.items() if not k.startswith(drop)} for each in (got, expected))
+    assert got.keys() == expected.keys()
+    for key, value in expected.items():
+        if tolerance and value.is_floating_point():
+            atol = tolerance * value.abs().max().item() + 1e-8  # some gradients are zero but for rounding
+            torch.testing.assert_close(got[key], value, rtol=tolerance, atol=atol, msg=key)
+        else:
+            assert torch.equal(got[key], value), key
+
+
+@pytest.mark.parametrize("distributed", [{}, SHARDED | {"async_checkpoints": True}], ids=["whole", "sharded"])
+def test_a_resumed_run_is_the_unbroken_run(distributed: dict[str, Any], tmp_path: Path) -> None:
+    """Bit for bit on as many processes; up to the order of sums on one and on four."""
+    chosen = settings(distributed=distributed, checkpoint_every=2)
+    unbroken = launch(2, train, None, chosen)[0]
+    before = launch(2, train, tmp_path, chosen.model_copy(update={"steps": 3}))[0][0]
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (tmp_path / "step-00000003").rename(copy / "step-00000003")
+
+    alone = train_alone(copy, chosen)  # leaves step-00000004.safetensors
+    assert alone[0] == [pytest.approx(line, rel=1e-5, abs=1e-6) for line in unbroken[0][3:]]
+    assert_equal(alone[1], unbroken[1], 1e-5)
+    assert [p.name for p in list_checkpoints(copy)] == ["step-00000003", "step-00000004.safetensors"]
+    (copy / "step-00000004.safetensors").unlink()
+
+    again = launch(2, train, copy, chosen)[0]
+    assert before + again[0] == unbroken[0]
+    assert_equal(again[1], unbroken[1])
+
+    other = settings(distributed=SHARDED if not distributed else {})
+    moved = launch(4, train, tmp_path, other)[0]  # from step 2
+    assert moved[0] == [pytest.approx(line, rel=1e-5, abs=1e-6) for line in unbroken[0][2:]]
+    assert_equal(moved[1], unbroken[1], 1e-5)
+
+
+def _save_twice(folder: Path, chosen: Any) -> list[int]:
+    with joined(chosen) as ranks:
+        run = distiller(ranks, folder, chosen)
+        written = []
+        for _ in range(2):
+            path = run.save()
+            written.append((path / "values.json").stat().st_mtime_ns)
+        run.train_step()
+        run.step -= 1  # another state of the same step takes its place
+        path = run.save()
+        return [*written, (path / "values.json").stat().st_mtime_ns]
+
+
+def test_the_same_state_is_written_once(tmp_path: Path) -> None:
+    first, second, third = launch(2, _save_twice, tmp_path, settings())[0]
+    assert first == second < third
+    assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["step-00000000"]
+
+
+def test_one_process_s_file_goes_on_in_parts_on_two(tmp_path: Path) -> None:
+    chosen = settings(distributed=SHARDED)
+    unbroken = train_alone(None, chosen)
+    train_alone(tmp_path, chosen.model_copy(update={"steps": 2}))
+    moved = launch(2, train, tmp_path, chosen)[0]
+    assert moved[0] == [pytest.approx(line, rel=1e-5, abs=1e-6) for line in unbroken[0][2:]]
+    assert_equal(moved[1], unbroken[1], 1e-5)
+
+
+def test_killed_at_any_moment_a_run_loses_no_more_than_since_the_last_checkpoint(tmp_path: Path) -> None:
+    """Two processes are killed with -9 amid steps, writing and removing; the run ends as the unbroken one."""
+    folder, log = tmp_path / "checkpoints", tmp_path / "log"
+    chosen = settings(steps=400, checkpoint_every=2, distributed=SHARDED | {"async_checkpoints": True})
+    moments = random.Random(0)
+    for _ in range(2):
+        noted = len(_notes(log))
+        run = Processes(2, train_and_note, folder, chosen, log)
+        _wait(lambda noted=noted: len(_notes(log)) >= noted + 6, run)
+        time.sleep(moments.uniform(0, 0.3))
+        run.kill()
+        saved = [step for what, step in _notes(log) if what == "saved"]
+        newest = int(list_checkpoints(folder)[-1].name[-8:])
+        assert newest >= saved[-1]
+        assert _notes(log)[-1][1] - newest <= 2 * chosen.checkpoint_every  # one may be under way
+    end = newest + 1
+    finished = launch(2, train, folder, chosen.model_copy(update={"steps": end}))[0]
+    unbroken = launch(2, train, None, chosen.model_copy(update={"steps": end}))[0]
+    assert finished[0] == unbroken[0][-1:]
+    assert_equal(finished[1], unbroken[1])
+    assert not list(folder.glob(".*"))
+
+
+def _notes(log: Path) -> list[tuple[str, int]]:
+    if not log.exists():
+        return []
+    lines = log.read_text().splitlines(keepends=True)
+    return [(line.split()[0], int(line.split()[1])) for line in lines if line.endswith("\n")]
+
+
+def _wait(condition: Any, run: Processes) -> None:
+    while not condition():
+        assert all(process.is_alive() for process in run.processes)
+        time.sleep(0.05)
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    chosen = settings(steps=1)
+    launch(2, train, tmp_path, chosen, False)
+    (path,) = list_checkpoints(tmp_path)
+    (first, *_) = sorted(path.glob("*.safetensors"))
+    whole = first.read_bytes()
+    first.write_bytes(whole[:-8])
+    with pytest.raises(CheckpointError, match=rf"step-00000001: {first.name}: expected {len(whole)} bytes"):
+        distiller(None, tmp_path, chosen).resume()
+    first.unlink()
+    with pytest.raises(CheckpointError, match="got None"):
+        distiller(None, tmp_path, chosen).resume()

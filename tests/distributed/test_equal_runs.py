@@ -1,0 +1,83 @@
+"""A run on several processes is the run on one, up to the order of sums."""
+
+from typing import Any
+
+import pytest
+import torch
+from workers import InitSettings, distiller, everything, launch, settings, train, train_alone
+
+
+def assert_same_run(
+    got: tuple, expected: tuple, start: dict[str, torch.Tensor], skipped: tuple[str, ...] = ()
+) -> None:
+    """The same numbers and weights to 1e-5, and the same way from the start to a thousandth."""
+    for ours, theirs in zip(got[0], expected[0], strict=True):
+        ours, theirs = ({k: v for k, v in line.items() if k not in skipped} for line in (ours, theirs))
+        assert ours.keys() == theirs.keys()
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+    assert got[1].keys() == expected[1].keys()
+    for key, value in expected[1].items():
+        if key.startswith("draws") or not value.is_floating_point():
+            assert torch.equal(got[1][key], value), key
+            continue
+        torch.testing.assert_close(
+            got[1][key], value, rtol=1e-5, atol=1e-5 * value.abs().max().item() + 1e-8, msg=key
+        )
+    for part in ("student/", "critic/"):
+        keys = [key for key in start if key.startswith(part)]
+        if keys:
+            way = torch.cat([(expected[1][key] - start[key]).flatten() for key in keys]).norm()
+            off = torch.cat([(expected[1][key] - got[1][key]).flatten() for key in keys]).norm()
+            assert off < 1e-3 * way
+
+
+@pytest.fixture(scope="module")
+def alone() -> tuple:
+    return train_alone(None, settings())
+
+
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [
+        (2, {"accumulation": 2}),
+        (2, {"distributed": {"shard": "full"}, "rollout": {"gradient_checkpointing": True}}),
+        (4, {}),
+        (4, {"distributed": {"shard": "hybrid", "replicas": 2}}),
+    ],
+    ids=["2-whole-accumulated", "2-sharded-checkpointed", "4-whole", "4-hybrid"],
+)
+def test_distillation(alone: tuple, size: int, changes: dict[str, Any]) -> None:
+    results = launch(size, train, None, settings(**changes))
+    assert all(result[0] == results[0][0] for result in results)  # every rank knows the same numbers
+    for result in results[1:]:
+        assert all(torch.equal(result[1][key], value) for key, value in results[0][1].items())
+    start = everything(distiller(None, None, settings()))
+    of_micro_batches = ("inter/min", "inter/max") if "accumulation" in changes else ()
+    assert_same_run(results[0], alone, start, of_micro_batches)
+
+
+def test_accumulated_gradients_of_shards_are_those_of_the_large_batch() -> None:
+    """In bfloat16 too: the weights are gathered narrow, summed up and kept wide."""
+    runs = {}
+    for accumulation in (1, 2):
+        chosen = settings(
+            steps=2,
+            accumulation=accumulation,
+            precision="bfloat16",
+            distributed={"shard": "full", "param_dtype": "bfloat16"},
+        )
+        runs[accumulation] = launch(2, train, None, chosen)[0]
+    assert all(t.dtype != torch.bfloat16 for t in runs[1][1].values())
+    for key in ("student/loss", "student/grad_norm", "critic/loss", "critic/grad_norm"):
+        assert runs[1][0][0][key] == pytest.approx(runs[2][0][0][key], rel=2e-2)
+    wide = launch(2, train, None, settings(steps=2))[0]
+    assert runs[1][0][0]["critic/loss"] != wide[0][0]["critic/loss"]
+    assert runs[1][0][0]["critic/loss"] == pytest.approx(wide[0][0]["critic/loss"], rel=3e-2)
+
+
+@pytest.mark.parametrize("shard", ["none", "full"])
+def test_the_training_of_a_start(shard: str) -> None:
+    chosen = {"steps": 4, "batch": 4, "optimizer": {"lr": 1e-2, "eps": 1e-2, "clip": 1.0}, "warmup": 2}
+    expected = train_alone(None, InitSettings.model_validate(chosen))
+    got = launch(2, train, None, InitSettings.model_validate(chosen | {"distributed": {"shard": shard}}))
+    assert_same_run(got[0], expected, {})

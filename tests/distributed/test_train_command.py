@@ -1,0 +1,141 @@
+"""`stream-r1 train` on two processes: by torchrun, and as a launcher would start it."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from workers import launch
+
+from stream_r1.cli import main
+from stream_r1.config import SettingsError
+from stream_r1.models.checkpoints import load_student
+from stream_r1.recipe import InitRecipe, Recipe, load, load_any, load_start
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def command(*arguments: str, only_on_1: tuple[str, ...] = ()) -> tuple[int, str, str]:
+    """A command's exit code and what it wrote."""
+    extra = only_on_1 if os.environ.get("RANK") == "1" else ()
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main([*arguments, *extra])
+        except SystemExit as end:
+            return int(end.code or 0), out.getvalue(), err.getvalue()
+    raise AssertionError("the command line returned")
+
+
+def command_with_own(*arguments: str) -> tuple[int, str, str]:
+    return command(*arguments[:-1], only_on_1=(arguments[-1],))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_student(folder / "student").state_dict()
+
+
+def test_torchrun_trains_what_one_process_trains(world: Path, tmp_path: Path) -> None:
+    recipe = world / "recipe.yaml"
+    smooth = ("student.eps=0.01", "critic.eps=0.01")
+    assert command("train", str(recipe), f"out={tmp_path / 'one'}", *smooth)[0] == 0
+    arguments = ["train", str(recipe), f"out={tmp_path / 'two'}", *smooth, "distributed.shard=full"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "stream_r1", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("student:") == 1
+    assert "Warning" not in done.stderr
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    start = load_student(world / "student").state_dict()
+    assert any(not torch.equal(one[name], start[name]) for name in one)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    lines = [json.loads(line) for line in (tmp_path / "two" / "history.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert [p.name for p in (tmp_path / "two" / "checkpoints").iterdir()] == ["step-00000004"]
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("student.lr=0.5", "every rank must have the same student"),
+        ("models.teacher=nowhere", "rank 1 of 2: models are missing"),
+    ],
+)
+def test_an_error_is_told_once(world: Path, tmp_path: Path, override: str, told: str) -> None:
+    out = tmp_path / "out"
+    results = launch(2, command_with_own, "train", str(world / "recipe.yaml"), f"out={out}", override)
+    assert [code for code, _, _ in results] == [2, 2]
+    assert "".join(out for _, out, _ in results).strip() == ""
+    assert told in "".join(err for _, _, err in results)
+    assert sum(err != "" for _, _, err in results) == 1
+    assert not out.exists()
+
+
+def test_a_start_is_learnt_from_trajectories_that_processes_make_together(
+    world: Path, tmp_path: Path
+) -> None:
+    recipe = yaml.safe_load((world / "recipe.yaml").read_text())
+    start = {
+        "kind": "ode-init",
+        "models": {name: recipe["models"][name] for name in ("student", "teacher")},
+        "prompts": recipe["prompts"],
+        "rollout": recipe["rollout"] | {"steps": [1000, 500]},
+        "pairs": {"folder": str(tmp_path / "pairs"), "count": 3, "solver_steps": 2, "batch": 1},
+        "steps": 2,
+        "batch": 2,
+        "optimizer": {"lr": 1e-3},
+    }
+    path = tmp_path / "start.yaml"
+    path.write_text(yaml.safe_dump(start))
+    code, _, err = command("train", str(path), f"out={tmp_path / 'early'}")
+    assert code == 2
+    assert "data ode-pairs RECIPE makes them" in err
+    assert [code for code, _, _ in launch(2, command, "data", "ode-pairs", str(path))] == [0, 0]
+    assert len(list((tmp_path / "pairs").glob("pairs-*.safetensors"))) == 3
+    begun = load_student(world / "student").state_dict()
+    for kind in ("ode-init", "teacher-forcing"):
+        out = tmp_path / kind
+        results = launch(2, command, "train", str(path), f"out={out}", f"kind={kind}")
+        assert [code for code, _, _ in results] == [0, 0]
+        assert any(not torch.equal(value, begun[name]) for name, value in weights(out).items())
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "recipes" / "wan2.1-1.3b").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_published_recipes(path: Path) -> None:
+    """They load, are refused nothing, and divide among 8 GPUs."""
+    recipe = load_any(path)
+    assert type(recipe) is (InitRecipe if path.stem in ("ode-init", "teacher-forcing") else Recipe)
+    assert recipe.batch % (8 * recipe.accumulation) == 0
+    assert load_any(path, ["seed=1"]).seed == 1
+    code, out, _ = command("train", str(path), "--check")
+    assert code == 0
+    assert "shard: full" in out
+
+
+def test_another_kind_of_recipe_is_refused() -> None:
+    folder = ROOT / "recipes" / "wan2.1-1.3b"
+    with pytest.raises(
+        SettingsError, match="kind: expected one of distill, ode-init, teacher-forcing, got 'ode'"
+    ):
+        load_any(folder / "ode-init.yaml", ["kind=ode"])
+    with pytest.raises(SettingsError, match="kind: expected distill, got 'ode-init'"):
+        load(folder / "ode-init.yaml")
+    with pytest.raises(SettingsError, match="kind: expected ode-init or teacher-forcing, got 'distill'"):
+        load_start(folder / "stream-r1.yaml")

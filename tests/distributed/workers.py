@@ -1,0 +1,183 @@
+"""Processes that train together, as a launcher starts them, and small runs for them."""
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from distill_models import LATENT, LetterEncoder, StretchDecoder, tiny_student, tiny_teacher
+from torch import Tensor
+from toy_rewards import SmoothReward
+
+from stream_r1.distill.events import Saved, StepDone
+from stream_r1.distill.initialise import InitTrainer
+from stream_r1.distill.ode import OdePairs, OdeRegression
+from stream_r1.distill.ranks import Ranks, join
+from stream_r1.distill.settings import DistillSettings, InitSettings
+from stream_r1.distill.sharding import whole
+from stream_r1.distill.trainer import DistillTrainer
+
+PROMPTS = ["a red fox", "bright sky", "rabbit", "red barn", "still lake"]
+
+
+class Processes:
+    """Ranks 0 .. size - 1 of a function `work(*arguments)`, each a process with a launcher's environment."""
+
+    def __init__(self, size: int, work: Callable[..., Any], *arguments: Any) -> None:
+        context = multiprocessing.get_context("forkserver")
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        self.processes, self._ends = [], []
+        for rank in range(size):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_child, args=(rank, size, port, theirs, work, arguments))
+            process.start()
+            theirs.close()
+            self.processes.append(process)
+            self._ends.append(ours)
+
+    def results(self, timeout: float = 120) -> list[Any]:
+        """What every rank returned, or an exception where it raised or died."""
+        out = []
+        for process, end in zip(self.processes, self._ends, strict=True):
+            try:
+                out.append(pickle.loads(end.recv_bytes()) if end.poll(timeout) else TimeoutError("no result"))
+            except EOFError:
+                process.join(timeout)
+                out.append(ChildProcessError(f"died: {process.exitcode}"))
+        self.kill()
+        return out
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def launch(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What every rank's `work` returned; raises what one raised."""
+    results = Processes(size, work, *arguments).results()
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+def _child(
+    rank: int, size: int, port: int, end: Connection, work: Callable[..., Any], arguments: Any
+) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
+    try:
+        result = work(*arguments)
+    except BaseException as error:
+        traceback.print_exc()
+        result = error if isinstance(error, Exception) else RuntimeError(repr(error))
+    end.send_bytes(pickle.dumps(result))  # tensors by value: the process may be gone when they are read
+
+
+@contextlib.contextmanager
+def joined(settings: Any) -> Iterator[Ranks]:
+    with join(settings.distributed) as ranks:
+        yield ranks
+
+
+def settings(**changes: Any) -> DistillSettings:
+    base: dict[str, Any] = {
+        "steps": 4,
+        "batch": 4,
+        "critic_updates": 2,
+        # A large eps: the updates are smooth in the gradients, so that rounding stays rounding.
+        "student": {"lr": 1e-2, "eps": 1e-2},
+        "critic": {"lr": 1e-2, "eps": 1e-2},
+        "ema": {"decay": 0.5, "start": 1},
+        "rollout": {"frames": 6, "height": 4, "width": 6, "steps": [1000, 500]},
+        "weighting": {"history": 2},
+        "checkpoint_every": 100,
+    }
+    for key, value in changes.items():
+        base[key] = base.get(key, {}) | value if isinstance(value, dict) else value
+    return DistillSettings.model_validate(base)
+
+
+def distiller(
+    ranks: Ranks | None, folder: Path | None, chosen: DistillSettings, **extra: Any
+) -> DistillTrainer:
+    stream = {"window_frames": 6, "sink_frames": 3, "positions": "window", "sink_ema": 0.9}
+    arguments: dict[str, Any] = {
+        "student": tiny_student(num_layers=2, **stream),
+        "teacher": tiny_teacher(),
+        "prompts": PROMPTS,
+        "text_encoder": LetterEncoder(),
+        "folder": folder,
+        "vae": StretchDecoder(),
+        "reward": SmoothReward(),
+        "ranks": ranks,
+    }
+    return DistillTrainer(chosen, **(arguments | extra))
+
+
+def starter(ranks: Ranks | None, folder: Path | None, chosen: InitSettings) -> InitTrainer:
+    g = torch.Generator().manual_seed(2)
+    trajectories, text = torch.randn(5, 3, 6, *LATENT, generator=g), torch.randn(2, 8, 16, generator=g)
+    pairs = OdePairs(trajectories, torch.arange(5) % 2, text, torch.tensor([1000.0, 625.0]))
+    return InitTrainer(chosen, tiny_student(), OdeRegression(pairs), folder=folder, ranks=ranks)
+
+
+def everything(trainer: Any) -> dict[str, Tensor]:
+    """Every tensor that training changed, whole."""
+    out = {}
+    for part, named in trainer._parts().items():
+        out |= {f"{part}/{name}": whole(t).clone() for name, t in named.items()}
+    weights = trainer._values().get("weights")
+    if weights is not None:
+        out["history"] = torch.tensor(weights["history"], dtype=torch.float64)
+    return out
+
+
+def numbers(trainer: Any) -> list[dict[str, float]]:
+    return [event.scalars for event in trainer.run() if isinstance(event, StepDone)]
+
+
+def train(folder: Path | None, chosen: Any, gathered: bool = True) -> tuple[list[dict[str, float]], Any]:
+    """A run, resumed if there is something to resume: its numbers, and everything it ends with."""
+    make = distiller if isinstance(chosen, DistillSettings) else starter
+    with joined(chosen) as ranks:
+        trainer = make(ranks, folder, chosen)
+        trainer.resume()
+        return numbers(trainer), everything(trainer) if gathered else None
+
+
+def train_alone(folder: Path | None, chosen: Any) -> tuple[list[dict[str, float]], Any]:
+    """The same in this process, without a group."""
+    make = distiller if isinstance(chosen, DistillSettings) else starter
+    trainer = make(None, folder, chosen)
+    trainer.resume()
+    return numbers(trainer), everything(trainer)
+
+
+def train_and_note(folder: Path, chosen: Any, log: Path) -> None:
+    """A run that notes every step and checkpoint on the disk as it happens."""
+    with joined(chosen) as ranks:
+        trainer = distiller(ranks, folder, chosen)
+        trainer.resume()
+        with log.open("a") as notes:
+            for event in trainer.run():
+                if ranks.first:
+                    notes.write(f"{'saved' if isinstance(event, Saved) else 'step'} {event.step}\n")
+                    notes.flush()
