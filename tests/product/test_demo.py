@@ -7,6 +7,7 @@ import pytest
 
 from stream_r1 import recipe
 from stream_r1.config import SettingsError
+from stream_r1.demo.baselines import save_baselines
 from stream_r1.demo.record import Record
 from stream_r1.demo.report import write_report
 from stream_r1.demo.run import Demo
@@ -43,6 +44,7 @@ class Watcher:
 
 @pytest.fixture(scope="module")
 def settings(world):
+    save_baselines(world / "baselines.json", {"teacher": {"kid": 0.5}, "film": {"reward/VQ": 0.25}})
     return DemoSettings(
         prompts=("a red apple",),
         chunks=1,
@@ -51,6 +53,7 @@ def settings(world):
         teacher_steps=1,
         least_distillation=3600.0,  # the recipe's steps end it, not the time
         reference=str(world / "reference.safetensors"),
+        baselines=str(world / "baselines.json"),
     )
 
 
@@ -66,7 +69,9 @@ def test_stopped_and_gone_on_with(world, settings, tmp_path, monkeypatch):
     assert [point.step for point in record.steps] == [1]
     assert set(record.clips) == {"before", "after", "teacher", "film"}
     assert record.clips["film"] == []
-    assert set(record.evaluations) == {"before", "film"}
+    assert set(record.evaluations) == {"before", "teacher", "film"}
+    assert record.evaluations["teacher"] == {"kid": 0.5}
+    assert record.evaluations["film"]["reward/VQ"] == 0.25
     assert "This run was stopped after 1 student step" in write_report(record, out).read_text(
         encoding="utf-8"
     )
