@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from stream_r1.models.blocks import Block, time_sinusoid
-from stream_r1.models.transformer import CausalWanTransformer
+from stream_r1.models.transformer import CausalWanTransformer, TextContext
 
 
 class PublishedFlow:
@@ -32,6 +32,7 @@ class PublishedFlow:
         self.window, self.sink = config["window_frames"], config["sink_frames"]
         self.relative = config["positions"] == "window"
         self.frames_seen = 0  # of finished chunks
+        self.context: TextContext | None = None  # of the one prompt
         self.kept: list[tuple[Tensor, Tensor] | None] = [None] * len(
             student.blocks
         )  # [B, T, H, D], unrotated
@@ -56,8 +57,7 @@ class PublishedFlow:
         features = time_sinusoid(t, embedder.freq_dim).to(net.linear_1.weight.dtype)
         embedding = net.linear_2(functional.silu(net.linear_1(features))).to(h.dtype)
         time = embedder.time_proj(functional.silu(embedding)).unflatten(-1, (6, -1))  # [B, F, 6, D]
-        context = student.encode_text(text) if not hasattr(self, "context") else self.context
-        self.context = context
+        context = self.context = self.context or student.encode_text(text)
         for layer, block in enumerate(student.blocks):
             h = self._block(layer, block, h, time, context.k[layer], context.v[layer], frames, last)
         if last:

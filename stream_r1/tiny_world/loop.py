@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from stream_r1.config import Settings, SettingsError
+from stream_r1.distill.precision import computing_in
 from stream_r1.tiny_world.muon import Muon
 
 log = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ class Loop:
             yield self.step
 
     def _precision(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.settings.bfloat16)
+        return computing_in("bfloat16" if self.settings.bfloat16 else "float32", torch.device("cpu"))
 
     def _update(self) -> None:
         rate = self.settings.rate(self.step)
