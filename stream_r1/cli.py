@@ -77,12 +77,20 @@ def train(
 
 @app.command()
 def sample(
-    prompts: Annotated[list[str], typer.Argument(help="One or more prompts; they make one batch.")],
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="One or more prompts; they make one batch.")
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt, as an option; repeatable.")] = None,
     out: Annotated[Path, typer.Option(help="The mp4; several prompts are numbered.")] = Path(
         "out/sample.mp4"
     ),
     models: Annotated[
-        str, typer.Option(help="Folder with student/ and vae/, or a diffusers folder or hub repository.")
+        str,
+        typer.Option(
+            "--models",
+            "--model",
+            help="Folder with student/ and vae/, or a diffusers folder or hub repository.",
+        ),
     ] = "assets/tiny",
     checkpoint: Annotated[
         Path | None, typer.Option(help="Another student: a .pt or .safetensors file, or a folder of them.")
@@ -120,6 +128,11 @@ def sample(
     """Stream a student into mp4 files, written as frames arrive."""
     from stream_r1.commands.sample import Models, Output, run
 
+    prompts = [*(prompts or ()), *(prompt or ())]
+    if not prompts:
+        raise typer.BadParameter(
+            'expected at least one, as in: stream-r1 sample "a rabbit"', param_hint="prompts"
+        )
     named = Models(
         folder=models,
         checkpoint=checkpoint,

@@ -44,10 +44,10 @@ def test_a_checkpoint_from_a_picture_in_half_precision(world, tmp_path, capsys):
     student = CausalWanTransformer.from_pretrained(world / "student")
     torch.save({"generator": to_original_names(student.state_dict())}, tmp_path / "student.pt")
     Image.new("RGB", (48, 32), (90, 140, 60)).save(tmp_path / "meadow.png")
-    what = ("--models", world, "--checkpoint", tmp_path / "student.pt", "--network", "generator")
+    what = ("--model", world, "--checkpoint", tmp_path / "student.pt", "--network", "generator")
     how = ("--dtype", "bfloat16", "--vae-dtype", "bfloat16", "--device", "cpu", "--vae-device", "cpu")
     start = ("--size", "32x48", "--seconds", 0.5, "--start", tmp_path / "meadow.png")
-    assert run("sample", "a rabbit", *what, *how, *start, "--out", tmp_path / "it.mp4") == 0
+    assert run("sample", "--prompt", "a rabbit", *what, *how, *start, "--out", tmp_path / "it.mp4") == 0
     assert "goes on from a picture, still for 9 frames" in capsys.readouterr().out
     assert read_video(tmp_path / "it.mp4")[0].shape == (12, 3, 32, 48)
 
@@ -72,3 +72,8 @@ def test_refuses(world, capsys, arguments, told):
     shown = capsys.readouterr().err
     assert told in shown
     assert "Traceback" not in shown
+
+
+def test_wants_a_prompt(world, capsys):
+    assert run("sample", "--models", world) == 2
+    assert "prompts: expected at least one" in capsys.readouterr().err
