@@ -38,7 +38,7 @@ def measure_baselines(
     """
     prompts = stages.evaluated_prompts(recipe, settings)
     frames = models.vae.frames(recipe.rollout.frames)
-    clips = film_clips(film, prompts, frames)
+    clips = clips_of_prompts(film, prompts, frames)
     teacher = [
         video
         for start in range(0, len(prompts), settings.evaluated_batch)
@@ -60,7 +60,7 @@ def measure_baselines(
     }
 
 
-def film_clips(film: np.ndarray, prompts: list[str], frames: int) -> list[Tensor]:
+def clips_of_prompts(film: np.ndarray, prompts: list[str], frames: int) -> list[Tensor]:
     """One clip [T, 3, H, W] in [0, 1] of the training shots of each prompt; further ones where it comes
     again.
     """
@@ -75,7 +75,7 @@ def film_clips(film: np.ndarray, prompts: list[str], frames: int) -> list[Tensor
     }
     missing = [prompt for prompt, found in starts.items() if not found]
     if missing:
-        raise ValueError(f"film_clips: prompts: expected captions of training shots, got {missing[0]!r}")
+        raise ValueError(f"clips_of_prompts: prompts: expected captions of training shots, got {missing[0]!r}")
     clips = []
     for prompt in prompts:
         start = starts[prompt].pop(len(starts[prompt]) // 2) if len(starts[prompt]) > 1 else starts[prompt][0]

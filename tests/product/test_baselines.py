@@ -6,7 +6,7 @@ import pytest
 from stream_r1 import recipe
 from stream_r1.assembly import load_models
 from stream_r1.data.film import load_shots
-from stream_r1.demo.baselines import film_clips, load_baselines, measure_baselines, save_baselines
+from stream_r1.demo.baselines import clips_of_prompts, load_baselines, measure_baselines, save_baselines
 from stream_r1.demo.settings import DemoSettings
 from stream_r1.evaluation import Reference
 from stream_r1.evaluation.report import MEASURES
@@ -30,7 +30,7 @@ def first_frame_number(clip):
 def test_clips_are_of_the_captions_own_shots_and_differ():
     shots = [shot for shot in load_shots() if not shot.held_out and shot.frames >= 60]
     prompts = [shots[0].caption, shots[1].caption, shots[0].caption]
-    clips = film_clips(numbered_film(), prompts, 33)
+    clips = clips_of_prompts(numbered_film(), prompts, 33)
     starts = [first_frame_number(clip) for clip in clips]
     for prompt, start in zip(prompts, starts, strict=True):
         assert any(s.start <= start <= s.end - 33 for s in shots if s.caption == prompt)
@@ -39,7 +39,7 @@ def test_clips_are_of_the_captions_own_shots_and_differ():
 
 def test_a_prompt_that_is_no_caption_is_refused():
     with pytest.raises(ValueError, match="a red apple"):
-        film_clips(numbered_film(), ["a red apple"], 9)
+        clips_of_prompts(numbered_film(), ["a red apple"], 9)
 
 
 def test_measured_kept_and_read(world, tmp_path):
