@@ -75,7 +75,9 @@ def clips_of_prompts(film: np.ndarray, prompts: list[str], frames: int) -> list[
     }
     missing = [prompt for prompt, found in starts.items() if not found]
     if missing:
-        raise ValueError(f"clips_of_prompts: prompts: expected captions of training shots, got {missing[0]!r}")
+        raise ValueError(
+            f"clips_of_prompts: prompts: expected captions of training shots, got {missing[0]!r}"
+        )
     clips = []
     for prompt in prompts:
         start = starts[prompt].pop(len(starts[prompt]) // 2) if len(starts[prompt]) > 1 else starts[prompt][0]
