@@ -176,18 +176,19 @@ def _attend(rotate: _Rotate, v: Tensor, learns: bool, kv_cache: CacheDict, curre
     cache, layer = stream.cache, stream.cache[index]
     learns = learns and torch.is_grad_enabled()
     if stream.enter(kv_cache, current_start, v.shape[1], learns):
-        past, phases = stream.earlier(index, current_start, v.shape[1])
-        q, k = rotate(*phases, None)
+        past, (cos, sin) = stream.earlier(index, current_start, v.shape[1])
+        q, k = rotate(cos, sin, None)
         return cached_chunk_attention(q, k, v, past)
 
     end = current_start + v.shape[1]
     kv_cache["global_end_index"].fill_(end)
     kv_cache["local_end_index"].fill_(min(end, cache.storage.shape[3]))
+    cos, sin = cache.positions()
     if learns:
-        q, k = rotate(*cache.positions(), None)
+        q, k = rotate(cos, sin, None)
         return cached_chunk_attention(q, k, v, layer.past(holds_fresh=False, copy=True))
     slot_k, slot_v = layer.slot()
-    q, _ = rotate(*cache.positions(), slot_k)
+    q, _ = rotate(cos, sin, slot_k)
     slot_v.copy_(v)
     stream.kept = True
     return cached_chunk_attention(q, None, None, layer.past(holds_fresh=True))

@@ -197,12 +197,12 @@ class TinyAttention(nn.Module):
 
 
 def rollout(attn: TinyAttention, settings: dict, checkpointing: bool) -> dict[str, Tensor]:
-    """Gradients of a rollout of 3 chunks, each a pass with gradients and a clean one without."""
+    """Gradients of a rollout of chunks (5 in a window that moves on), each a pass with gradients and a clean one without."""
     kv_cache = dictionaries(9, layers=1)
     adopt(kv_cache, rows=ROWS, columns=COLUMNS, frames_per_chunk=CHUNK, **settings)
     generator = torch.Generator().manual_seed(3)
     inputs, outputs = [], []
-    for chunk in range(3):
+    for chunk in range(3 if settings.get("window") is False else 5):
         start = chunk * CHUNK * FRAME
         x = torch.randn(BATCH, CHUNK * FRAME, HEADS * WIDTH, generator=generator).requires_grad_()
         arguments = (attn, x, kv_cache[0], start)
@@ -233,7 +233,7 @@ def test_gradients_are_those_of_the_rolled_cache():
         return [y.unflatten(-1, (HEADS, WIDTH)) for y in (q, k, attn.v(x))]
 
     inputs, total = [], 0
-    for chunk in range(3):
+    for chunk in range(5):
         x = torch.randn(BATCH, CHUNK * FRAME, HEADS * WIDTH, generator=generator).requires_grad_()
         inputs.append(x)
         start = chunk * CHUNK * FRAME
