@@ -6,11 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#ifdef __CUDACC__
-#define STREAM_R1_HOST_DEVICE __host__ __device__
-#else
-#define STREAM_R1_HOST_DEVICE
-#endif
+#include "common/host_device.h"
 
 namespace stream_r1 {
 

@@ -8,7 +8,7 @@
 #include <numeric>
 #include <set>
 
-#include "common/chunk_mask.h"
+#include "common/checks.h"
 #include "cpu/attention_kernel.h"
 #include "cpu/tensors.h"
 
@@ -86,14 +86,7 @@ struct Prepared {
 };
 
 void set_keys(const char* op, Prepared& p, int source_index, const Tensor& k, const Tensor& v) {
-  for (const Tensor& x : {k, v})
-    TORCH_CHECK_VALUE(x.dim() == 4 && x.size(0) == p.q.size(0) && x.size(1) == k.size(1) &&
-                          x.size(2) == p.q.size(2) && x.size(3) == p.q.size(3),
-                      op, ": keys and values: expected [", p.q.size(0), ", ", k.size(1), ", ", p.q.size(2),
-                      ", ", p.q.size(3), "], got ", x.sizes());
-  for (const Tensor& x : {k, v})
-    TORCH_CHECK_TYPE(x.scalar_type() == p.q.scalar_type(), op, ": keys and values: expected ",
-                     p.q.scalar_type(), " as q, got ", x.scalar_type());
+  check_keys(op, p.q, k, v);
   p.k[source_index] = with_dense_rows(k);
   p.v[source_index] = with_dense_rows(v);
   p.args.keys[source_index] = {source(p.k[source_index]), source(p.v[source_index]),
@@ -101,7 +94,7 @@ void set_keys(const char* op, Prepared& p, int source_index, const Tensor& k, co
 }
 
 Prepared prepare(const char* op, const Tensor& q, double scale) {
-  TORCH_CHECK_VALUE(q.dim() == 4, op, ": q: expected [B, T, H, D], got ", q.sizes());
+  check_queries(op, q);
   Prepared p;
   p.q = with_dense_rows(q);
   p.args.heads = q.size(2);
@@ -215,10 +208,7 @@ std::vector<QueryBlock> dense_block(const Prepared& p) {
 Prepared prepare_cached(const Tensor& q, const OptionalTensor& k, const OptionalTensor& v,
                         const OptionalTensor& past_k, const OptionalTensor& past_v, double scale) {
   const char* op = "cached_chunk_attention";
-  TORCH_CHECK_VALUE(k.has_value() == v.has_value(), op, ": k, v: expected both or neither");
-  TORCH_CHECK_VALUE(past_k.has_value() == past_v.has_value(), op, ": past: expected both k and v or neither");
-  TORCH_CHECK_VALUE(k.has_value() || past_k.has_value(), op,
-                    ": expected keys: fresh ones, a past, or both; got neither");
+  check_segments(op, k, v, past_k, past_v);
   Prepared p = prepare(op, q, scale);
   if (past_k.has_value()) set_keys(op, p, 0, *past_k, *past_v);
   if (k.has_value()) set_keys(op, p, 1, *k, *v);
@@ -241,14 +231,8 @@ std::tuple<Tensor, Tensor, Tensor> cached_chunk_attention_backward(
 }
 
 std::vector<QueryBlock> masked_blocks(const Tensor& q, const ChunkMask& mask) {
-  const int64_t unit = mask.tokens_per_frame * (mask.teacher_forcing ? 2 : 1);
-  TORCH_CHECK_VALUE(unit > 0 && mask.frames_per_chunk > 0 && mask.first_chunk_frames > 0 &&
-                        mask.window_frames >= 0 && mask.sink_frames >= 0,
-                    "chunk_attention: mask: expected positive sizes");
-  TORCH_CHECK_VALUE(q.size(1) % unit == 0, "chunk_attention: q: expected a multiple of ", unit,
-                    " tokens, got ", q.size(1));
   std::vector<QueryBlock> blocks;
-  for (const VisibleBlock& visible : visible_blocks(mask, q.size(1) / unit)) {
+  for (const VisibleBlock& visible : visible_blocks(mask, checked_frames(mask, q))) {
     QueryBlock block{visible.begin, visible.end, {}, visible.num_ranges};
     for (int r = 0; r < visible.num_ranges; ++r)
       block.ranges[r] = {1, visible.ranges[r].begin, visible.ranges[r].end};
@@ -265,24 +249,14 @@ Prepared prepare_chunks(const Tensor& q, const Tensor& k, const Tensor& v, doubl
   return p;
 }
 
-ChunkMask chunk_mask(int64_t tokens_per_frame, int64_t frames_per_chunk, std::optional<int64_t> window_frames,
-                     int64_t sink_frames, std::optional<int64_t> first_chunk_frames, bool teacher_forcing) {
-  return {tokens_per_frame,
-          frames_per_chunk,
-          window_frames.value_or(0),
-          sink_frames,
-          first_chunk_frames.value_or(frames_per_chunk),
-          teacher_forcing};
-}
-
 std::tuple<Tensor, Tensor> chunk_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                            int64_t tokens_per_frame, int64_t frames_per_chunk,
                                            std::optional<int64_t> window_frames, int64_t sink_frames,
                                            std::optional<int64_t> first_chunk_frames, bool teacher_forcing,
                                            double scale) {
   Prepared p = prepare_chunks(q, k, v, scale);
-  return forward(p, masked_blocks(q, chunk_mask(tokens_per_frame, frames_per_chunk, window_frames,
-                                                sink_frames, first_chunk_frames, teacher_forcing)));
+  return forward(p, masked_blocks(q, checked_mask(tokens_per_frame, frames_per_chunk, window_frames,
+                                                  sink_frames, first_chunk_frames, teacher_forcing)));
 }
 
 std::tuple<Tensor, Tensor, Tensor> chunk_attention_backward(
@@ -292,8 +266,8 @@ std::tuple<Tensor, Tensor, Tensor> chunk_attention_backward(
     bool teacher_forcing, double scale) {
   Prepared p = prepare_chunks(q, k, v, scale);
   return backward(p,
-                  masked_blocks(q, chunk_mask(tokens_per_frame, frames_per_chunk, window_frames, sink_frames,
-                                              first_chunk_frames, teacher_forcing)),
+                  masked_blocks(q, checked_mask(tokens_per_frame, frames_per_chunk, window_frames,
+                                                sink_frames, first_chunk_frames, teacher_forcing)),
                   grad_out, std::nullopt, out, lse);
 }
 

@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
+#include "common/views.h"
 #include "cpu/brgemm.h"
 #include "cpu/isa.h"
-#include "cpu/views.h"
 
 namespace stream_r1 {
 

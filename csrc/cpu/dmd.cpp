@@ -8,6 +8,7 @@
 #include <optional>
 #include <vector>
 
+#include "common/checks.h"
 #include "cpu/dmd_kernel.h"
 #include "cpu/tensors.h"
 
@@ -17,11 +18,6 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kBlockElements = 16384;
-
-Planes planes(const Tensor& tensor) {
-  const auto stride = [&](int64_t d) { return tensor.size(d) == 1 ? int64_t{0} : tensor.stride(d); };
-  return {stride(0), stride(1), stride(2)};
-}
 
 // The arguments of both passes and what keeps their memory alive.
 struct Job {
@@ -38,29 +34,14 @@ struct Job {
   int64_t block_grain() const { return grain(4 * args.planes_a_block * args.plane); }
 };
 
-// A weight or mask is one value a plane where its last two dimensions are 1, else planes of h * w values.
-Tensor whole_planes(const Tensor& value, const Tensor& x, bool* varies) {
-  TORCH_CHECK_VALUE(value.dim() == 5, "dmd: w_intra, mask: expected 5 dimensions, got shape ", value.sizes());
-  for (int64_t d = 0; d < 5; ++d)
-    TORCH_CHECK_VALUE(value.size(d) == 1 || value.size(d) == x.size(d), "dmd: w_intra, mask: ", value.sizes(),
-                      " does not broadcast to x ", x.sizes());
-  *varies = value.size(3) != 1 || value.size(4) != 1;
-  if (!*varies) return value;
-  return with_dense_rows(value.expand({value.size(0), value.size(1), value.size(2), x.size(3), x.size(4)}),
-                         2);
-}
-
 void prepare(Job& job, const Tensor& x, const Tensor& fake, const Tensor& real_cond,
              const std::optional<Tensor>& real_uncond, double guidance, const std::optional<Tensor>& w_intra,
-             const std::optional<Tensor>& mask) {
-  TORCH_CHECK_VALUE(x.dim() == 5, "dmd: x: expected shape [B, F, C, h, w], got ", x.sizes());
+             const std::optional<Tensor>& w_inter, const std::optional<Tensor>& mask) {
+  check_predictions(x, fake, real_cond, real_uncond, w_inter);
   job.x = with_dense_rows(x, 2);
   job.fake = with_dense_rows(fake, 2);
   job.real_cond = with_dense_rows(real_cond, 2);
   job.real_uncond = real_uncond.has_value() ? with_dense_rows(*real_uncond, 2) : job.real_cond;
-  for (const Tensor& other : {fake, real_cond, job.real_uncond})
-    TORCH_CHECK_VALUE(other.sizes() == x.sizes(), "dmd: fake, real_cond, real_uncond: expected shape ",
-                      x.sizes(), " as x, got ", other.sizes());
   DmdArgs& args = job.args;
   args.x = source(job.x), args.x_planes = planes(job.x);
   args.fake = source(job.fake), args.fake_planes = planes(job.fake);
@@ -95,11 +76,7 @@ std::vector<double> measure(Job& job, const std::optional<Tensor>& w_inter) {
       0, job.units(), job.block_grain(),
       [&, kernel = pick_dmd_measure()](int64_t begin, int64_t end) { kernel(args, begin, end); });
   Tensor inter;
-  if (w_inter.has_value()) {
-    TORCH_CHECK_VALUE(w_inter->dim() == 1 && w_inter->size(0) == job.batch(),
-                      "dmd: w_inter: expected shape [", job.batch(), "], got ", w_inter->sizes());
-    inter = contiguous_float(*w_inter);
-  }
+  if (w_inter.has_value()) inter = contiguous_float(*w_inter);
   std::vector<double> factors(job.batch());
   const double elements = static_cast<double>(args.frames * args.channels * args.plane);
   for (int64_t b = 0; b < job.batch(); ++b) {
@@ -145,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor> dmd_loss_cpu(const Tensor& x, const Tensor& f
                                                 const std::optional<Tensor>& w_inter,
                                                 const std::optional<Tensor>& mask) {
   Job job;
-  prepare(job, x, fake, real_cond, real_uncond, guidance, w_intra, mask);
+  prepare(job, x, fake, real_cond, real_uncond, guidance, w_intra, w_inter, mask);
   Tensor direction = at::empty(x.sizes(), x.options());
   job.args.direction = target(direction);
   job.args.direction_planes = planes(direction);
@@ -187,10 +164,9 @@ void dmd_gradient_cpu(Tensor buffer, const Tensor& x, const Tensor& fake, const 
                       const std::optional<Tensor>& real_uncond, double guidance,
                       const std::optional<Tensor>& w_intra, const std::optional<Tensor>& w_inter,
                       const std::optional<Tensor>& mask, double scale) {
-  TORCH_CHECK_VALUE(buffer.sizes() == x.sizes(), "dmd_gradient_: buffer: expected shape ", x.sizes(),
-                    " as x, got ", buffer.sizes());
+  check_shape("dmd_gradient_", "buffer", buffer, "x", x);
   Job job;
-  prepare(job, x, fake, real_cond, real_uncond, guidance, w_intra, mask);
+  prepare(job, x, fake, real_cond, real_uncond, guidance, w_intra, w_inter, mask);
   std::vector<float> factor;
   for (double value : measure(job, w_inter)) factor.push_back(static_cast<float>(value * scale));
   const Tensor dense = with_dense_rows(buffer, 2);

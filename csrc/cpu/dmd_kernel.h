@@ -1,18 +1,9 @@
 #pragma once
 
+#include "common/views.h"
 #include "cpu/isa.h"
-#include "cpu/views.h"
 
 namespace stream_r1 {
-
-// A tensor of planes [B, F, C] x [plane]; a plane lies in memory without gaps.
-struct Planes {
-  int64_t batch_stride = 0, frame_stride = 0, channel_stride = 0;
-
-  int64_t offset(int64_t batch, int64_t frame, int64_t channel) const {
-    return batch * batch_stride + frame * frame_stride + channel * channel_stride;
-  }
-};
 
 // Of the elements of a block.
 struct DmdBlock {

@@ -3,6 +3,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "common/checks.h"
 #include "cpu/gated_add_kernel.h"
 #include "cpu/per_frame.h"
 #include "cpu/tensors.h"
@@ -14,8 +15,7 @@ using at::Tensor;
 
 Tensor gated_add_cpu(const Tensor& x_, const Tensor& y_, const Tensor& gate_) {
   check_per_frame("gated_add", "gate", gate_, x_);
-  TORCH_CHECK_VALUE(y_.sizes() == x_.sizes(), "gated_add: y: expected shape ", x_.sizes(), " as x, got ",
-                    y_.sizes());
+  check_shape("gated_add", "y", y_, "x", x_);
   const Tensor x = with_dense_rows(x_), y = with_dense_rows(y_), gate = with_dense_rows(gate_);
   const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
   Tensor out = at::empty({batch, tokens, width}, x.options());
@@ -31,8 +31,7 @@ Tensor gated_add_cpu(const Tensor& x_, const Tensor& y_, const Tensor& gate_) {
 std::tuple<Tensor, Tensor> gated_add_backward_cpu(const Tensor& grad_out_, const Tensor& y_,
                                                   const Tensor& gate_) {
   check_per_frame("gated_add_backward", "gate", gate_, y_);
-  TORCH_CHECK_VALUE(grad_out_.sizes() == y_.sizes(), "gated_add_backward: grad_out: expected shape ",
-                    y_.sizes(), " as y, got ", grad_out_.sizes());
+  check_shape("gated_add_backward", "grad_out", grad_out_, "y", y_);
   const Tensor grad_out = grad_out_.contiguous(), y = with_dense_rows(y_), gate = with_dense_rows(gate_);
   const int64_t batch = y.size(0), tokens = y.size(1), width = y.size(2), frames = gate.size(1);
   const FrameBlocks split(tokens / frames);

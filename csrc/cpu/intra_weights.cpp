@@ -7,6 +7,7 @@
 #include <numeric>
 #include <vector>
 
+#include "common/checks.h"
 #include "cpu/intra_weights_kernel.h"
 #include "cpu/tensors.h"
 
@@ -47,14 +48,9 @@ std::vector<float> shares_of(const Tensor& scores, double temperature) {
 Tensor intra_weights_cpu(const Tensor& saliency_, const Tensor& scores, double temperature,
                          double spatial_floor, double temporal_floor, double spatial_strength,
                          double temporal_strength, bool use_spatial, bool use_temporal) {
-  TORCH_CHECK_VALUE(saliency_.dim() == 5, "intra_weights: saliency: expected shape [M, B, F, h, w], got ",
-                    saliency_.sizes());
+  check_saliency(saliency_, scores);
   const int64_t axes = saliency_.size(0), batch = saliency_.size(1), frames = saliency_.size(2);
   const int64_t rows = saliency_.size(3), columns = saliency_.size(4), cells = rows * columns;
-  TORCH_CHECK_VALUE(axes > 0 && frames > 0 && cells > 0,
-                    "intra_weights: saliency: expected sizes above 0, got ", saliency_.sizes());
-  TORCH_CHECK_VALUE(scores.sizes() == at::IntArrayRef({batch, axes}),
-                    "intra_weights: scores: expected shape [", batch, ", ", axes, "], got ", scores.sizes());
   const Tensor saliency = contiguous_float(saliency_);
   const std::vector<float> shares = shares_of(contiguous_float(scores), temperature);
   Tensor weights = at::empty({batch, frames, 1, rows, columns}, saliency.options());

@@ -3,6 +3,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "common/checks.h"
 #include "cpu/modulated_norm_kernel.h"
 #include "cpu/per_frame.h"
 #include "cpu/tensors.h"
@@ -14,10 +15,7 @@ using at::Tensor;
 
 std::tuple<Tensor, Tensor, Tensor> modulated_norm_cpu(const Tensor& x_, const Tensor& shift_,
                                                       const Tensor& scale_, double eps) {
-  check_per_frame("modulated_norm", "shift", shift_, x_);
-  check_per_frame("modulated_norm", "scale", scale_, x_);
-  TORCH_CHECK_VALUE(shift_.size(1) == scale_.size(1), "modulated_norm: scale: expected ", shift_.size(1),
-                    " frames as shift, got ", scale_.size(1));
+  check_norm_modulation("modulated_norm", x_, shift_, scale_);
   const Tensor x = with_dense_rows(x_), shift = with_dense_rows(shift_), scale = with_dense_rows(scale_);
   const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
   Tensor out = at::empty({batch, tokens, width}, x.options());
@@ -49,8 +47,7 @@ std::tuple<Tensor, Tensor, Tensor> modulated_norm_backward_cpu(const Tensor& gra
                                                                const Tensor& scale_, const Tensor& mean_,
                                                                const Tensor& rstd_) {
   check_per_frame("modulated_norm_backward", "scale", scale_, x_);
-  TORCH_CHECK_VALUE(grad_out_.sizes() == x_.sizes(), "modulated_norm_backward: grad_out: expected shape ",
-                    x_.sizes(), " as x, got ", grad_out_.sizes());
+  check_shape("modulated_norm_backward", "grad_out", grad_out_, "x", x_);
   const Tensor grad_out = grad_out_.contiguous(), x = with_dense_rows(x_), scale = with_dense_rows(scale_);
   const Tensor mean = mean_.contiguous(), rstd = rstd_.contiguous();
   const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2), frames = scale.size(1);

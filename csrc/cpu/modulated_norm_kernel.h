@@ -1,7 +1,7 @@
 #pragma once
 
+#include "common/views.h"
 #include "cpu/isa.h"
-#include "cpu/views.h"
 
 namespace stream_r1 {
 

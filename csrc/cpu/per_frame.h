@@ -1,18 +1,10 @@
-// Modulation per frame: [B, F, D] beside tokens [B, T, D], F dividing T.
+// Sums over a frame's tokens, for the gradient of a modulation per frame.
 
 #pragma once
 
-#include <ATen/ATen.h>
+#include <cstdint>
 
 namespace stream_r1 {
-
-inline void check_per_frame(const char* op, const char* name, const at::Tensor& value, const at::Tensor& x) {
-  TORCH_CHECK_VALUE(x.dim() == 3, op, ": x: expected shape [B, T, D], got ", x.sizes());
-  const bool fits = value.dim() == 3 && value.size(0) == x.size(0) && value.size(2) == x.size(2) &&
-                    value.size(1) > 0 && x.size(1) % value.size(1) == 0;
-  TORCH_CHECK_VALUE(fits, op, ": ", name, ": expected shape [B, F, D] with F dividing the tokens of x ",
-                    x.sizes(), ", got ", value.sizes());
-}
 
 // A frame's tokens in blocks, each summed by itself: enough tasks for the cores when the frames are few, and
 // sums that do not depend on how many threads there are.

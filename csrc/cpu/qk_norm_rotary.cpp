@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "common/checks.h"
 #include "cpu/qk_norm_rotary_kernel.h"
 #include "cpu/tensors.h"
 
@@ -14,22 +15,6 @@ namespace {
 using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-void check_rotary(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, int64_t heads) {
-  TORCH_CHECK_VALUE(q.dim() == 3 && q.sizes() == k.sizes(),
-                    "qk_norm_rotary: q, k: expected the same [B, T, H * D], got ", q.sizes(), " and ",
-                    k.sizes());
-  TORCH_CHECK_TYPE(q.scalar_type() == k.scalar_type(), "qk_norm_rotary: k: expected ", q.scalar_type(),
-                   " as q, got ", k.scalar_type());
-  TORCH_CHECK_VALUE(heads > 0 && q.size(2) % (2 * heads) == 0,
-                    "qk_norm_rotary: num_heads: expected heads of even width in ", q.size(2),
-                    " channels, got ", heads);
-  const int64_t pairs = q.size(2) / heads / 2;
-  for (const Tensor& phase : {cos, sin})
-    TORCH_CHECK_VALUE(phase.dim() == 2 && phase.size(0) == q.size(1) && phase.size(1) == pairs,
-                      "qk_norm_rotary: cos, sin: expected [", q.size(1), ", ", pairs, "], got ",
-                      phase.sizes());
-}
 
 // q, k and what goes with them, in the layout that the kernel needs; keeps their memory alive.
 struct QkJob {
@@ -50,8 +35,6 @@ struct QkJob {
     args.sin = sin.const_data_ptr<float>();
     args.element = element_of(q);
     for (int i = 0; i < 2; ++i) {
-      TORCH_CHECK_VALUE(weight[i].numel() == q.size(2), "qk_norm_rotary: weight: expected [", q.size(2),
-                        "], got ", weight[i].sizes());
       args.sides[i].x = source(x[i]);
       args.sides[i].x_batch = x[i].stride(0);
       args.sides[i].x_token = x[i].stride(1);
@@ -82,14 +65,10 @@ struct QkJob {
   }
 };
 
-Tensor empty_heads(const Tensor& x, int64_t heads) {
-  return at::empty({x.size(0), x.size(1), heads, x.size(2) / heads}, x.options());
-}
-
 std::tuple<Tensor, Tensor> qk_norm_rotary(const Tensor& q, const Tensor& k, const Tensor& q_weight,
                                           const Tensor& k_weight, const Tensor& cos, const Tensor& sin,
                                           int64_t heads, double eps) {
-  check_rotary(q, k, cos, sin, heads);
+  check_rotary(q, k, q_weight, k_weight, cos, sin, heads);
   Tensor q_out = empty_heads(q, heads), k_out = empty_heads(k, heads);
   QkJob(q, k, q_weight, k_weight, cos, sin, heads, eps).run(q_out, k_out);
   return {q_out, k_out};
@@ -97,16 +76,8 @@ std::tuple<Tensor, Tensor> qk_norm_rotary(const Tensor& q, const Tensor& k, cons
 
 Tensor qk_norm_rotary_into(const Tensor& q, const Tensor& k, const Tensor& q_weight, const Tensor& k_weight,
                            const Tensor& cos, const Tensor& sin, int64_t heads, double eps, Tensor& k_out) {
-  check_rotary(q, k, cos, sin, heads);
-  const int64_t head_dim = q.size(2) / heads;
-  TORCH_CHECK_VALUE(k_out.sizes() == at::IntArrayRef({k.size(0), k.size(1), heads, head_dim}),
-                    "qk_norm_rotary: k_out: expected [", k.size(0), ", ", k.size(1), ", ", heads, ", ",
-                    head_dim, "], got ", k_out.sizes());
-  TORCH_CHECK_TYPE(k_out.scalar_type() == k.scalar_type(), "qk_norm_rotary: k_out: expected ",
-                   k.scalar_type(), " as k, got ", k_out.scalar_type());
-  TORCH_CHECK_VALUE(k_out.stride(3) == 1 || k_out.numel() == 0,
-                    "qk_norm_rotary: k_out: expected a contiguous last dimension, got strides ",
-                    k_out.strides());
+  check_rotary(q, k, q_weight, k_weight, cos, sin, heads);
+  check_key_slot(k_out, k, heads);
   Tensor q_out = empty_heads(q, heads);
   QkJob(q, k, q_weight, k_weight, cos, sin, heads, eps).run(q_out, k_out);
   return q_out;
@@ -128,7 +99,7 @@ Tensor sum_of_side(const Tensor& sums, int64_t side, at::ScalarType dtype) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rotary_backward(
     const Tensor& grad_q, const Tensor& grad_k, const Tensor& q, const Tensor& k, const Tensor& q_weight,
     const Tensor& k_weight, const Tensor& cos, const Tensor& sin, int64_t heads, double eps) {
-  check_rotary(q, k, cos, sin, heads);
+  check_rotary(q, k, q_weight, k_weight, cos, sin, heads);
   QkJob job(q, k, q_weight, k_weight, cos, sin, heads, eps);
   const Tensor incoming[2] = {with_dense_rows(grad_q), with_dense_rows(grad_k)};
   Tensor grads[2] = {at::empty(q.sizes(), q.options()), at::empty(k.sizes(), k.options())};

@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
+#include "common/views.h"
 #include "cpu/isa.h"
-#include "cpu/views.h"
 
 namespace stream_r1 {
 

@@ -2,6 +2,7 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
+#include "common/checks.h"
 #include "cpu/region_saliency_kernel.h"
 #include "cpu/tensors.h"
 
@@ -11,17 +12,10 @@ namespace {
 using at::Tensor;
 
 Tensor region_saliency_cpu(const Tensor& pixel_grads, int64_t frames, int64_t rows, int64_t columns) {
-  TORCH_CHECK_VALUE(pixel_grads.dim() == 6,
-                    "region_saliency: pixel_grads: expected shape [M, B, T, 3, H, W], got ",
-                    pixel_grads.sizes());
+  check_pixel_grads(pixel_grads, frames, rows, columns);
   const Tensor grads = with_dense_rows(pixel_grads);
   const int64_t axes = grads.size(0), batch = grads.size(1), pixel_frames = grads.size(2);
   const int64_t height = grads.size(4), width = grads.size(5);
-  const bool divides = frames > 0 && rows > 0 && columns > 0 && height % rows == 0 && width % columns == 0;
-  const bool causal =
-      frames == 1 ? pixel_frames == 1 : pixel_frames >= frames && (pixel_frames - 1) % (frames - 1) == 0;
-  TORCH_CHECK_VALUE(divides && causal, "region_saliency: latent_shape: (", frames, ", ", rows, ", ", columns,
-                    ") does not fit pixel gradients of shape ", grads.sizes());
   Tensor out = at::empty({axes, batch, frames, rows, columns}, grads.options().dtype(at::kFloat));
   const RegionSaliencyArgs args{source(grads),
                                 grads.stride(0),

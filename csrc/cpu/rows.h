@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "cpu/views.h"
+#include "common/views.h"
 
 #ifdef __F16C__
 #include <immintrin.h>

@@ -8,8 +8,8 @@
 #include <type_traits>
 
 #include "common/simd.h"
+#include "common/views.h"
 #include "cpu/rows.h"
-#include "cpu/views.h"
 
 #define STREAM_R1_INLINE __attribute__((always_inline))
 

@@ -3,7 +3,7 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
-#include "common/chunk_mask.h"
+#include "common/checks.h"
 #include "cuda/attention.h"
 #include "cuda/tensors.h"
 
@@ -12,17 +12,6 @@ namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-void check_keys(const char* op, const Tensor& q, const Tensor& k, const Tensor& v) {
-  for (const Tensor& x : {k, v}) {
-    TORCH_CHECK_VALUE(x.dim() == 4 && x.size(0) == q.size(0) && x.size(1) == k.size(1) &&
-                          x.size(2) == q.size(2) && x.size(3) == q.size(3),
-                      op, ": keys and values: expected [", q.size(0), ", ", k.size(1), ", ", q.size(2), ", ",
-                      q.size(3), "], got ", x.sizes());
-    TORCH_CHECK_TYPE(x.scalar_type() == q.scalar_type(), op, ": keys and values: expected ", q.scalar_type(),
-                     " as q, got ", x.scalar_type());
-  }
-}
 
 // The tensor with rows of `width` elements, padded with zeros, that start at multiples of 16 bytes; itself if
 // they do already.
@@ -41,7 +30,7 @@ struct Prepared {
 };
 
 Prepared prepare(const char* op, const Tensor& q, double scale) {
-  TORCH_CHECK_VALUE(q.dim() == 4, op, ": q: expected [B, T, H, D], got ", q.sizes());
+  check_queries(op, q);
   TORCH_CHECK_TYPE(q.scalar_type() == at::kBFloat16 || q.scalar_type() == at::kHalf, op,
                    ": q: expected bfloat16 or float16 on CUDA, got ", q.scalar_type());
   TORCH_CHECK_VALUE(q.size(3) <= 128, op, ": q: expected heads of at most 128 channels on CUDA, got ",
@@ -93,10 +82,7 @@ std::tuple<Tensor, Tensor> cached_chunk_attention(const Tensor& q, const Optiona
                                                   const OptionalTensor& v, const OptionalTensor& past_k,
                                                   const OptionalTensor& past_v, double scale) {
   const char* op = "cached_chunk_attention";
-  TORCH_CHECK_VALUE(k.has_value() == v.has_value(), op, ": k, v: expected both or neither");
-  TORCH_CHECK_VALUE(past_k.has_value() == past_v.has_value(), op, ": past: expected both k and v or neither");
-  TORCH_CHECK_VALUE(k.has_value() || past_k.has_value(), op,
-                    ": expected keys: fresh ones, a past, or both; got neither");
+  check_segments(op, k, v, past_k, past_v);
   Prepared p = prepare(op, q, scale);
   if (past_k.has_value()) {
     check_keys(op, q, *past_k, *past_v);
@@ -109,27 +95,6 @@ std::tuple<Tensor, Tensor> cached_chunk_attention(const Tensor& q, const Optiona
   return run(op, p, q.size(3));
 }
 
-ChunkMask chunk_mask(int64_t tokens_per_frame, int64_t frames_per_chunk, std::optional<int64_t> window_frames,
-                     int64_t sink_frames, std::optional<int64_t> first_chunk_frames, bool teacher_forcing) {
-  const ChunkMask mask{tokens_per_frame,
-                       frames_per_chunk,
-                       window_frames.value_or(0),
-                       sink_frames,
-                       first_chunk_frames.value_or(frames_per_chunk),
-                       teacher_forcing};
-  TORCH_CHECK_VALUE(mask.tokens_per_frame > 0 && mask.frames_per_chunk > 0 && mask.first_chunk_frames > 0 &&
-                        mask.window_frames >= 0 && mask.sink_frames >= 0,
-                    "chunk_attention: mask: expected positive sizes");
-  return mask;
-}
-
-int64_t frames_of(const ChunkMask& mask, const Tensor& q) {
-  const int64_t unit = mask.tokens_per_frame * (mask.teacher_forcing ? 2 : 1);
-  TORCH_CHECK_VALUE(q.size(1) % unit == 0, "chunk_attention: q: expected a multiple of ", unit,
-                    " tokens, got ", q.size(1));
-  return q.size(1) / unit;
-}
-
 std::tuple<Tensor, Tensor> chunk_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                            int64_t tokens_per_frame, int64_t frames_per_chunk,
                                            std::optional<int64_t> window_frames, int64_t sink_frames,
@@ -138,12 +103,12 @@ std::tuple<Tensor, Tensor> chunk_attention(const Tensor& q, const Tensor& k, con
   const char* op = "chunk_attention";
   Prepared p = prepare(op, q, scale);
   check_keys(op, q, k, v);
-  TORCH_CHECK_VALUE(k.size(1) == q.size(1), op, ": k: expected ", q.sizes(), " as q, got ", k.sizes());
+  check_shape(op, "k", k, "q", q);
   set_keys(p, 1, k, v);
   p.args.chunked = true;
-  p.args.mask = chunk_mask(tokens_per_frame, frames_per_chunk, window_frames, sink_frames, first_chunk_frames,
-                           teacher_forcing);
-  p.args.frames = frames_of(p.args.mask, q);
+  p.args.mask = checked_mask(tokens_per_frame, frames_per_chunk, window_frames, sink_frames,
+                             first_chunk_frames, teacher_forcing);
+  p.args.frames = checked_frames(p.args.mask, q);
   return run(op, p, q.size(3));
 }
 
@@ -214,10 +179,10 @@ std::tuple<Tensor, Tensor, Tensor> chunk_attention_backward(
     const Tensor& lse, int64_t tokens_per_frame, int64_t frames_per_chunk,
     std::optional<int64_t> window_frames, int64_t sink_frames, std::optional<int64_t> first_chunk_frames,
     bool teacher_forcing, double scale) {
-  const ChunkMask mask = chunk_mask(tokens_per_frame, frames_per_chunk, window_frames, sink_frames,
-                                    first_chunk_frames, teacher_forcing);
-  return backward(visible_blocks(mask, frames_of(mask, q)), grad_out, std::nullopt, q, k, v, std::nullopt,
-                  std::nullopt, out, lse, scale);
+  const ChunkMask mask = checked_mask(tokens_per_frame, frames_per_chunk, window_frames, sink_frames,
+                                      first_chunk_frames, teacher_forcing);
+  return backward(visible_blocks(mask, checked_frames(mask, q)), grad_out, std::nullopt, q, k, v,
+                  std::nullopt, std::nullopt, out, lse, scale);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include "common/checks.h"
 #include "cuda/dmd.h"
 #include "cuda/saliency.h"
 #include "cuda/tensors.h"
@@ -15,23 +16,6 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kBlockElements = 16384;
 
-PlaneStrides planes(const Tensor& x) {
-  const auto stride = [&](int64_t d) { return x.size(d) == 1 ? int64_t{0} : x.stride(d); };
-  return {stride(0), stride(1), stride(2)};
-}
-
-// A weight or mask is one value a plane where its last two dimensions are 1, else planes of h * w values.
-Tensor whole_planes(const Tensor& value, const Tensor& x, bool* varies) {
-  TORCH_CHECK_VALUE(value.dim() == 5, "dmd: w_intra, mask: expected 5 dimensions, got shape ", value.sizes());
-  for (int64_t d = 0; d < 5; ++d)
-    TORCH_CHECK_VALUE(value.size(d) == 1 || value.size(d) == x.size(d), "dmd: w_intra, mask: ", value.sizes(),
-                      " does not broadcast to x ", x.sizes());
-  *varies = value.size(3) != 1 || value.size(4) != 1;
-  if (!*varies) return value;
-  return with_dense_rows(value.expand({value.size(0), value.size(1), value.size(2), x.size(3), x.size(4)}),
-                         2);
-}
-
 // The arguments of both passes, and what they point into.
 struct Dmd {
   Tensor x, fake, real_cond, real_uncond, w_intra, w_inter, mask, sums;
@@ -41,13 +25,9 @@ struct Dmd {
       double guidance, const OptionalTensor& w_intra_, const OptionalTensor& w_inter_,
       const OptionalTensor& mask_)
       : x(x_) {
-    TORCH_CHECK_VALUE(x.dim() == 5, "dmd: x: expected shape [B, F, C, h, w], got ", x.sizes());
-    for (const Tensor& other : {fake_, real_cond_, real_uncond_.value_or(real_cond_)}) {
-      TORCH_CHECK_VALUE(other.sizes() == x.sizes(), "dmd: fake, real_cond, real_uncond: expected shape ",
-                        x.sizes(), " as x, got ", other.sizes());
-      TORCH_CHECK_TYPE(other.scalar_type() == x.scalar_type(), "dmd: fake, real_cond, real_uncond: expected ",
-                       x.scalar_type(), " as x, got ", other.scalar_type());
-    }
+    check_predictions(x, fake_, real_cond_, real_uncond_, w_inter_);
+    for (const Tensor& other : {fake_, real_cond_, real_uncond_.value_or(real_cond_)})
+      check_dtype("dmd", "fake, real_cond, real_uncond", other, "x", x);
     x = with_dense_rows(x_, 2);
     fake = with_dense_rows(fake_, 2);
     real_cond = with_dense_rows(real_cond_, 2);
@@ -72,8 +52,6 @@ struct Dmd {
       args.mask = mask.const_data_ptr<bool>(), args.mask_planes = planes(mask);
     }
     if (w_inter_.has_value()) {
-      TORCH_CHECK_VALUE(w_inter_->dim() == 1 && w_inter_->size(0) == args.batch,
-                        "dmd: w_inter: expected shape [", args.batch, "], got ", w_inter_->sizes());
       w_inter = w_inter_->to(at::kFloat).contiguous();
       args.w_inter = w_inter.const_data_ptr<float>();
     }
@@ -120,8 +98,7 @@ Tensor dmd_loss_backward(const Tensor& grad_loss_, const Tensor& direction_, con
 void dmd_gradient_(Tensor buffer, const Tensor& x, const Tensor& fake, const Tensor& real_cond,
                    const OptionalTensor& real_uncond, double guidance, const OptionalTensor& w_intra,
                    const OptionalTensor& w_inter, const OptionalTensor& mask, double scale) {
-  TORCH_CHECK_VALUE(buffer.sizes() == x.sizes(), "dmd_gradient_: buffer: expected shape ", x.sizes(),
-                    " as x, got ", buffer.sizes());
+  check_shape("dmd_gradient_", "buffer", buffer, "x", x);
   TORCH_CHECK_TYPE(buffer.scalar_type() == x.scalar_type() || buffer.scalar_type() == at::kFloat,
                    "dmd_gradient_: buffer: expected ", x.scalar_type(), " as x, or float32, got ",
                    buffer.scalar_type());
@@ -138,16 +115,10 @@ void dmd_gradient_(Tensor buffer, const Tensor& x, const Tensor& fake, const Ten
 
 Tensor region_saliency(const Tensor& pixel_grads, int64_t frames, int64_t rows, int64_t columns) {
   const char* op = "region_saliency";
-  TORCH_CHECK_VALUE(pixel_grads.dim() == 6, op, ": pixel_grads: expected shape [M, B, T, 3, H, W], got ",
-                    pixel_grads.sizes());
+  check_pixel_grads(pixel_grads, frames, rows, columns);
   const OnDevice device(pixel_grads);
   const Tensor grads = with_dense_rows(pixel_grads);
   const int64_t pixel_frames = grads.size(2), height = grads.size(4), width = grads.size(5);
-  const bool divides = frames > 0 && rows > 0 && columns > 0 && height % rows == 0 && width % columns == 0;
-  const bool causal =
-      frames == 1 ? pixel_frames == 1 : pixel_frames >= frames && (pixel_frames - 1) % (frames - 1) == 0;
-  TORCH_CHECK_VALUE(divides && causal, op, ": latent_shape: (", frames, ", ", rows, ", ", columns,
-                    ") does not fit pixel gradients of shape ", grads.sizes());
   TORCH_CHECK_VALUE(width <= kMostPixels, op, ": pixel_grads: expected at most ", kMostPixels,
                     " columns on CUDA, got ", width);
   Tensor out =
@@ -177,14 +148,9 @@ Tensor intra_weights(const Tensor& saliency_, const Tensor& scores_, double temp
                      double temporal_floor, double spatial_strength, double temporal_strength,
                      bool use_spatial, bool use_temporal) {
   const char* op = "intra_weights";
-  TORCH_CHECK_VALUE(saliency_.dim() == 5, op, ": saliency: expected shape [M, B, F, h, w], got ",
-                    saliency_.sizes());
+  check_saliency(saliency_, scores_);
   const int64_t axes = saliency_.size(0), batch = saliency_.size(1), frames = saliency_.size(2),
                 rows = saliency_.size(3), columns = saliency_.size(4);
-  TORCH_CHECK_VALUE(axes > 0 && frames > 0 && rows * columns > 0, op,
-                    ": saliency: expected sizes above 0, got ", saliency_.sizes());
-  TORCH_CHECK_VALUE(scores_.sizes() == at::IntArrayRef({batch, axes}), op, ": scores: expected shape [",
-                    batch, ", ", axes, "], got ", scores_.sizes());
   const OnDevice device(saliency_);
   const Tensor saliency = saliency_.to(at::kFloat).contiguous(), scores = scores_.to(at::kFloat).contiguous();
   Tensor weights = at::empty({batch, frames, 1, rows, columns}, saliency.options());

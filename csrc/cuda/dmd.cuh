@@ -11,10 +11,6 @@ namespace stream_r1::cuda {
 
 constexpr int kDmdWarps = 8, kDmdThreads = kDmdWarps * kWarp;
 
-__device__ __forceinline__ int64_t offset_of(const PlaneStrides& planes, int64_t b, int64_t f, int64_t c) {
-  return b * planes.batch + f * planes.frame + c * planes.channel;
-}
-
 // A thread's packs of a block's planes, one after the other.
 struct PlanePack {
   int64_t b, f, c;
@@ -35,9 +31,8 @@ __device__ __forceinline__ void for_packs(const DmdArgs& args, const Body& body)
 }
 
 template <class T>
-__device__ __forceinline__ Pack load_plane(const void* data, const PlaneStrides& planes,
-                                           const PlanePack& at) {
-  return load_pack(static_cast<const T*>(data) + offset_of(planes, at.b, at.f, at.c) + at.start, at.count);
+__device__ __forceinline__ Pack load_plane(const void* data, const Planes& planes, const PlanePack& at) {
+  return load_pack(static_cast<const T*>(data) + planes.offset(at.b, at.f, at.c) + at.start, at.count);
 }
 
 // real = cond + guidance * (cond - uncond)
@@ -53,7 +48,7 @@ __device__ __forceinline__ Pack load_real(const DmdArgs& args, const PlanePack& 
 // 1 where the mask keeps an element, else 0; 0 past the end of the plane.
 __device__ __forceinline__ Pack load_mask(const DmdArgs& args, const PlanePack& at) {
   Pack keep;
-  const bool* mask = args.mask + (args.mask == nullptr ? 0 : offset_of(args.mask_planes, at.b, at.f, at.c));
+  const bool* mask = args.mask + (args.mask == nullptr ? 0 : args.mask_planes.offset(at.b, at.f, at.c));
 #pragma unroll
   for (int j = 0; j < kPack; ++j) {
     const bool there = j < at.count;
@@ -66,7 +61,7 @@ __device__ __forceinline__ Pack load_mask(const DmdArgs& args, const PlanePack& 
 __device__ __forceinline__ Pack load_weight(const DmdArgs& args, const PlanePack& at) {
   Pack weight = load_mask(args, at);
   if (args.w_intra == nullptr) return weight;
-  const float* w = args.w_intra + offset_of(args.w_intra_planes, at.b, at.f, at.c);
+  const float* w = args.w_intra + args.w_intra_planes.offset(at.b, at.f, at.c);
   const float everywhere = args.w_intra_varies ? 0.f : *w;
   const Pack values = args.w_intra_varies ? load_pack(w + at.start, at.count) : Pack{};
 #pragma unroll
@@ -115,8 +110,7 @@ __device__ __forceinline__ void dmd_directions(const DmdArgs& args) {
   for_packs(args, [&](const PlanePack& at) {
     Pack g = load_plane<T>(args.fake, args.fake_planes, at);
     const Pack real = load_real<T>(args, at), weight = load_weight(args, at);
-    Out* to =
-        static_cast<Out*>(args.direction) + offset_of(args.direction_planes, at.b, at.f, at.c) + at.start;
+    Out* to = static_cast<Out*>(args.direction) + args.direction_planes.offset(at.b, at.f, at.c) + at.start;
     Pack result = kAdds ? load_pack(to, at.count) : Pack{};
 #pragma unroll
     for (int j = 0; j < kPack; ++j) {

@@ -2,29 +2,24 @@
 
 #pragma once
 
-#include "cpu/views.h"
+#include "common/views.h"
 #include "cuda/launch.h"
 
 namespace stream_r1::cuda {
 
-// Strides in elements of a tensor of planes [B, F, C] x [plane]; a plane lies in memory without gaps.
-struct PlaneStrides {
-  int64_t batch, frame, channel;
-};
-
 struct DmdArgs {
   const void *x, *fake, *real_cond,
       *real_uncond;  // of one type; real_uncond is real_cond where there is none
-  PlaneStrides x_planes, fake_planes, real_cond_planes, real_uncond_planes;
+  Planes x_planes, fake_planes, real_cond_planes, real_uncond_planes;
   Element element;
   float guidance;
 
   const float* w_intra;  // or null; a value a plane, or a plane of values
   bool w_intra_varies;   // within a plane
-  PlaneStrides w_intra_planes;
+  Planes w_intra_planes;
   const bool* mask;  // or null
   bool mask_varies;
-  PlaneStrides mask_planes;
+  Planes mask_planes;
   const float* w_inter;  // [B] or null
 
   int64_t batch, frames, channels, plane;  // plane: h * w
@@ -37,7 +32,7 @@ struct DmdArgs {
   float* loss;
 
   void* direction;  // [B, F, C, plane]: w_intra * g where kept, else 0; or the buffer of dmd_gradient_
-  PlaneStrides direction_planes;
+  Planes direction_planes;
   Element direction_element;  // element's, or float32
   float scale;                // of what is added to the buffer
 };

@@ -4,7 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "cpu/views.h"
+#include "common/views.h"
 #include "cuda/launch.h"
 
 namespace stream_r1::cuda {

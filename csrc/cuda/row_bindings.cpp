@@ -3,7 +3,7 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
-#include "cpu/per_frame.h"
+#include "common/checks.h"
 #include "cuda/column_sums.h"
 #include "cuda/gated_add.h"
 #include "cuda/modulated_norm.h"
@@ -27,24 +27,6 @@ Tensor add_parts(const char* op, const Tensor& sums, at::IntArrayRef shape, cons
 }
 
 // --- qk_norm_rotary ---
-
-void check_rotary(const Tensor& q, const Tensor& k, const Tensor& q_weight, const Tensor& k_weight,
-                  const Tensor& cos, const Tensor& sin, int64_t heads) {
-  const char* op = "qk_norm_rotary";
-  TORCH_CHECK_VALUE(q.dim() == 3 && q.sizes() == k.sizes(), op,
-                    ": q, k: expected the same [B, T, H * D], got ", q.sizes(), " and ", k.sizes());
-  TORCH_CHECK_TYPE(q.scalar_type() == k.scalar_type(), op, ": k: expected ", q.scalar_type(), " as q, got ",
-                   k.scalar_type());
-  TORCH_CHECK_VALUE(heads > 0 && q.size(2) % (2 * heads) == 0, op,
-                    ": num_heads: expected heads of even width in ", q.size(2), " channels, got ", heads);
-  for (const Tensor& weight : {q_weight, k_weight})
-    TORCH_CHECK_VALUE(weight.numel() == q.size(2), op, ": weight: expected [", q.size(2), "], got ",
-                      weight.sizes());
-  for (const Tensor& phase : {cos, sin})
-    TORCH_CHECK_VALUE(
-        phase.dim() == 2 && phase.size(0) == q.size(1) && phase.size(1) == q.size(2) / heads / 2, op,
-        ": cos, sin: expected [", q.size(1), ", ", q.size(2) / heads / 2, "], got ", phase.sizes());
-}
 
 // The arguments of a launch, and what they point into.
 struct Rotary {
@@ -88,10 +70,6 @@ struct Rotary {
   }
 };
 
-Tensor empty_heads(const Tensor& x, int64_t heads) {
-  return at::empty({x.size(0), x.size(1), heads, x.size(2) / heads}, x.options());
-}
-
 std::tuple<Tensor, Tensor> qk_norm_rotary(const Tensor& q, const Tensor& k, const Tensor& q_weight,
                                           const Tensor& k_weight, const Tensor& cos, const Tensor& sin,
                                           int64_t heads, double eps) {
@@ -108,15 +86,7 @@ Tensor qk_norm_rotary_into(const Tensor& q, const Tensor& k, const Tensor& q_wei
                            const Tensor& cos, const Tensor& sin, int64_t heads, double eps, Tensor& k_out) {
   const OnDevice device(q);
   Rotary rotary(q, k, q_weight, k_weight, cos, sin, heads, eps);
-  const int64_t head_dim = rotary.args.head_dim;
-  TORCH_CHECK_VALUE(k_out.sizes() == at::IntArrayRef({k.size(0), k.size(1), heads, head_dim}),
-                    "qk_norm_rotary: k_out: expected [", k.size(0), ", ", k.size(1), ", ", heads, ", ",
-                    head_dim, "], got ", k_out.sizes());
-  TORCH_CHECK_TYPE(k_out.scalar_type() == k.scalar_type(), "qk_norm_rotary: k_out: expected ",
-                   k.scalar_type(), " as k, got ", k_out.scalar_type());
-  TORCH_CHECK_VALUE(k_out.stride(3) == 1 || k_out.numel() == 0,
-                    "qk_norm_rotary: k_out: expected a contiguous last dimension, got strides ",
-                    k_out.strides());
+  check_key_slot(k_out, k, heads);
   Tensor q_out = empty_heads(q, heads);
   rotary.set_heads(0, q_out);
   rotary.set_heads(1, k_out);
@@ -175,10 +145,7 @@ ModulatedNormArgs norm_arguments(const Tensor& x, const Tensor& scale, const Ten
 std::tuple<Tensor, Tensor, Tensor> modulated_norm(const Tensor& x_, const Tensor& shift_,
                                                   const Tensor& scale_, double eps) {
   const char* op = "modulated_norm";
-  check_per_frame(op, "shift", shift_, x_);
-  check_per_frame(op, "scale", scale_, x_);
-  TORCH_CHECK_VALUE(shift_.size(1) == scale_.size(1), op, ": scale: expected ", shift_.size(1),
-                    " frames as shift, got ", scale_.size(1));
+  check_norm_modulation(op, x_, shift_, scale_);
   const OnDevice device(x_);
   const Tensor x = with_dense_rows(x_), shift = with_dense_rows(shift_), scale = with_dense_rows(scale_);
   Tensor out = at::empty(x.sizes(), x.options());
@@ -198,8 +165,7 @@ std::tuple<Tensor, Tensor, Tensor> modulated_norm_backward(const Tensor& grad_ou
                                                            const Tensor& rstd_) {
   const char* op = "modulated_norm_backward";
   check_per_frame(op, "scale", scale_, x_);
-  TORCH_CHECK_VALUE(grad_out_.sizes() == x_.sizes(), op, ": grad_out: expected shape ", x_.sizes(),
-                    " as x, got ", grad_out_.sizes());
+  check_shape(op, "grad_out", grad_out_, "x", x_);
   const OnDevice device(x_);
   const Tensor grad_out = grad_out_.to(x_.scalar_type()).contiguous(), x = with_dense_rows(x_),
                scale = with_dense_rows(scale_), mean = mean_.contiguous(), rstd = rstd_.contiguous();
@@ -244,8 +210,7 @@ GatedAddArgs gate_arguments(const Tensor& x, const Tensor& y, const Tensor& gate
 
 Tensor gated_add(const Tensor& x_, const Tensor& y_, const Tensor& gate_) {
   check_per_frame("gated_add", "gate", gate_, x_);
-  TORCH_CHECK_VALUE(y_.sizes() == x_.sizes(), "gated_add: y: expected shape ", x_.sizes(), " as x, got ",
-                    y_.sizes());
+  check_shape("gated_add", "y", y_, "x", x_);
   const OnDevice device(x_);
   const Tensor x = with_dense_rows(x_), y = with_dense_rows(y_), gate = with_dense_rows(gate_);
   GatedAddArgs args = gate_arguments(x, y, gate);
@@ -262,8 +227,7 @@ std::tuple<Tensor, Tensor> gated_add_backward(const Tensor& grad_out_, const Ten
                                               const Tensor& gate_) {
   const char* op = "gated_add_backward";
   check_per_frame(op, "gate", gate_, y_);
-  TORCH_CHECK_VALUE(grad_out_.sizes() == y_.sizes(), op, ": grad_out: expected shape ", y_.sizes(),
-                    " as y, got ", grad_out_.sizes());
+  check_shape(op, "grad_out", grad_out_, "y", y_);
   const OnDevice device(y_);
   const Tensor grad_out = grad_out_.contiguous(), y = with_dense_rows(y_), gate = with_dense_rows(gate_);
   GatedAddArgs args = gate_arguments(grad_out, y, gate);

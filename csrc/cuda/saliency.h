@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "cpu/views.h"
+#include "common/views.h"
 #include "cuda/launch.h"
 
 namespace stream_r1::cuda {

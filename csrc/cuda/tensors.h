@@ -6,7 +6,7 @@
 #include <c10/core/DeviceGuard.h>
 #include <dlfcn.h>
 
-#include "cpu/tensors.h"
+#include "common/tensors.h"
 #include "cuda/launch.h"
 
 // The dispatch key that the ops are registered for. Tests register them for another one, on tensors in

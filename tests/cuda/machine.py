@@ -13,14 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import toolchain
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import stream_r1_kernels  # noqa: F401  the schemas
-from ptx_executor import Kernel, Module
+from ptx_executor import Kernel, Module, Pointer
 
 KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
 
@@ -109,10 +108,13 @@ class Machine:
         except Exception as error:  # an exception can't pass through the C++ in between
             self._error = error
 
-    def _word(self, data: bytes) -> bytes | np.ndarray:
-        """Eight bytes of the arguments: memory, if they are an address in a known tensor, else themselves."""
+    def _word(self, data: bytes) -> bytes | Pointer:
+        """Eight bytes of the arguments: memory, if they are an address in a known tensor, else themselves.
+
+        A view keeps its place in its allocation: one that is not aligned on a GPU is not aligned here.
+        """
         address = int.from_bytes(data, "little")
-        best: tuple[int, int] | None = None
+        best: tuple[int, int, Tensor] | None = None  # bytes before the address, all bytes
         for tensor in self._memory:
             low = tensor.data_ptr()
             if tensor.numel() == 0 or not low:
@@ -120,13 +122,8 @@ class Machine:
             reach = (
                 sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
             )
-            high = low + reach * tensor.element_size()
+            size = reach * tensor.element_size()
             # the tensor that starts there, else the smallest that holds it
-            if low <= address < high and (
-                best is None or (address - low, high - low) < (address - best[0], best[1] - best[0])
-            ):
-                best = (low, high)
-        if best is None:
-            return data
-        low, high = best
-        return np.ctypeslib.as_array((ctypes.c_uint8 * (high - low)).from_address(low))[address - low :]
+            if low <= address < low + size and (best is None or (address - low, size) < best[:2]):
+                best = address - low, size, tensor
+        return data if best is None else Pointer(best[2], best[0])

@@ -95,6 +95,17 @@ def norm(machine: Machine, seed: int) -> None:
     exact.assert_close(out, true, modulated_norm_reference(x, shift, scale, 1e-6))
 
 
+def gate(machine: Machine, seed: int) -> None:
+    """Rows of whole packs, of which none starts at a multiple of 16 bytes: a slice of a longer tensor."""
+    torch.manual_seed(seed)
+    x, y = (torch.randn(4 * 48 + 1).bfloat16()[1:].view(1, 4, 48) for _ in "xy")
+    gate = torch.randn(1, 2, 48)
+    out = machine.run("gated_add", x, y, gate, seed=seed)
+    exact.assert_close(
+        out, gated_add_reference(x.double(), y.double(), gate.double()), gated_add_reference(x, y, gate)
+    )
+
+
 def gate_backward(machine: Machine, seed: int) -> None:
     torch.manual_seed(seed)
     y, gate, up = (
@@ -163,6 +174,7 @@ KERNELS = {
         "norm_rotary_grad_x_fp32", "qk_norm_rotary", "NormRotaryArgs", "norm_rotary_grad_x<float>"
     ),
     norm: kernel("modulated_norm_bf16", "modulated_norm", "ModulatedNormArgs", "modulated_norm<Bf16>"),
+    gate: kernel("gated_add_bf16", "gated_add", "GatedAddArgs", "gated_add<Bf16, Bf16>"),
     gate_backward: kernel(
         "gated_add_backward_bf16", "gated_add", "GatedAddArgs", "gated_add_backward<Bf16, Bf16>"
     ),
@@ -305,6 +317,7 @@ FAULTS = [
         "__syncthreads();\n  const float pixels",
         "const float pixels",
     ),
+    Fault("packs read wherever they start", gate, R, "count >= kPack && is_aligned(from)", "count >= kPack"),
     Fault("the sink not turned to the window", sink, K, "args.window_cos == nullptr ? k", "true ? k"),
     Fault("another chunk averaged in", sink, K, "stored(1, args.slot + token)", "stored(1, token)"),
     Fault("a stronger axis gets more", weights, S, "lowest - scores[m]", "scores[m] - lowest"),
