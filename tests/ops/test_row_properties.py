@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -107,6 +107,7 @@ def check(
     scale=st.sampled_from([1.0, 1e-3, 100.0]),
     seed=SEEDS,
 )
+@example(1, 2, 8, 51, (torch.float32, False), ((0, 0, False),) * 3, 1e-3, 190428)  # a mean of 400 deviations
 def test_modulated_norm(batch, frames, tokens, width, dtypes, layouts, scale, seed):
     torch.manual_seed(seed)
     dtype, wide_modulation = dtypes
@@ -115,7 +116,11 @@ def test_modulated_norm(batch, frames, tokens, width, dtypes, layouts, scale, se
     inputs = [laid_out(value, layout) for value, layout in zip((x, *modulation), layouts, strict=True)]
     rstd = (x.double().var(-1, correction=0) + 1e-6).rsqrt() if x.numel() else torch.zeros(1)
     largest = (1 + modulation[1].double().abs()).max().item() * rstd.max().item() if x.numel() else 0.0
-    check(modulated_norm, inputs, leaves=3, seed=seed, cancelled=(5 * largest, *[partial_sum(tokens)] * 2))
+    # what the mean takes away from x, once the rest is scaled up
+    mean = (x.double().mean(-1).abs() * rstd).max().item() if x.numel() else 0.0
+    sums = partial_sum(tokens)
+    cancelled = (mean * (1 + modulation[1].abs().max().item() if x.numel() else 0.0), 5 * largest, sums)
+    check(modulated_norm, inputs, leaves=3, seed=seed, cancelled=(*cancelled, (1 + mean) * sums))
 
 
 @examples
