@@ -1,0 +1,124 @@
+"""Predicts time: counted work at a datasheet's rates, of which kernels reach a share that is assumed.
+
+Every number that comes out of here is a prediction. The assumptions are few and in one place; none of them
+was measured by this project.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from .devices import Device
+from .work import Work
+
+Capability = tuple[int, int]
+Limit = Literal["memory", "compute", "launch"]
+HALF = (torch.bfloat16, torch.float16)
+
+
+def _library_attention() -> dict[Capability, float]:
+    return {(8, 0): 0.65, (8, 9): 0.85, (9, 0): 0.60, (10, 0): 0.60}
+
+
+def _own_attention() -> dict[Capability, float]:
+    return {(8, 0): 0.60, (8, 9): 0.80, (9, 0): 0.33, (10, 0): 0.16}
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """Shares of the datasheets' rates, and seconds that do not depend on sizes.
+
+    Attributes:
+        memory: of the bandwidth, by kernels that stream through memory.
+        matmul: of the matmul rate, by torch's matmuls of thousands of rows.
+        convolution: of the matmul rate, by cuDNN's 3D convolutions. Fitted: so that a decoder of Wan 2.1
+            takes the 10.3 s published for 81 frames of 720p on an A800 (an A100's rates).
+        library_attention: of the matmul rate, by the dense attention that torch picks, by capability
+            (FlashAttention-2 on 8.x, published at 50 to 73 % on A100; cuDNN on 9.0 and 10.0, of whose kind
+            75 % are published for H100).
+        own_attention: the same by our kernels, which use mma.sync. FlashAttention-2, which does too, is
+            published at 35 % on H100; a processor of a B200 is taken to be as fast at it as one of an H100.
+        kernel: seconds that a kernel takes at least.
+        dispatch: seconds of Python and torch for an op that is launched one by one; hidden as long as the GPU
+            has more to do. A CUDA graph has none.
+    """
+
+    memory: float = 0.85
+    matmul: float = 0.70
+    convolution: float = 0.25
+    library_attention: dict[Capability, float] = field(default_factory=_library_attention)
+    own_attention: dict[Capability, float] = field(default_factory=_own_attention)
+    kernel: float = 2e-6
+    dispatch: float = 8e-6
+
+
+ASSUMED = Assumptions()
+
+
+def seconds_a_call(work: Work, device: Device, assumed: Assumptions = ASSUMED) -> float:
+    """One call: the longer of what memory takes and what arithmetic takes, and no less than a launch."""
+    memory = work.bytes / (device.bandwidth * assumed.memory)
+    return max(memory, work.flops / _rate(work, device, assumed), assumed.kernel)
+
+
+def seconds(
+    work: Sequence[Work], device: Device, assumed: Assumptions = ASSUMED, *, graph: bool = False
+) -> float:
+    """All of it, one call after the other.
+
+    Args:
+        graph: replayed as CUDA graphs: the GPU never waits for Python.
+    """
+    busy = sum(w.calls * seconds_a_call(w, device, assumed) for w in work)
+    return busy if graph else max(busy, assumed.dispatch * sum(w.calls for w in work))
+
+
+def limit(
+    work: Work, device: Device, assumed: Assumptions = ASSUMED
+) -> Literal["memory", "compute", "launch"]:
+    """What a call's time is made of."""
+    memory = work.bytes / (device.bandwidth * assumed.memory)
+    compute = work.flops / _rate(work, device, assumed)
+    if max(memory, compute) <= assumed.kernel:
+        return "launch"
+    return "memory" if memory > compute else "compute"
+
+
+def _rate(work: Work, device: Device, assumed: Assumptions) -> float:
+    """Flops a second."""
+    on_tensor_cores = work.dtype in HALF
+    peak = device.matmul16 if on_tensor_cores else device.float32
+    if work.engine == "attention":
+        own = work.op.startswith("stream_r1.")
+        return peak * (assumed.own_attention if own else assumed.library_attention)[device.capability]
+    if work.engine == "convolution":
+        return peak * assumed.convolution
+    return peak * assumed.matmul
+
+
+# --- occupancy ---
+
+
+@dataclass(frozen=True)
+class KernelSize:
+    """What a block of a kernel needs of a processor. Registers a thread, shared memory in bytes."""
+
+    threads: int
+    registers: int
+    shared: int
+
+    def resident_blocks(self, device: Device) -> int:
+        """Blocks that fit a processor at once."""
+        # registers are dealt out to warps, 256 at a time
+        a_warp = -(-self.registers * 32 // 256) * 256
+        by_registers = device.registers // (a_warp * (self.threads // 32))
+        by_shared = device.shared // (self.shared + device.reserved)
+        return min(by_registers, by_shared, device.threads // self.threads, device.blocks)
+
+    def occupancy(self, device: Device) -> float:
+        """Warps that fit a processor at once, of the warps that it can hold."""
+        return self.resident_blocks(device) * self.threads / device.threads

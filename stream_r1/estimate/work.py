@@ -1,0 +1,235 @@
+"""Counts what code does: the ops that it calls, their flops and the bytes that they move.
+
+`count` runs a function on fake tensors: nothing is computed, and a model of any size takes as long as its
+Python. What is counted is the very code that would run, op by op; an op of this project is one op, as its
+kernel is one.
+
+    with fake_tensors():
+        student = cast(CausalWanTransformer(**config), torch.bfloat16)
+        cache = student.new_cache(1, 60, 104)
+        work = count(lambda: student.forward_chunk(x, t, text, cache))
+    total_flops(work)
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from stream_r1_kernels import ChunkMask
+
+Module = TypeVar("Module", bound=nn.Module)
+Engine = Literal["matmul", "attention", "convolution", "elementwise"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Equal calls of an op.
+
+    `flops` and `bytes` are of one call. `bytes` are the inputs read once and the outputs written once: what
+    cannot be avoided unless ops are fused or a cache holds their inputs.
+    """
+
+    op: str  # "aten.addmm", "stream_r1.gated_add"
+    engine: Engine
+    dtype: torch.dtype  # of the result
+    flops: int
+    bytes: int
+    calls: int = 1
+
+    def times(self, calls: int) -> Work:
+        return replace(self, calls=self.calls * calls)
+
+
+def total_flops(work: Sequence[Work]) -> int:
+    return sum(w.flops * w.calls for w in work)
+
+
+def total_bytes(work: Sequence[Work]) -> int:
+    return sum(w.bytes * w.calls for w in work)
+
+
+def repeat(work: Sequence[Work], times: int) -> list[Work]:
+    return [w.times(times) for w in work]
+
+
+@contextmanager
+def fake_tensors() -> Iterator[FakeTensorMode]:
+    """Within it tensors have shapes and no memory: a model of 14 billion weights is made in a second."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        yield mode
+
+
+def cast(model: Module, dtype: torch.dtype) -> Module:
+    """A model of fake tensors in another dtype, in place. Parts that diffusers keeps in float32 stay so."""
+    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
+    for name, part in model.named_modules():
+        for own, parameter in part._parameters.items():
+            if parameter is not None and not any(word in f"{name}.{own}".split(".") for word in kept):
+                part._parameters[own] = nn.Parameter(parameter.to(dtype), parameter.requires_grad)
+    return model
+
+
+def count(run: Callable[[], object]) -> list[Work]:
+    """What `run` does, most expensive first in flops and then bytes. Call it within `fake_tensors()`."""
+    with _Counting() as counting:
+        run()
+    work = [replace(w, calls=calls) for w, calls in counting.seen.items()]
+    return sorted(work, key=lambda w: (w.flops * w.calls, w.bytes * w.calls), reverse=True)
+
+
+class _Counting(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[Work] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        moved = _bytes(func, args, kwargs or {}, result)
+        if moved:
+            tensors = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+            tensors += [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            engine, flops = _arithmetic(func, args, kwargs or {}, result)
+            self.seen[Work(str(func.overloadpacket), engine, tensors[0].dtype, flops, moved)] += 1
+        return result
+
+
+def _bytes(func: Any, args: Any, kwargs: Any, result: Any) -> int:
+    """Read and written; 0 for what is no kernel (views, allocation)."""
+    written: dict[int, Tensor] = {}
+    read: dict[int, Tensor] = {}
+    for returned, value in zip(func._schema.returns, _as_tuple(result), strict=False):
+        fresh = returned.alias_info is None
+        if fresh or returned.alias_info.is_write:
+            written |= {id(x): x for x in tree_leaves(value) if isinstance(x, Tensor)}
+    names = [argument.name for argument in func._schema.arguments]
+    given = dict(zip(names, args, strict=False)) | dict(kwargs)
+    for argument in func._schema.arguments:
+        tensors = [x for x in tree_leaves(given.get(argument.name)) if isinstance(x, Tensor)]
+        writes = argument.alias_info is not None and argument.alias_info.is_write
+        if writes:
+            written |= {id(x): x for x in tensors}
+        if not (writes and _overwrites(func)):
+            read |= {id(x): x for x in tensors}
+    if not written or func.overloadpacket in _ALLOCATIONS:
+        return 0
+    return sum(map(_size, written.values())) + sum(map(_size, read.values()))
+
+
+_ALLOCATIONS = {
+    torch.ops.aten.empty,
+    torch.ops.aten.empty_like,
+    torch.ops.aten.empty_strided,
+    torch.ops.aten.new_empty,
+    torch.ops.aten.new_empty_strided,
+    torch.ops.aten.detach,
+    torch.ops.aten.lift_fresh,
+    torch.ops.aten.resize_,
+}
+
+
+def _overwrites(func: Any) -> bool:
+    return func.overloadpacket in (torch.ops.aten.copy_, torch.ops.aten.fill_, torch.ops.aten.zero_)
+
+
+def _size(tensor: Tensor) -> int:
+    """Bytes of a tensor, what is broadcast once."""
+    distinct = (n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step != 0 or n == 0)
+    return math.prod(distinct) * tensor.element_size()
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+# --- flops ---
+
+
+def _arithmetic(func: Any, args: Any, kwargs: Any, result: Any) -> tuple[Engine, int]:
+    packet = func.overloadpacket
+    own = _OWN.get(str(packet))
+    if own is not None:
+        return "attention", own(*args, **kwargs)
+    if packet in flop_registry:
+        flops = int(flop_registry[packet](*args, **kwargs, out_val=result))
+        name = str(packet)
+        if "attention" in name:
+            return "attention", flops
+        return ("convolution" if "conv" in name else "matmul"), flops
+    return "elementwise", 0
+
+
+def attention_flops(batch: int, heads: int, pairs: int, head_dim: int, matmuls: int = 2) -> int:
+    """Of `matmuls` products over the visible (query, key) pairs of a head: 2 forward, 5 more backward."""
+    return 2 * matmuls * batch * heads * pairs * head_dim
+
+
+def _dense(q: Tensor, keys: int, matmuls: int) -> int:
+    batch, tokens, heads, head_dim = q.shape
+    return attention_flops(batch, heads, tokens * keys, head_dim, matmuls)
+
+
+def _length(x: Tensor | None) -> int:
+    return 0 if x is None else x.shape[1]
+
+
+def _cached(q: Tensor, k: Tensor | None, v: Any, past_k: Tensor | None, *_: Any) -> int:
+    return _dense(q, _length(k) + _length(past_k), 2)
+
+
+def _cached_backward(
+    grad_out: Any, grad_lse: Any, q: Tensor, k: Tensor, v: Any, past_k: Tensor | None, *_: Any
+) -> int:
+    return _dense(q, _length(k), 5) + _dense(q, _length(past_k), 3)  # the past gets no gradients
+
+
+def visible_pairs(tokens: int, mask: ChunkMask) -> int:
+    """(query, key) pairs that a mask lets see each other, in a sequence of so many tokens."""
+    frames = 0  # pairs of them
+    for start, end in mask.chunks(mask.frames(tokens)):
+        before = 0 if mask.window_frames is None else max(0, end - mask.window_frames)
+        frames += (end - start) * (end - before + min(mask.sink_frames, before))
+    # a noisy query sees as many frames as the clean one of its chunk
+    return frames * mask.tokens_per_frame**2 * (2 if mask.teacher_forcing else 1)
+
+
+def _chunked(q: Tensor, k: Any, v: Any, *mask: Any) -> int:
+    batch, tokens, heads, head_dim = q.shape
+    return attention_flops(batch, heads, visible_pairs(tokens, ChunkMask(*mask[:6])), head_dim)
+
+
+def _chunked_backward(grad_out: Any, q: Tensor, k: Any, v: Any, out: Any, lse: Any, *mask: Any) -> int:
+    return _chunked(q, k, v, *mask) // 2 * 5
+
+
+def _sdpa_cpu(q: Tensor, k: Tensor, *_: Any, **__: Any) -> int:
+    batch, heads, tokens, head_dim = q.shape
+    return attention_flops(batch, heads, tokens * k.shape[2], head_dim)
+
+
+def _sdpa_cpu_backward(grad_out: Tensor, q: Tensor, k: Tensor, *_: Any, **__: Any) -> int:
+    return _sdpa_cpu(q, k) // 2 * 5
+
+
+_OWN: dict[str, Callable[..., int]] = {
+    "stream_r1.cached_chunk_attention": _cached,
+    "stream_r1.cached_chunk_attention_backward": _cached_backward,
+    "stream_r1.chunk_attention": _chunked,
+    "stream_r1.chunk_attention_backward": _chunked_backward,
+    # the CPU's SDPA, which torch's own table of flops leaves out
+    "aten._scaled_dot_product_flash_attention_for_cpu": _sdpa_cpu,
+    "aten._scaled_dot_product_flash_attention_for_cpu_backward": _sdpa_cpu_backward,
+}
