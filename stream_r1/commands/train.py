@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 HISTORY = "history.jsonl"
 CHECKPOINTS = "checkpoints"
 STUDENT = "student"
+ADAPTER = "adapter"
 
 
 def run(path: Path, overrides: list[str], *, check: bool, fresh: bool) -> None:
@@ -74,6 +75,7 @@ def _train(recipe: Recipe | InitRecipe, ranks: Ranks, console: Console, *, fresh
         _forget_after(out / HISTORY, trainer.step)
     from stream_r1.commands.progress import DistillationDisplay
     from stream_r1.distill.events import StepDone
+    from stream_r1.distill.lora import is_adapted
 
     title = "distilling" if isinstance(recipe, Recipe) else "training the start"
     with ExitStack() as stack:
@@ -88,6 +90,9 @@ def _train(recipe: Recipe | InitRecipe, ranks: Ranks, console: Console, *, fresh
                 history.flush()
     trainer.export(out / STUDENT)
     console.print(f"student: {out / STUDENT}", soft_wrap=True)
+    if is_adapted(trainer.student):
+        trainer.export_adapter(out / ADAPTER)
+        console.print(f"adapter: {out / ADAPTER}", soft_wrap=True)
     if trainer.stopped:
         console.print("stopped; the same command goes on from here")
     return trainer.stopped

@@ -16,8 +16,14 @@ from stream_r1.distill.order import ShuffledOrder
 from stream_r1.distill.precision import computing_in
 from stream_r1.distill.ranks import Ranks
 from stream_r1.distill.settings import InitSettings
-from stream_r1.distill.sharding import export_student
-from stream_r1.distill.state import Ema, load_optimizer_tensors, load_parameters, optimizer_tensors
+from stream_r1.distill.sharding import export_adapter, export_student
+from stream_r1.distill.state import (
+    Ema,
+    load_optimizer_tensors,
+    load_trained,
+    optimizer_tensors,
+    trained_state,
+)
 from stream_r1.models.transformer import CausalWanTransformer
 
 
@@ -59,6 +65,7 @@ class InitTrainer(TrainingLoop):
         super().__init__(settings, folder, ranks)
         self.settings = settings
         self.student = student.train()
+        self._adapt("student", self.student, settings.lora)
         self._share([self.student], settings.batch, settings.accumulation, len(objective))
         if settings.gradient_checkpointing:
             student.enable_gradient_checkpointing()
@@ -77,6 +84,7 @@ class InitTrainer(TrainingLoop):
         own = self.ranks.rank * size * self.settings.accumulation  # this rank's first sample
         for start in range(own, own + size * self.settings.accumulation, size):
             noise = SampleNoise(seeds[start : start + size], self.device)
+            self._seed_dropout(seeds[start:])
             with clock.part("forward"), computing_in(self.settings.precision, self.device):
                 loss = self.objective.loss(self.student, indices[start : start + size], noise)
             with clock.part("backward"):
@@ -93,16 +101,23 @@ class InitTrainer(TrainingLoop):
         return StepDone(self.step, self.settings.steps, scalars, clock.seconds)
 
     def export(self, folder: Path | str, *, ema: bool = True) -> None:
-        """Writes the student as a diffusers folder, with its averaged weights if `ema` and there are some."""
+        """Writes the student as a diffusers folder, with its averaged weights if `ema` and there are some;
+        adapters are merged.
+        """
         with self.ema.applied() if ema else nullcontext():
             export_student(self.student, folder, self.ranks)
+
+    def export_adapter(self, folder: Path | str, *, ema: bool = True) -> None:
+        """Writes the student's adapters as peft does; see `export`."""
+        with self.ema.applied() if ema else nullcontext():
+            export_adapter(self.student, folder, self.ranks)
 
     def _owners(self) -> dict[str, nn.Module]:
         return dict.fromkeys(("student", "ema", "optimizer"), self.student)
 
     def _parts(self) -> dict[str, dict[str, Tensor]]:
         return {
-            "student": dict(self.student.state_dict()),
+            "student": trained_state(self.student),
             "ema": self.ema.tensors(),
             "optimizer": optimizer_tensors(self.optimizer),
             "draws": {"random": self.random.get_state()},
@@ -112,7 +127,7 @@ class InitTrainer(TrainingLoop):
         return {"order": self.order.state_dict()}
 
     def _restore(self, parts: dict[str, dict[str, Tensor]], values: dict[str, Any]) -> None:
-        load_parameters(self.student, parts["student"])
+        load_trained(self.student, parts["student"])
         self.ema.load_tensors(parts.get("ema", {}))
         load_optimizer_tensors(self.optimizer, parts.get("optimizer", {}))
         self.random.set_state(parts["draws"]["random"])

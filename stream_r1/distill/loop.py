@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from stream_r1.distill.events import Event, Saved, StepDone
+from stream_r1.distill.lora import add_adapters
 from stream_r1.distill.ranks import Ranks
-from stream_r1.distill.settings import LoopSettings, OptimizerSettings
+from stream_r1.distill.settings import LoopSettings, LoraSettings, OptimizerSettings
 from stream_r1.distill.sharded_state import SharedCheckpoints, load_shared_checkpoint
 from stream_r1.distill.sharding import Sharding, divided_like, weight_sum, whole
 from stream_r1.distill.state import (
@@ -21,6 +22,7 @@ from stream_r1.distill.state import (
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
+    trained,
 )
 
 Parts = dict[str, dict[str, Tensor]]
@@ -52,6 +54,8 @@ class TrainingLoop(ABC):
         self.stopped = False
         self._stop = StopRequest()
         self._skipped: dict[str, int] = {}  # updates in a row, a model
+        self._drops = False
+        self._frozen: dict[str, int] = {}  # weights under adapters, which no checkpoint holds, by model
 
     @abstractmethod
     def train_step(self) -> StepDone:
@@ -72,6 +76,18 @@ class TrainingLoop(ABC):
     @abstractmethod
     def _owners(self) -> dict[str, nn.Module]:
         """By part, the model whose parameters its tensors belong to: they are divided as these are."""
+
+    def _adapt(self, name: str, model: nn.Module, lora: LoraSettings | None) -> None:
+        """Gives a model adapters to train in its place, if the settings say so."""
+        if lora is not None:
+            self._frozen[name] = weight_sum(model)
+            self._drops = self._drops or lora.dropout > 0
+            add_adapters(model, lora, self._loop.seed)
+
+    def _seed_dropout(self, seeds: list[int]) -> None:
+        """Dropout draws from torch's own generator: here it is made to depend on the samples at hand."""
+        if self._drops:
+            torch.manual_seed(seeds[0])
 
     def _share(self, models: list[nn.Module], batch: int, accumulation: int, data: object) -> None:
         """Divides models and work among the ranks, which must have begun alike.
@@ -95,7 +111,8 @@ class TrainingLoop(ABC):
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to be of this run."""
-        return self._loop.maths()
+        frozen = {"frozen_weights": self._frozen} if self._frozen else {}
+        return self._loop.maths() | frozen
 
     def run(self) -> Iterator[Event]:
         """Trains up to `settings.steps`, yielding an event a step.
@@ -187,7 +204,7 @@ class TrainingLoop(ABC):
         index = name.partition("/")[0]
         parameter: Tensor | None
         if index.isdigit():
-            parameter = list(model.parameters())[int(index)]
+            parameter = list(trained(model).values())[int(index)]
         else:
             parameter = dict(model.named_parameters()).get(name)
         return parameter if parameter is not None and parameter.shape == shape else None
@@ -238,9 +255,9 @@ class TrainingLoop(ABC):
 
 
 def make_adamw(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """AdamW on all of a model's parameters."""
+    """AdamW on all of a model that is to be trained."""
     return torch.optim.AdamW(
-        model.parameters(),
+        trained(model).values(),
         lr=settings.lr,
         betas=settings.betas,
         eps=settings.eps,

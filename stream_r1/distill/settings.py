@@ -35,6 +35,33 @@ class OptimizerSettings(Settings):
         return self
 
 
+class LoraSettings(Settings):
+    """Low-rank adapters that are trained in place of a network's own weights.
+
+    alpha: an adapter's part is multiplied by alpha / rank; None: by 1.
+    dropout: share of an adapter's input that is left out where gradients go.
+    targets: linear layers, by the ends of their names.
+    """
+
+    rank: Count = 64
+    alpha: Positive | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "ffn.net.0.proj",
+        "ffn.net.2",
+    )
+
+
+class NetworkSettings(OptimizerSettings):
+    """How a network is trained: all of it, or adapters."""
+
+    lora: LoraSettings | None = None
+
+
 class EmaSettings(Settings):
     """Moving average of the student's weights, from step `start` on; before, the average is the student."""
 
@@ -170,8 +197,8 @@ class DistillSettings(LoopSettings):
     accumulation: Count = 1
     critic_updates: Count = 5
     critic_warmup: Annotated[int, Field(ge=0)] = 0
-    student: OptimizerSettings = OptimizerSettings(lr=2e-6)
-    critic: OptimizerSettings = OptimizerSettings(lr=4e-7)
+    student: NetworkSettings = NetworkSettings(lr=2e-6)
+    critic: NetworkSettings = NetworkSettings(lr=4e-7)
     ema: EmaSettings = EmaSettings()
     rollout: RolloutSettings = RolloutSettings()
     matching: MatchingSettings = MatchingSettings()
@@ -200,6 +227,7 @@ class InitSettings(LoopSettings):
     batch: Count = 64
     accumulation: Count = 1
     optimizer: OptimizerSettings = OptimizerSettings(lr=2e-6, betas=(0.9, 0.999), clip=10.0)
+    lora: LoraSettings | None = None
     warmup: Annotated[int, Field(ge=0)] = 0
     ema: EmaSettings = EmaSettings(decay=0.99, start=0)
     gradient_checkpointing: bool = False

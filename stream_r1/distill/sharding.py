@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +22,13 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from stream_r1.distill.lora import is_adapted, save_adapter, without_adapters
 from stream_r1.distill.ranks import Ranks
 from stream_r1.distill.settings import DistributedSettings
+from stream_r1.models.adapters import merge_adapter
 from stream_r1.models.transformer import CausalWanTransformer
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Sharding:
@@ -90,23 +96,47 @@ def divided_like(x: Tensor, like: Tensor | None) -> Tensor:
     return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def weight_sum(model: nn.Module) -> float:
-    """One number that tells other weights from these."""
-    return sum(p.detach().double().sum().item() for p in model.parameters())
+def weight_sum(model: nn.Module) -> int:
+    """One number that tells other weights from these: exact, so the same wherever it is computed."""
+    total = 0
+    for p in model.parameters():
+        bits = p.detach().view(_BITS[p.element_size()])
+        total = (total * 31 + int(bits.sum(dtype=torch.int64))) % 2**61
+    return total
 
 
 def export_student(student: CausalWanTransformer, folder: Path | str, ranks: Ranks) -> None:
-    """Writes a diffusers folder from the first rank; every rank must call it."""
-    if not isinstance(student, FSDPModule):
+    """Writes a diffusers folder from the first rank, adapters merged; every rank must call it."""
+    if not isinstance(student, FSDPModule) and not is_adapted(student):
         if ranks.first:
             student.save_pretrained(folder)
         ranks.barrier()
         return
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(student, options=options)  # empty but on the first rank
+    state = _whole_state(student)
     if ranks.first:
+        if is_adapted(student):
+            with TemporaryDirectory() as adapter:
+                save_adapter(student, state, adapter)
+                state = merge_adapter(without_adapters(state), adapter)
         with torch.device("meta"):
             gathered: CausalWanTransformer = CausalWanTransformer.from_config(student.config)
         gathered.load_state_dict(state, assign=True)
         gathered.save_pretrained(folder)
     ranks.barrier()
+
+
+def export_adapter(student: CausalWanTransformer, folder: Path | str, ranks: Ranks) -> None:
+    """Writes the student's adapters as peft does, from the first rank; every rank must call it."""
+    state = _whole_state(student)
+    if ranks.first:
+        save_adapter(student, state, folder)
+    ranks.barrier()
+
+
+def _whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """A model's state, whole; of a model in parts it is empty but on the first rank."""
+    if not isinstance(model, FSDPModule):
+        return model.state_dict()
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state: dict[str, Any] = get_model_state_dict(model, options=options)
+    return state

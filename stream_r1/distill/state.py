@@ -140,10 +140,26 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def load_parameters(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copies a part of a checkpoint into a model. Raises CheckpointError if they do not match."""
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training changes: all, or adapters."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """A model's state without the weights that training leaves as they are."""
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    return {name: t for name, t in model.state_dict().items() if name not in frozen}
+
+
+def load_trained(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Copies what `trained_state` gave into a model. Raises CheckpointError if they do not match."""
     try:
-        model.load_state_dict(tensors)
+        missing = trained_state(model).keys() - tensors.keys()
+        if missing:
+            raise RuntimeError(f"missing {', '.join(sorted(missing))}")
+        unexpected = model.load_state_dict(tensors, strict=False).unexpected_keys
+        if unexpected:
+            raise RuntimeError(f"unexpected {', '.join(unexpected)}")
     except RuntimeError as error:
         raise CheckpointError(
             f"{type(model).__name__}: the checkpoint is of another model: {error}"
@@ -154,7 +170,7 @@ class Ema:
     """Moving average of a model's parameters in float32; the parameters themselves before `start`.
 
     Args:
-        model: what is averaged.
+        model: what is averaged, of it what is trained.
         decay: of the average, per update.
         start: first step that is averaged; the average begins as a copy then.
     """
@@ -169,7 +185,7 @@ class Ema:
     def update(self, step: int) -> None:
         if step < self.start:
             return
-        parameters = dict(self.model.named_parameters())
+        parameters = trained(self.model)
         if self.average is None:
             self.average = {name: p.detach().float().clone() for name, p in parameters.items()}
             return
@@ -182,7 +198,7 @@ class Ema:
         if self.average is None:
             yield self.model
             return
-        own = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        own = {name: p.detach().clone() for name, p in trained(self.model).items()}
         self._fill(self.average)
         try:
             yield self.model
@@ -191,7 +207,7 @@ class Ema:
 
     @torch.no_grad()
     def _fill(self, values: dict[str, Tensor]) -> None:
-        for name, p in self.model.named_parameters():
+        for name, p in trained(self.model).items():
             p.copy_(values[name])
 
     def tensors(self) -> dict[str, Tensor]:

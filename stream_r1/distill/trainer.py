@@ -22,8 +22,14 @@ from stream_r1.distill.precision import computing_in
 from stream_r1.distill.ranks import Ranks
 from stream_r1.distill.rollout import self_rollout
 from stream_r1.distill.settings import DistillSettings
-from stream_r1.distill.sharding import export_student
-from stream_r1.distill.state import Ema, load_optimizer_tensors, load_parameters, optimizer_tensors
+from stream_r1.distill.sharding import export_adapter, export_student
+from stream_r1.distill.state import (
+    Ema,
+    load_optimizer_tensors,
+    load_trained,
+    optimizer_tensors,
+    trained_state,
+)
 from stream_r1.distill.weighting import StreamR1Weights
 from stream_r1.models.text import TextEncoder
 from stream_r1.models.transformer import CausalWanTransformer
@@ -99,10 +105,12 @@ class DistillTrainer(TrainingLoop):
     ) -> None:
         super().__init__(settings, folder, ranks)
         self.settings = settings
-        self.student = student.train()
+        self.student = student
         self.teacher = teacher.eval().requires_grad_(False)
-        self.critic = (critic if critic is not None else deepcopy(teacher)).train().requires_grad_(True)
+        self.critic = (critic if critic is not None else deepcopy(teacher)).requires_grad_(True)
         self.prompts = list(prompts)
+        self._adapt("student", self.student, settings.student.lora)
+        self._adapt("critic", self.critic, settings.critic.lora)
         models = [self.student, self.critic, self.teacher]
         self._share(models, settings.batch, settings.accumulation, hashed(self.prompts))
         self.device = next(student.parameters()).device
@@ -145,9 +153,11 @@ class DistillTrainer(TrainingLoop):
 
     def _update_student(self, clock: Clock, scalars: dict[str, float]) -> Preview | None:
         draw, parts = self._draw(), self.settings.accumulation
+        self._learn(self.student)
         preview, losses, scores, logs = None, [], [], []
         for micro in draw.of_rank(self.ranks).split(parts):
             noise = SampleNoise(micro.seeds, self.device)
+            self._seed_dropout(micro.seeds)
             text = self._embed(micro.prompts)
             with clock.part("rollout"), self._precision():
                 x = self._rollout(text, noise, micro.exit_step, grad=True)
@@ -176,9 +186,11 @@ class DistillTrainer(TrainingLoop):
 
     def _update_critic(self, clock: Clock, scalars: dict[str, float]) -> None:
         draw, parts = self._draw(), self.settings.accumulation
+        self._learn(self.critic)
         losses = []
         for micro in draw.of_rank(self.ranks).split(parts):
             noise = SampleNoise(micro.seeds, self.device)
+            self._seed_dropout(micro.seeds)
             text = self._embed(micro.prompts)
             with clock.part("critic rollout"), self._precision():
                 x = self._rollout(text, noise, micro.exit_step, grad=False)
@@ -190,6 +202,11 @@ class DistillTrainer(TrainingLoop):
             losses.append(loss.detach())
         with clock.part("optimizer"):
             self._descend("critic", self.critic_optimizer, losses, self.settings.critic.clip, scalars)
+
+    def _learn(self, model: nn.Module) -> None:
+        """Only what learns has dropout, where there is any."""
+        for each in (self.student, self.critic):
+            each.train(each is model)
 
     def _precision(self) -> torch.autocast:
         return computing_in(self.settings.precision, self.device)
@@ -257,8 +274,8 @@ class DistillTrainer(TrainingLoop):
 
     def _parts(self) -> dict[str, dict[str, Tensor]]:
         return {
-            "student": dict(self.student.state_dict()),
-            "critic": dict(self.critic.state_dict()),
+            "student": trained_state(self.student),
+            "critic": trained_state(self.critic),
             "ema": self.ema.tensors(),
             "student_optimizer": optimizer_tensors(self.student_optimizer),
             "critic_optimizer": optimizer_tensors(self.critic_optimizer),
@@ -270,8 +287,8 @@ class DistillTrainer(TrainingLoop):
         return {"order": self.order.state_dict(), "weights": weights}
 
     def _restore(self, parts: dict[str, dict[str, Tensor]], values: dict[str, Any]) -> None:
-        load_parameters(self.student, parts["student"])
-        load_parameters(self.critic, parts["critic"])
+        load_trained(self.student, parts["student"])
+        load_trained(self.critic, parts["critic"])
         self.ema.load_tensors(parts.get("ema", {}))
         load_optimizer_tensors(self.student_optimizer, parts.get("student_optimizer", {}))
         load_optimizer_tensors(self.critic_optimizer, parts.get("critic_optimizer", {}))
@@ -288,9 +305,16 @@ class DistillTrainer(TrainingLoop):
         return super()._identity() | {"prompts": hashed(self.prompts)}
 
     def export(self, folder: Path | str, *, ema: bool = True) -> None:
-        """Writes the student as a diffusers folder, with its averaged weights if `ema` and there are some."""
+        """Writes the student as a diffusers folder, with its averaged weights if `ema` and there are some;
+        adapters are merged.
+        """
         with self.ema.applied() if ema else nullcontext():
             export_student(self.student, folder, self.ranks)
+
+    def export_adapter(self, folder: Path | str, *, ema: bool = True) -> None:
+        """Writes the student's adapters as peft does; see `export`."""
+        with self.ema.applied() if ema else nullcontext():
+            export_adapter(self.student, folder, self.ranks)
 
 
 def hashed(prompts: list[str]) -> str:

@@ -1,10 +1,15 @@
 """A run on several processes is the run on one, up to the order of sums."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from workers import InitSettings, distiller, everything, launch, settings, train, train_alone
+from distill_models import tiny_student
+from workers import InitSettings, distiller, everything, joined, launch, settings, train, train_alone
+
+from stream_r1.distill.settings import DistillSettings
+from stream_r1.models.checkpoints import load_student
 
 
 def assert_same_run(
@@ -54,6 +59,40 @@ def test_distillation(alone: tuple, size: int, changes: dict[str, Any]) -> None:
     start = everything(distiller(None, None, settings()))
     of_micro_batches = ("inter/min", "inter/max") if "accumulation" in changes else ()
     assert_same_run(results[0], alone, start, of_micro_batches)
+
+
+def _export(folder: Path, chosen: DistillSettings) -> None:
+    with joined(chosen) as ranks:
+        run = distiller(ranks, folder / "checkpoints", chosen)
+        run.resume()
+        run.export(folder / "student", ema=False)
+        run.export_adapter(folder / "adapter", ema=False)
+
+
+def test_adapters(tmp_path: Path) -> None:
+    """Sharded, they are trained as by one process, resumed bit for bit, and gathered when written."""
+    lora = {"lora": {"rank": 2}}
+    changes: dict[str, Any] = {"student": lora, "critic": lora}
+    expected = train_alone(None, settings(**changes))
+    start = everything(distiller(None, None, settings(**changes)))
+    sharded = settings(**changes, distributed={"shard": "full"}, rollout={"gradient_checkpointing": True})
+    got = launch(2, train, None, sharded)[0]
+    assert_same_run(got, expected, start)
+    folder = tmp_path / "checkpoints"
+    launch(2, train, folder, sharded.model_copy(update={"steps": 2}))
+    again = launch(2, train, folder, sharded)[0]
+    assert again[0] == got[0][2:]
+    assert all(torch.equal(again[1][key], value) for key, value in got[1].items() if "random" not in key)
+    launch(2, _export, tmp_path, sharded)
+    base = tiny_student(num_layers=2, window_frames=6, sink_frames=3, positions="window", sink_ema=0.9)
+    base.save_pretrained(tmp_path / "base")
+    merged = load_student(tmp_path / "base", adapter=tmp_path / "adapter").state_dict()
+    written = load_student(tmp_path / "student").state_dict()
+    a, b = (got[1][f"student/blocks.1.ffn.net.2.lora_{half}.default.weight"] for half in "AB")
+    name = "blocks.1.ffn.net.2.weight"
+    torch.testing.assert_close(written[name], base.state_dict()[name] + b @ a)
+    assert merged.keys() == written.keys()
+    assert all(torch.equal(merged[key], value) for key, value in written.items())
 
 
 def test_accumulated_gradients_of_shards_are_those_of_the_large_batch() -> None:

@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import peft  # noqa: F401 (once, before processes are forked)
 import torch
 from distill_models import LATENT, LetterEncoder, StretchDecoder, tiny_student, tiny_teacher
 from torch import Tensor
