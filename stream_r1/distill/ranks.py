@@ -20,6 +20,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
+from stream_r1.distill.events import summarise
 from stream_r1.distill.settings import DistributedSettings
 
 _LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -80,13 +81,11 @@ class Ranks:
         return bool(asked)
 
     def summary(self, scalars: dict[str, float]) -> dict[str, float]:
-        """Every rank's numbers as one: the mean, or the extreme where the name ends in min or max."""
+        """Every rank's numbers as one, see `summarise`; the same names on all of them."""
         if not self.launched or not scalars:
             return scalars
         table = self.gather(torch.tensor([list(scalars.values())], dtype=torch.float64, device=self.device))
-        take = {"min": table.amin(0).tolist(), "max": table.amax(0).tolist()}
-        mean = table.mean(0).tolist()
-        return {key: take.get(key.rpartition("/")[2], mean)[i] for i, key in enumerate(scalars)}
+        return summarise([dict(zip(scalars, row, strict=True)) for row in table.tolist()])
 
     def from_first(self, value: T) -> T:
         """The first rank's `value`, small and picklable."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stream_r1.distill.dmd import DistributionMatching
-from stream_r1.distill.events import Clock, Preview, StepDone
+from stream_r1.distill.events import Clock, Preview, StepDone, summarise
 from stream_r1.distill.loop import TrainingLoop, make_adamw
 from stream_r1.distill.noise import SampleNoise
 from stream_r1.distill.order import ShuffledOrder
@@ -141,7 +142,7 @@ class DistillTrainer(TrainingLoop):
 
     def train_step(self) -> StepDone:
         """One step: the generator if it is its turn, then the critic."""
-        clock = Clock()
+        clock = Clock(self.device)
         scalars: dict[str, float] = {}
         preview = None
         since_warmup = self.step - self.settings.critic_warmup
@@ -149,18 +150,34 @@ class DistillTrainer(TrainingLoop):
             preview = self._update_student(clock, scalars)
         self._update_critic(clock, scalars)
         self.step += 1
-        return StepDone(self.step, self.settings.steps, scalars, clock.seconds, preview)
+        return StepDone(self.step, self.settings.steps, scalars, clock.whole(), preview)
+
+    @torch.no_grad()
+    def sample(self, prompts: list[str], seeds: list[int]) -> Tensor:
+        """Latents [B, F, C, h, w] as the exported student would make them, all steps; a seed a sample.
+
+        Trains nothing and draws from no stream of the training. Of models in parts, every rank must ask.
+        """
+        training = self.student.training
+        self.student.eval()
+        try:
+            with self.ema.applied(), self._precision():
+                noise = SampleNoise(seeds, self.device)
+                return self._rollout(self._embed(prompts), noise, len(self.steps) - 1, grad=False)
+        finally:
+            self.student.train(training)
 
     def _update_student(self, clock: Clock, scalars: dict[str, float]) -> Preview | None:
         draw, parts = self._draw(), self.settings.accumulation
         self._learn(self.student)
-        preview, losses, scores, logs = None, [], [], []
+        preview, losses, seen, logs = None, [], [], []
         for micro in draw.of_rank(self.ranks).split(parts):
             noise = SampleNoise(micro.seeds, self.device)
             self._seed_dropout(micro.seeds)
             text = self._embed(micro.prompts)
             with clock.part("rollout"), self._precision():
                 x = self._rollout(text, noise, micro.exit_step, grad=True)
+            self._count(x, scalars)
             with clock.part("reward"):
                 preview = self._look(x.detach(), micro.prompts)
             weights = preview.weights if preview else None
@@ -171,16 +188,17 @@ class DistillTrainer(TrainingLoop):
                 (loss / parts).backward()
             losses.append(loss.detach())
             if weights is not None:
-                scores.append(weights.scores)
+                seen.append(torch.cat([weights.inter[:, None], weights.scores], dim=1))
                 logs.append(weights.log)
         with clock.part("optimizer"):
             self._descend("student", self.student_optimizer, losses, self.settings.student.clip, scalars)
             if not scalars["student/skipped"]:
                 self.ema.update(self.step)
-        if scores and self.weights is not None:
-            self.weights.history.observe(self.ranks.gather(torch.cat(scores)))
-            means = {key: sum(log[key] for log in logs) / len(logs) for key in logs[0]}
-            scalars |= self.ranks.summary(means)
+        if seen and self.weights is not None:
+            batch = self.ranks.gather(torch.cat(seen))  # [batch, 1 + axes]
+            self.weights.history.observe(batch[:, 1:])
+            scalars |= self.ranks.summary(summarise(logs))
+            scalars["inter/std"] = batch[:, 0].std(correction=0).item()  # not the mean of the parts'
         scalars["student/exit_step"] = draw.exit_step
         return preview
 
@@ -194,6 +212,7 @@ class DistillTrainer(TrainingLoop):
             text = self._embed(micro.prompts)
             with clock.part("critic rollout"), self._precision():
                 x = self._rollout(text, noise, micro.exit_step, grad=False)
+            self._count(x, scalars)
             with clock.part("critic"):
                 t, eps = self._dmd_noise(x, noise)
                 with self._precision():
@@ -207,6 +226,12 @@ class DistillTrainer(TrainingLoop):
         """Only what learns has dropout, where there is any."""
         for each in (self.student, self.critic):
             each.train(each is model)
+
+    def _count(self, x: Tensor, scalars: dict[str, float]) -> None:
+        """Adds a rollout's tokens, on all ranks, to the step's."""
+        config: Any = self.student.config
+        tokens = x.numel() // (x.shape[2] * math.prod(config.patch_size)) * self.ranks.size
+        scalars["tokens"] = scalars.get("tokens", 0.0) + tokens
 
     def _precision(self) -> torch.autocast:
         return computing_in(self.settings.precision, self.device)

@@ -26,6 +26,8 @@ from torch import Tensor
 from stream_r1.rewards.base import Reward
 from stream_r1_kernels import intra_weights, region_saliency
 
+_ROUNDING = 1e-5  # relative; of a float32 sum over a frame
+
 WeightingMode = Literal["uniform", "re-dmd", "spatial", "temporal", "no-balance", "full"]
 
 
@@ -222,7 +224,7 @@ class StreamR1Weights:
         inter, log = self._inter(scores)
         if saliency is not None:
             intra = intra_weights(saliency, scores, **self._intra_options)
-            log |= self._shares(scores)
+            log |= self._shares(scores) | self._intra_log(intra)
         else:
             intra = scores.new_ones(len(prompts), frames, 1, rows, columns)
         if observe:
@@ -293,15 +295,39 @@ class StreamR1Weights:
         inter = log_weight.clamp(-bound, bound).exp()
         log = {"balance/penalty": penalty}
         if len(scores):
-            bounded = (log_weight.abs() > bound).float().mean()
+            floored, capped = (log_weight < -bound).float().mean(), (log_weight > bound).float().mean()
             means = scores.mean(dim=0)
-            numbers = torch.stack(
-                [*means, means.mean(), inter.mean(), inter.min(), inter.max(), bounded]
-            ).tolist()
-            names = [f"reward/{axis}" for axis in self.axes]
-            names += ["reward/mean", "inter/mean", "inter/min", "inter/max", "inter/bounded"]
+            spread = [inter.mean(), inter.min(), inter.max(), inter.std(correction=0)]
+            numbers = torch.stack([*means, means.mean(), *spread, floored + capped, floored, capped]).tolist()
+            names = [f"reward/{axis}" for axis in self.axes] + ["reward/mean"]
+            names += [
+                f"inter/{what}" for what in ("mean", "min", "max", "std", "bounded", "floored", "capped")
+            ]
             log |= dict(zip(names, numbers, strict=True))
         return inter, log
+
+    def _intra_log(self, intra: Tensor) -> dict[str, float]:
+        """How the weights spread, and which share of cells and of frames is at its floor.
+
+        The least value of a map or profile is 0 before the floor, so what equals the least weight is at the
+        floor wherever the floor is above what the strength leaves of it.
+        """
+        if not len(intra):
+            return {}
+        cells = intra[:, :, 0]  # [B, F, h, w]
+        numbers = [cells.min(), cells.max(), cells.std(dim=(1, 2, 3), correction=0).mean()]
+        for part, values, dims in (
+            ("spatial", cells, (2, 3)),
+            ("temporal", cells.mean(dim=(2, 3)), (1,)),
+        ):
+            options = self._intra_options
+            acts = options[f"{part}_floor"] > 1 - options[f"{part}_strength"]
+            low, high = values.amin(dims, keepdim=True), values.amax(dims, keepdim=True)
+            level = low * (1 + _ROUNDING)
+            at_floor = (values <= level) & (high > level)
+            numbers.append(at_floor.float().mean() * float(acts and options[f"use_{part}"]))
+        names = ("min", "max", "std", "spatial_floored", "temporal_floored")
+        return dict(zip((f"intra/{name}" for name in names), torch.stack(numbers).tolist(), strict=True))
 
     def _shares(self, scores: Tensor) -> dict[str, float]:
         """How much of the saliency each axis provides, on average over the batch."""

@@ -214,3 +214,35 @@ def test_unknown_modes_and_axes_are_refused() -> None:
         StreamR1Weights(SmoothReward(), "everything")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="got 'FLOW'"):
         StreamR1Weights(SmoothReward(), "re-dmd", motion_axis="FLOW")
+
+
+@pytest.mark.parametrize("mode", ["spatial", "temporal", "full"])
+@pytest.mark.parametrize(("strength", "floor"), [(1.0, 0.3), (0.8, 0.3), (0.6, 0.3), (1.0, 0.0)])
+def test_what_hits_the_floors_is_counted(mode: str, strength: float, floor: float) -> None:
+    """Against the profiles as the paper has them, computed from the saliency in float64."""
+    settings = {"spatial_floor": floor, "temporal_floor": floor}
+    settings |= {"spatial_strength": strength, "temporal_strength": strength}
+    w = StreamR1Weights(SmoothReward(), mode, **settings)(video(), PROMPTS, LATENT)
+    assert w.saliency is not None
+    share = torch.softmax(-w.scores.double(), dim=1)
+    fused = torch.einsum("bm,mbfhw->bfhw", share, w.saliency.double())
+    expected = {}
+    for part, values, dims in (("spatial", fused, (2, 3)), ("temporal", fused.mean((2, 3)), (1,))):
+        low, high = values.amin(dims, keepdim=True), values.amax(dims, keepdim=True)
+        profile = (1 - strength) + strength * (values - low) / (high - low)
+        used = mode in (part, "full")
+        expected[part] = (profile < floor).double().mean().item() * used
+    for part, count in expected.items():
+        assert w.log[f"intra/{part}_floored"] == pytest.approx(count), part
+    assert w.log["intra/min"] == w.intra.min()
+    assert w.log["intra/max"] == w.intra.max()
+    assert w.log["intra/std"] == pytest.approx(w.intra.flatten(1).std(1, correction=0).mean().item())
+
+
+def test_what_hits_the_bounds_is_counted() -> None:
+    w = StreamR1Weights(SmoothReward(), "re-dmd", beta=1000.0, log_bound=1.0)(video(), PROMPTS, LATENT)
+    assert (w.scores[:, 1] < 0).all()
+    assert (w.log["inter/floored"], w.log["inter/capped"], w.log["inter/bounded"]) == (1, 0, 1)
+    w = StreamR1Weights(SmoothReward(), beta=1000.0, log_bound=1.0)(video(4), PROMPTS * 2, LATENT)
+    assert w.log["inter/floored"] == (w.scores.mean(1) < 0).float().mean()
+    assert w.log["inter/std"] == pytest.approx(w.inter.std(correction=0).item())

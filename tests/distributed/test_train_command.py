@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import os
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from stream_r1.cli import main
 from stream_r1.config import SettingsError
 from stream_r1.models.checkpoints import load_student
 from stream_r1.recipe import InitRecipe, Recipe, load, load_any, load_start
+from stream_r1.watch.writers import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,8 +64,14 @@ def test_torchrun_trains_what_one_process_trains(world: Path, tmp_path: Path) ->
     assert any(not torch.equal(one[name], start[name]) for name in one)
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6, msg=name)
-    lines = [json.loads(line) for line in (tmp_path / "two" / "history.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    rows = read_metrics(tmp_path / "two" / "metrics.csv")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    videos = sorted(str(p.relative_to(tmp_path / "two")) for p in (tmp_path / "two").rglob("*.mp4"))
+    assert videos == [
+        f"samples/step-0000000{step}/sample-{i}.mp4" for step in (0, 4) for i in range(len(videos) // 2)
+    ]
+    assert len(videos) == 4
+    assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == 1
     assert [p.name for p in (tmp_path / "two" / "checkpoints").iterdir()] == ["step-00000004"]
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from stream_r1 import maps
 from stream_r1.demo import figures, measures
 from stream_r1.demo.record import Clip, Record, StepPoint, Timing
 from stream_r1.demo.report import write_report
@@ -43,7 +44,7 @@ def full(tmp_path):
     for name in ("before", "after", "teacher"):
         with VideoWriter(tmp_path / f"{name}.mp4") as writer:
             writer.write(torch.rand(13, 3, *SIZE))
-        (tmp_path / f"{name}.png").write_bytes(figures.png(np.zeros((4, 4, 3), np.uint8)))
+        (tmp_path / f"{name}.png").write_bytes(maps.png(np.zeros((4, 4, 3), np.uint8)))
         clips[name] = [Clip(prompt=PROMPT, video=f"{name}.mp4", sheet=f"{name}.png")]
     np.savez(
         tmp_path / "maps.npz",
@@ -165,7 +166,7 @@ def test_heat_lies_where_it_belongs():
     frames = np.full((1, 8, 12, 3), 128, np.uint8)
     heat = np.zeros((1, 4, 6))
     heat[0, 1, 4] = 1.0
-    strip = figures.heat_strip(frames, heat, scale=2).astype(int)
+    strip = maps.heat_strip(frames, heat, scale=2).astype(int)
     changed = np.abs(strip[..., :3] - strip[0, 0, :3]).sum(-1)
     hot = np.argwhere(changed > 0)
     assert hot.min(0).tolist() == [4, 16]

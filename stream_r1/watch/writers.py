@@ -1,0 +1,289 @@
+"""Where a watched run's numbers and pictures go: the run's folder, TensorBoard's event files, wandb.
+
+Every writer raises what goes wrong; the `Watcher` turns it into a warning.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import shutil
+import struct
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from stream_r1.maps import png
+from stream_r1.watch.settings import WandbSettings
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+Picture = NDArray[np.uint8]
+"""[H, W, 3 or 4]."""
+
+METRICS = "metrics.csv"
+SAMPLES = "samples"
+EVENTS = "tensorboard"
+_GIF_WIDTH = 320  # pixels, at most: event files grow by every sample
+
+
+class Writer(Protocol):
+    """Takes what there is to see, a step at a time; steps rise."""
+
+    def scalars(self, step: int, values: dict[str, float]) -> None: ...
+
+    def pictures(self, step: int, pictures: dict[str, Picture]) -> None:
+        """By name, as "maps/weights"."""
+        ...
+
+    def video(self, step: int, name: str, frames: Tensor, fps: float) -> None:
+        """frames: uint8 [T, 3, H, W] in host memory."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class FolderWriter:
+    """metrics.csv, a row a step, and samples/step-<step>/ with an mp4 a video and a PNG a picture.
+
+    What can't be written, as on a full disk, is kept and written with the next row.
+
+    Args:
+        folder: the run's; is there.
+        done: steps that the run has done. Rows and pictures of later ones are removed; with 0, all are.
+    """
+
+    def __init__(self, folder: Path, done: int = 0) -> None:
+        self.folder = folder
+        self._path = folder / METRICS
+        self._columns: list[str] = ["step"]
+        self._waiting: list[dict[str, float]] = []
+        for old in (folder / SAMPLES).glob("step-*"):
+            if not done or int(old.name.removeprefix("step-")) > done:
+                shutil.rmtree(old)
+        rows = [row for row in read_metrics(self._path) if row["step"] <= done] if done else []
+        self._rewrite(rows)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        self._waiting.append({"step": step, **values})
+        if any(key not in self._columns for row in self._waiting for key in row):
+            self._rewrite(list(read_metrics(self._path)) + self._waiting)
+        else:
+            _append(self._path, _rows(self._columns, self._waiting))
+        self._waiting = []
+
+    def pictures(self, step: int, pictures: dict[str, Picture]) -> None:
+        for name, picture in pictures.items():
+            self._place(step, name, ".png").write_bytes(png(picture))
+
+    def video(self, step: int, name: str, frames: Tensor, fps: float) -> None:
+        from stream_r1.sampling.video import VideoWriter
+
+        with VideoWriter(self._place(step, name, ".mp4"), fps) as writer:
+            writer.write(frames)
+
+    def close(self) -> None:
+        if self._waiting:
+            _append(self._path, _rows(self._columns, self._waiting))
+
+    def _place(self, step: int, name: str, suffix: str) -> Path:
+        place = self.folder / SAMPLES / f"step-{step:08d}" / (name.replace("/", "-") + suffix)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        return place
+
+    def _rewrite(self, rows: list[dict[str, float]]) -> None:
+        """The whole file, with a column for everything; a new name comes once or twice in a run."""
+        columns = list(dict.fromkeys([*self._columns, *(key for row in rows for key in row)]))
+        part = self._path.with_name(self._path.name + ".part")
+        try:
+            part.write_bytes(_line(columns) + _rows(columns, rows))
+            os.replace(part, self._path)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
+        self._columns = columns
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, float]]:
+    """The rows of a metrics.csv, each with the numbers that its step has; none if there is no file.
+
+    A last row that is not whole, as a killed process leaves, is left out.
+    """
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    for row in csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])):
+        yield {key: _number(value) for key, value in row.items() if value}
+
+
+def _number(text: str) -> float:
+    return int(text) if text.isdecimal() else float(text)
+
+
+def _line(cells: Iterable[object]) -> bytes:
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerow(cells)
+    return out.getvalue().encode()
+
+
+def _rows(columns: list[str], rows: list[dict[str, float]]) -> bytes:
+    return b"".join(_line(row.get(column, "") for column in columns) for row in rows)
+
+
+def _append(path: Path, data: bytes) -> None:
+    """All of it or, with an OSError, nothing."""
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+class TensorBoardWriter:
+    """Event files in a folder, by `torch.utils.tensorboard`.
+
+    After a failure, as on a full disk, it goes on in a new file; what failed is only in metrics.csv.
+
+    Args:
+        folder: is made.
+        done: as for `FolderWriter`; event files of an earlier part of the run are cut off behind it.
+        texts: shown beside a new run's numbers, by name.
+    """
+
+    def __init__(self, folder: Path, done: int = 0, texts: dict[str, str] | None = None) -> None:
+        self._folder = folder
+        self._open: SummaryWriter | None = None
+        for file in folder.glob("events.out.tfevents.*"):
+            if done:
+                cut_events(file, done)
+            else:
+                file.unlink()
+        with self._writing() as writer:
+            for name, text in (texts or {}).items() if not done else ():
+                writer.add_text(name, text, 0)
+
+    @contextmanager
+    def _writing(self) -> Iterator[SummaryWriter]:
+        """What is told in the context is on the disk behind it."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        if self._open is None:
+            self._open = SummaryWriter(str(self._folder), max_queue=1000)
+        try:
+            yield self._open
+            self._open.flush()
+        except OSError:  # its thread is dead
+            with suppress(Exception):
+                self._open.close()
+            self._open = None
+            for file in self._folder.glob("events.out.tfevents.*"):
+                cut_events(file)
+            raise
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        with self._writing() as writer:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+
+    def pictures(self, step: int, pictures: dict[str, Picture]) -> None:
+        with self._writing() as writer:
+            for name, picture in pictures.items():
+                writer.add_image(name, picture, step, dataformats="HWC")
+
+    def video(self, step: int, name: str, frames: Tensor, fps: float) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        # SummaryWriter.add_video does this, by way of another package.
+        image = Summary.Image(
+            height=frames.shape[2], width=frames.shape[3], colorspace=3, encoded_image_string=gif(frames, fps)
+        )
+        with self._writing() as writer:
+            files: Any = writer.file_writer
+            files.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+
+    def close(self) -> None:
+        if self._open is not None:
+            self._open.close()
+
+
+def cut_events(path: Path, step: int | None = None) -> None:
+    """Cuts an event file off before the first event of a later step, or one that is not whole."""
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    data, at = path.read_bytes(), 0
+    while at + 12 <= len(data):
+        (length,) = struct.unpack_from("<Q", data, at)  # then its checksum, the event, and its checksum
+        end = at + 12 + length + 4
+        if end > len(data):
+            break
+        if step is not None and Event.FromString(data[at + 12 : end - 4]).step > step:
+            break
+        at = end
+    os.truncate(path, at)
+
+
+def gif(frames: Tensor, fps: float) -> bytes:
+    """uint8 [T, 3, H, W] as an animated picture, for ever; wide ones in half, a third, ... of their size."""
+    stride = -(-frames.shape[3] // _GIF_WIDTH)
+    pictures = [
+        Image.fromarray(frame).reduce(stride) for frame in frames.permute(0, 2, 3, 1).contiguous().numpy()
+    ]
+    out = io.BytesIO()
+    pictures[0].save(
+        out, format="GIF", save_all=True, append_images=pictures[1:], duration=1000 / fps, loop=0
+    )
+    return out.getvalue()
+
+
+class WandbWriter:
+    """A run on Weights & Biases.
+
+    A resumed run goes on in the one it was, which drops the steps that it has already.
+
+    Args:
+        folder: the run's; keeps wandb's files and the run's id.
+        done: steps that the run has done.
+        config: the recipe.
+    """
+
+    def __init__(self, settings: WandbSettings, folder: Path, done: int, config: dict[str, Any]) -> None:
+        import wandb
+
+        self._wandb = wandb
+        kept = folder / "wandb-id.txt"
+        known = kept.read_text(encoding="utf-8").strip() if done and kept.is_file() else None
+        self._run = wandb.init(
+            project=settings.project,
+            entity=settings.entity,
+            name=settings.name,
+            mode=settings.mode,
+            dir=str(folder),
+            id=known,
+            resume="allow" if known and settings.mode == "online" else None,
+            config=config,
+            reinit="create_new",
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        kept.write_text(self._run.id + "\n", encoding="utf-8")
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        self._run.log(values, step=step)
+
+    def pictures(self, step: int, pictures: dict[str, Picture]) -> None:
+        self._run.log({name: self._wandb.Image(picture) for name, picture in pictures.items()}, step=step)
+
+    def video(self, step: int, name: str, frames: Tensor, fps: float) -> None:
+        self._run.log({name: self._wandb.Video(io.BytesIO(gif(frames, fps)), format="gif")}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
