@@ -221,14 +221,11 @@ def _misfits(recipe: Recipe | InitRecipe) -> list[str]:
 
 def _stream_misfits(recipe: Recipe | InitRecipe, student: dict[str, Any]) -> list[str]:
     problems = []
-    chunk, first = student.get("frames_per_chunk", 3), student.get("first_chunk_frames")
-    rest = recipe.rollout.frames - (first or 0)
-    if rest < 0 or rest % chunk:
-        wholes = [(first or 0) + chunk * n for n in range(1, 8)]
-        problems.append(
-            f"rollout.frames: expected whole chunks of {chunk} latent frames "
-            f"({', '.join(map(str, wholes))}, ...), got {recipe.rollout.frames}"
-        )
+    chunk = student.get("frames_per_chunk", 3)
+    try:
+        recipe.rollout.lengths(chunk, student.get("first_chunk_frames"))
+    except ValueError as error:
+        problems.append(str(error))
     _, rows, columns = student.get("patch_size", (1, 2, 2))
     for name, size, patch in (
         ("height", recipe.rollout.height, rows),
@@ -239,6 +236,8 @@ def _stream_misfits(recipe: Recipe | InitRecipe, student: dict[str, Any]) -> lis
                 f"rollout.{name}: expected a multiple of the student's patch ({patch}), got {size}"
             )
     window, sink = student.get("window_frames"), student.get("sink_frames", 0)
+    if window is None and recipe.rollout.bounds[1] > recipe.rollout.frames:
+        problems.append("stream.window_frames: expected a window for rollout.length beyond frames, got none")
     if window is not None and window < sink + chunk:
         problems.append(
             f"stream.window_frames: expected at least {sink + chunk} (sink {sink} + a chunk of {chunk}), "

@@ -65,7 +65,15 @@ class DistributionMatching:
         cond, uncond = both.chunk(2)
         return cond, uncond
 
-    def loss(self, x: Tensor, text: Tensor, t: Tensor, eps: Tensor, weights: Weights | None = None) -> Tensor:
+    def loss(
+        self,
+        x: Tensor,
+        text: Tensor,
+        t: Tensor,
+        eps: Tensor,
+        weights: Weights | None = None,
+        learns: Tensor | None = None,
+    ) -> Tensor:
         """The (weighted) distribution-matching loss of the student's x0.
 
         Args:
@@ -73,13 +81,16 @@ class DistributionMatching:
             text: [B, L, D] embeddings.
             t, eps: timesteps [B] and noise like x at which the scores are compared.
             weights: None for plain DMD.
+            learns: bool that broadcasts to x: where it is False the loss does not look; None: everywhere.
         """
         with torch.no_grad():
             x_t = self.schedule.add_noise(x.detach(), eps, self.schedule.sigma(t))
             cond, uncond = self.real_x0(x_t, t, text)
             fake = self._x0(self.critic, x_t, t, text)
         inter, intra = (weights.inter, weights.intra) if weights is not None else (None, None)
-        return dmd_loss(x, fake, cond, uncond, guidance=self.guidance, w_inter=inter, w_intra=intra)
+        return dmd_loss(
+            x, fake, cond, uncond, guidance=self.guidance, w_inter=inter, w_intra=intra, mask=learns
+        )
 
     def critic_loss(self, x: Tensor, text: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Flow matching of the critic on the student's videos x: mean (v - (eps - x))^2."""

@@ -70,9 +70,14 @@ class EmaSettings(Settings):
 
 
 class RolloutSettings(Settings):
-    """What the student makes in training: latents [frames, channels, height, width] in few steps."""
+    """What the student makes in training: latents [frames, channels, height, width] in few steps.
+
+    length: frames that it makes in all, or the least and the most of them, drawn for every update; the losses
+        see the last `frames`. None: no more than these.
+    """
 
     frames: Count = 21
+    length: Count | tuple[Count, Count] | None = None
     height: Count = 60
     width: Count = 104
     steps: Annotated[tuple[Timestep, ...], Field(min_length=1)] = (1000, 750, 500, 250)
@@ -85,6 +90,33 @@ class RolloutSettings(Settings):
         if not all(a > b for a, b in itertools.pairwise((*self.steps, 0))):
             raise ValueError(f"steps: expected falling timesteps in (0, 1000], got {list(self.steps)}")
         return self
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The least and the greatest length."""
+        if self.length is None:
+            return self.frames, self.frames
+        return (self.length, self.length) if isinstance(self.length, int) else self.length
+
+    def lengths(self, chunk: int, first: int | None) -> list[int]:
+        """Lengths of whole chunks that may be drawn; the first chunk has `first` frames, or `chunk`.
+
+        Raises ValueError for frames or lengths that end inside of a chunk, or lengths that are too short.
+        """
+        first = chunk if first is None else first
+        if self.frames < first or (self.frames - first) % chunk:
+            wholes = ", ".join(str(first + chunk * n) for n in range(1, 8))
+            raise ValueError(
+                f"rollout.frames: expected whole chunks of {chunk} latent frames ({wholes}, ...), "
+                f"got {self.frames}"
+            )
+        low, high = self.bounds
+        if not self.frames <= low <= high or (low - self.frames) % chunk or (high - low) % chunk:
+            raise ValueError(
+                f"rollout.length: expected {self.frames} + a multiple of {chunk}, or two such numbers, "
+                f"rising, got {self.length}"
+            )
+        return list(range(low, high + 1, chunk))
 
 
 class MatchingSettings(Settings):

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from stream_r1.distill.dmd import DistributionMatching
 from stream_r1.distill.events import Clock, Preview, StepDone, summarise
+from stream_r1.distill.long_rollout import Clip, Codec, long_rollout
 from stream_r1.distill.loop import TrainingLoop, make_adamw
 from stream_r1.distill.noise import SampleNoise
 from stream_r1.distill.order import ShuffledOrder
 from stream_r1.distill.precision import computing_in
 from stream_r1.distill.ranks import Ranks
-from stream_r1.distill.rollout import self_rollout
+from stream_r1.distill.rollout import Rollout, self_rollout
 from stream_r1.distill.settings import DistillSettings
 from stream_r1.distill.sharding import export_adapter, export_student
 from stream_r1.distill.state import (
@@ -53,6 +54,7 @@ class _Draw:
     prompts: list[str]
     seeds: list[int]
     exit_step: int
+    length: int
 
     def of_rank(self, ranks: Ranks) -> _Draw:
         return list(self.split(ranks.size))[ranks.rank]
@@ -61,7 +63,7 @@ class _Draw:
         size = len(self.prompts) // parts
         for start in range(0, len(self.prompts), size):
             stop = start + size
-            yield _Draw(self.prompts[start:stop], self.seeds[start:stop], self.exit_step)
+            yield _Draw(self.prompts[start:stop], self.seeds[start:stop], self.exit_step, self.length)
 
 
 class DistillTrainer(TrainingLoop):
@@ -106,9 +108,9 @@ class DistillTrainer(TrainingLoop):
     ) -> None:
         super().__init__(settings, folder, ranks)
         self.settings = settings
-        self.student = student
+        self.student = student.train()
         self.teacher = teacher.eval().requires_grad_(False)
-        self.critic = (critic if critic is not None else deepcopy(teacher)).requires_grad_(True)
+        self.critic = (critic if critic is not None else deepcopy(teacher)).train().requires_grad_(True)
         self.prompts = list(prompts)
         self._adapt("student", self.student, settings.student.lora)
         self._adapt("critic", self.critic, settings.critic.lora)
@@ -125,6 +127,7 @@ class DistillTrainer(TrainingLoop):
 
         self.vae = vae
         self.weights = self._make_weights(reward)
+        self.lengths = self._check_rollout()
         self.schedule = FlowSchedule(settings.rollout.shift)
         self.steps = self.schedule.denoising_steps(settings.rollout.steps)
         self.matching = DistributionMatching(
@@ -137,8 +140,6 @@ class DistillTrainer(TrainingLoop):
         self.student_optimizer = make_adamw(self.student, settings.student)
         self.critic_optimizer = make_adamw(self.critic, settings.critic)
         self.ema = Ema(self.student, settings.ema.decay, settings.ema.start)
-
-        self._check_chunks()
 
     def train_step(self) -> StepDone:
         """One step: the generator if it is its turn, then the critic."""
@@ -163,7 +164,8 @@ class DistillTrainer(TrainingLoop):
         try:
             with self.ema.applied(), self._precision():
                 noise = SampleNoise(seeds, self.device)
-                return self._rollout(self._embed(prompts), noise, len(self.steps) - 1, grad=False)
+                draw = _Draw(prompts, seeds, len(self.steps) - 1, self.settings.rollout.frames)
+                return self._rollout(self._embed(prompts), noise, draw, grad=False).x
         finally:
             self.student.train(training)
 
@@ -176,14 +178,14 @@ class DistillTrainer(TrainingLoop):
             self._seed_dropout(micro.seeds)
             text = self._embed(micro.prompts)
             with clock.part("rollout"), self._precision():
-                x = self._rollout(text, noise, micro.exit_step, grad=True)
-            self._count(x, scalars)
+                x, learns = self._rollout(text, noise, micro, grad=True)
+            self._count(x, micro.length, scalars)
             with clock.part("reward"):
                 preview = self._look(x.detach(), micro.prompts)
             weights = preview.weights if preview else None
             with clock.part("scores"), self._precision():
                 t, eps = self._dmd_noise(x, noise)
-                loss = self.matching.loss(x, text, t, eps, weights)
+                loss = self.matching.loss(x, text, t, eps, weights, learns)
             with clock.part("backward"):
                 (loss / parts).backward()
             losses.append(loss.detach())
@@ -200,6 +202,8 @@ class DistillTrainer(TrainingLoop):
             scalars |= self.ranks.summary(summarise(logs))
             scalars["inter/std"] = batch[:, 0].std(correction=0).item()  # not the mean of the parts'
         scalars["student/exit_step"] = draw.exit_step
+        if len(self.lengths) > 1:
+            scalars["student/length"] = draw.length
         return preview
 
     def _update_critic(self, clock: Clock, scalars: dict[str, float]) -> None:
@@ -211,8 +215,8 @@ class DistillTrainer(TrainingLoop):
             self._seed_dropout(micro.seeds)
             text = self._embed(micro.prompts)
             with clock.part("critic rollout"), self._precision():
-                x = self._rollout(text, noise, micro.exit_step, grad=False)
-            self._count(x, scalars)
+                x = self._rollout(text, noise, micro, grad=False).x
+            self._count(x, micro.length, scalars)
             with clock.part("critic"):
                 t, eps = self._dmd_noise(x, noise)
                 with self._precision():
@@ -224,13 +228,14 @@ class DistillTrainer(TrainingLoop):
 
     def _learn(self, model: nn.Module) -> None:
         """Only what learns has dropout, where there is any."""
-        for each in (self.student, self.critic):
+        for each in (self.student, self.critic) if self._drops else ():
             each.train(each is model)
 
-    def _count(self, x: Tensor, scalars: dict[str, float]) -> None:
-        """Adds a rollout's tokens, on all ranks, to the step's."""
+    def _count(self, x: Tensor, length: int, scalars: dict[str, float]) -> None:
+        """Adds the tokens of a rollout of so many frames, on all ranks, to the step's."""
         config: Any = self.student.config
-        tokens = x.numel() // (x.shape[2] * math.prod(config.patch_size)) * self.ranks.size
+        frame = x[:, 0].numel() // (x.shape[2] * math.prod(config.patch_size))
+        tokens = length * frame * self.ranks.size
         scalars["tokens"] = scalars.get("tokens", 0.0) + tokens
 
     def _precision(self) -> torch.autocast:
@@ -244,22 +249,35 @@ class DistillTrainer(TrainingLoop):
         prompts = [self.prompts[i] for i in self.order.draw(batch)]
         seeds = torch.randint(2**62, (batch,), generator=self.random).tolist()
         exit_step = int(torch.randint(len(self.steps), (), generator=self.random))
-        return _Draw(prompts, seeds, exit_step)
+        length = self.lengths[0]
+        if len(self.lengths) > 1:
+            length = self.lengths[int(torch.randint(len(self.lengths), (), generator=self.random))]
+        return _Draw(prompts, seeds, exit_step, length)
 
-    def _rollout(self, text: Tensor, noise: SampleNoise, exit_step: int, *, grad: bool) -> Tensor:
+    def _rollout(self, text: Tensor, noise: SampleNoise, draw: _Draw, *, grad: bool) -> Clip:
         shape = self.settings.rollout
         channels: int = self.student.config.in_channels  # type: ignore[attr-defined]
+
+        def latents(frames: int) -> Tensor:
+            return noise.randn(frames, channels, shape.height, shape.width)
+
         with torch.set_grad_enabled(grad):
-            return self_rollout(
+            rollout = Rollout(
                 self.student,
                 self.student.encode_text(text),
-                noise.randn(shape.frames, channels, shape.height, shape.width),
+                (len(noise), shape.height, shape.width),
+                max_frames=shape.frames,
                 schedule=self.schedule,
                 steps=self.steps,
-                exit_step=exit_step,
+                exit_step=draw.exit_step,
                 renoise=noise.randn_like,
                 context_noise=shape.context_noise,
-                grad=grad,
+            )
+            if draw.length == shape.frames:
+                return Clip(self_rollout(rollout, latents(shape.frames), grad=grad))
+            assert isinstance(self.vae, Codec)
+            return long_rollout(
+                rollout, latents, length=draw.length, frames=shape.frames, codec=self.vae, grad=grad
             )
 
     def _dmd_noise(self, x: Tensor, noise: SampleNoise) -> tuple[Tensor, Tensor]:
@@ -287,15 +305,22 @@ class DistillTrainer(TrainingLoop):
             return None
         return StreamR1Weights(reward, **chosen.model_dump())
 
-    def _check_chunks(self) -> None:
+    def _check_rollout(self) -> list[int]:
+        """The lengths that rollouts may have."""
         config: Any = self.student.config
-        frames = self.settings.rollout.frames
-        first = config.first_chunk_frames or config.frames_per_chunk
-        if frames < first or (frames - first) % config.frames_per_chunk:
-            raise ValueError(
-                f"DistillTrainer: rollout.frames must be whole chunks, {first} + a multiple of "
-                f"{config.frames_per_chunk}, got {frames}"
-            )
+        try:
+            lengths = self.settings.rollout.lengths(config.frames_per_chunk, config.first_chunk_frames)
+        except ValueError as error:
+            raise ValueError(f"DistillTrainer: {error}") from None
+        if lengths[-1] > self.settings.rollout.frames:
+            if config.window_frames is None:
+                raise ValueError("DistillTrainer: rollout.length beyond frames needs a student with a window")
+            if not isinstance(self.vae, Codec):
+                raise ValueError(
+                    "DistillTrainer: rollout.length beyond frames needs a vae with encode and "
+                    f"stream_decoder, got {type(self.vae).__name__}"
+                )
+        return lengths
 
     def _parts(self) -> dict[str, dict[str, Tensor]]:
         return {

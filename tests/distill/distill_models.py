@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor
 
 from stream_r1.models.transformer import CausalWanTransformer
+from stream_r1.models.vae import VideoVAE
 
 SIZES = {
     "patch_size": (1, 2, 2),
@@ -30,6 +31,13 @@ def tiny_student(seed: int = 0, **settings: Any) -> CausalWanTransformer:
 def tiny_teacher(seed: int = 1) -> WanTransformer3DModel:
     torch.manual_seed(seed)
     return WanTransformer3DModel(**SIZES)
+
+
+def tiny_vae(seed: int = 2) -> VideoVAE:
+    torch.manual_seed(seed)
+    layers = {"base_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "z_dim": LATENT[0]}
+    statistics = {"latents_mean": [0.0] * LATENT[0], "latents_std": [1.0] * LATENT[0]}
+    return VideoVAE(AutoencoderKLWan(**layers, **statistics, temperal_downsample=[False, True, True]))
 
 
 class LetterEncoder:

@@ -5,8 +5,8 @@ import torch
 from distill_models import LATENT, tiny_student
 from torch import Tensor
 
+from stream_r1.distill import rollout as rollouts
 from stream_r1.distill.noise import SampleNoise
-from stream_r1.distill.rollout import self_rollout
 from stream_r1.sampling.noise import StreamNoise
 from stream_r1.sampling.sampler import Sampler
 from stream_r1.schedule import FlowSchedule
@@ -28,6 +28,12 @@ CACHES = {
 }
 
 
+def self_rollout(student, context, start: Tensor, *, grad: bool = True, **arguments) -> Tensor:
+    batch, frames, _, *size = start.shape
+    rollout = rollouts.Rollout(student, context, (batch, *size), max_frames=frames, **arguments)
+    return rollouts.self_rollout(rollout, start, grad=grad)
+
+
 def texts(batch: int = 2) -> Tensor:
     return torch.randn(batch, 8, 16, generator=torch.Generator().manual_seed(3))
 
@@ -40,10 +46,11 @@ def renoiser() -> Callable[[Tensor], Tensor]:
     return SampleNoise([10, 11]).randn_like
 
 
+@pytest.mark.parametrize("first", [3, 1])
 @pytest.mark.parametrize("exit_step", [0, 2])
-def test_rollout_is_the_masked_model_on_clean_chunks(exit_step: int) -> None:
+def test_rollout_is_the_masked_model_on_clean_chunks(exit_step: int, first: int) -> None:
     """No cache on the other side: passes see [clean chunks | noisy chunk] under the block-causal mask."""
-    student, text, start = tiny_student().eval(), texts(), noise(9)
+    student, text, start = tiny_student(first_chunk_frames=first).eval(), texts(), noise(first + 6)
     got = self_rollout(
         student,
         student.encode_text(text),
@@ -55,12 +62,12 @@ def test_rollout_is_the_masked_model_on_clean_chunks(exit_step: int) -> None:
     )
     again, clean = renoiser(), start[:, :0]
     with torch.no_grad():
-        for chunk in start.split(3, dim=1):
+        for chunk in start.split([first, 3, 3], dim=1):
             x = chunk
             for k in range(exit_step + 1):
-                t = torch.zeros(2, clean.shape[1] + 3)
-                t[:, -3:] = 1000 * SIGMAS[k]
-                v = student(torch.cat([clean, x], dim=1), t, text, mask="causal")[:, -3:]
+                t = torch.zeros(2, clean.shape[1] + x.shape[1])
+                t[:, clean.shape[1] :] = 1000 * SIGMAS[k]
+                v = student(torch.cat([clean, x], dim=1), t, text, mask="causal")[:, clean.shape[1] :]
                 x0 = x - SIGMAS[k] * v
                 if k < exit_step:
                     x = (1 - SIGMAS[k + 1]) * x0 + SIGMAS[k + 1] * again(x0)

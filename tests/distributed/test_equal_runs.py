@@ -61,6 +61,18 @@ def test_distillation(alone: tuple, size: int, changes: dict[str, Any]) -> None:
     assert_same_run(results[0], alone, start, of_micro_batches)
 
 
+def test_long_rollouts() -> None:
+    """Their lengths are drawn alike everywhere: ranks whose passes differ would wait for one another."""
+    long = {"rollout": {"length": [6, 12]}, "critic_updates": 1}
+    expected = train_alone(None, settings(**long))
+    assert len({line["student/length"] for line in expected[0]}) > 1
+    sharded = settings(**long, accumulation=2, distributed={"shard": "full"})
+    got = launch(2, train, None, sharded)
+    assert got[0][0] == got[1][0]
+    start = everything(distiller(None, None, settings()))
+    assert_same_run(got[0], expected, start, ("inter/min", "inter/max"))
+
+
 def _export(folder: Path, chosen: DistillSettings) -> None:
     with joined(chosen) as ranks:
         run = distiller(ranks, folder / "checkpoints", chosen)

@@ -13,7 +13,7 @@ from typing import Any
 
 import peft  # noqa: F401 (once, before processes are forked)
 import torch
-from distill_models import LATENT, LetterEncoder, StretchDecoder, tiny_student, tiny_teacher
+from distill_models import LATENT, LetterEncoder, StretchDecoder, tiny_student, tiny_teacher, tiny_vae
 from torch import Tensor
 from toy_rewards import SmoothReward
 
@@ -126,7 +126,7 @@ def distiller(
         "prompts": PROMPTS,
         "text_encoder": LetterEncoder(),
         "folder": folder,
-        "vae": StretchDecoder(),
+        "vae": StretchDecoder() if chosen.rollout.length is None else tiny_vae(),
         "reward": SmoothReward(),
         "ranks": ranks,
     }

@@ -1,0 +1,86 @@
+"""Rollouts past the teacher's window: students learn from the end of a long video of their own.
+
+    made without a graph, in constant memory                              learnt from
+    chunk 0 | chunk 1 | ... | chunk i                                     | chunk i + 1 | ... | last chunk
+                              its end: context, the first frame encoded anew
+
+The teacher and the critic know clips that begin with a frame of their own: a latent frame that stands for one
+picture, where later ones stand for several. So the last pixel frame of the clip's first latent frame is
+decoded and encoded as such a beginning. The rest of what was made before is seen by all, and learns nothing.
+Source: the public code of Self Forcing (2506.08009).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from stream_r1.distill.rollout import Rollout, self_rollout
+
+
+class PixelStream(Protocol):
+    """A video that is decoded as it is made."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The next latents [B, F, C, h, w] -> their pixels [B, T, 3, H, W] in [0, 1]."""
+        ...
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """The part of a video VAE that long rollouts need; `VideoVAE` has it."""
+
+    temporal_factor: int
+
+    def encode(self, video: Tensor) -> Tensor:
+        """[B, 1 + temporal_factor * n, 3, H, W] in [0, 1] -> [B, 1 + n, C, h, w]."""
+        ...
+
+    def stream_decoder(self, batch: int) -> PixelStream: ...
+
+
+class Clip(NamedTuple):
+    """What a rollout gives to the losses."""
+
+    x: Tensor  # [B, F, C, h, w]
+    learns: Tensor | None = None  # bool [1, F, 1, 1, 1], frames that have a graph; None: all
+
+
+def long_rollout(
+    rollout: Rollout, draw: Callable[[int], Tensor], *, length: int, frames: int, codec: Codec, grad: bool
+) -> Clip:
+    """The last `frames` frames of a video of `length`, as a clip by itself.
+
+    Args:
+        rollout: at its beginning, of a student with a window.
+        draw: standard normal noise [B, f, C, h, w] of so many frames.
+        length, frames: latent frames, of whole chunks both, length > frames.
+        grad: build a graph, of the chunks after the clip's first.
+    """
+    first, chunk = rollout.cache.first_chunk_frames, rollout.cache.frames_per_chunk
+    if length <= frames or (length - frames) % chunk or (frames - first) % chunk:
+        raise ValueError(
+            f"long_rollout: expected frames {first} + a multiple of {chunk} and a length longer by another, "
+            f"got frames {frames} and length {length}"
+        )
+    if not rollout.cache.overwrites:
+        raise ValueError("long_rollout: expected a student with window_frames, got one that sees everything")
+    x0 = rollout.chunk(draw(first), grad=False)
+    decoder = codec.stream_decoder(len(x0))
+    with torch.no_grad(), torch.autocast(x0.device.type, enabled=False):
+        pixels = decoder.decode(x0)  # [B, T, 3, H, W]
+    for _ in range((length - frames) // chunk):
+        x0 = rollout.chunk(draw(chunk), grad=False)
+        with torch.no_grad(), torch.autocast(x0.device.type, enabled=False):
+            pixels = decoder.decode(x0)
+    with torch.no_grad(), torch.autocast(x0.device.type, enabled=False):
+        picture = pixels[:, pixels.shape[1] - codec.temporal_factor * (first - 1) - 1]
+        beginning = torch.cat(
+            [codec.encode(picture[:, None]).to(x0), x0[:, x0.shape[1] - first + 1 :]], dim=1
+        )
+    rest = self_rollout(rollout, draw(frames - first), grad=grad)
+    learns = torch.arange(frames, device=x0.device).view(1, -1, 1, 1, 1) >= first
+    return Clip(torch.cat([beginning, rest], dim=1), learns)
