@@ -91,7 +91,7 @@ def set_chunk_mask(model: nn.Module, mask: ChunkMask) -> None:
         TypeError: a model without `blocks` that have an `attn1`.
     """
     for block in _blocks(model, "set_chunk_mask"):
-        block.attn1.set_processor(_MaskedProcessor(mask))
+        block.attn1.set_processor(MaskedProcessor(mask))
 
 
 def set_chunk_cache(model: nn.Module, cache: ChunkCache) -> None:
@@ -117,7 +117,7 @@ def set_chunk_cache(model: nn.Module, cache: ChunkCache) -> None:
         raise ValueError(f"set_chunk_cache: cache: expected {len(blocks)} layers, got {len(cache)}")
     stream = _Stream(model, cache)
     for block, layer in zip(blocks, cache.layers, strict=True):
-        block.attn1.set_processor(_CachedProcessor(stream, layer))
+        block.attn1.set_processor(CachedProcessor(stream, layer))
 
 
 def restore_attention(model: nn.Module) -> None:
@@ -179,7 +179,7 @@ class _Processor:
         )
 
 
-class _MaskedProcessor(_Processor):
+class MaskedProcessor(_Processor):
     def __init__(self, mask: ChunkMask) -> None:
         self.mask = mask
 
@@ -229,7 +229,7 @@ class _Stream:
         cache.begin_chunk()
 
 
-class _CachedProcessor(_Processor):
+class CachedProcessor(_Processor):
     def __init__(self, stream: _Stream, layer: LayerCache) -> None:
         self.stream, self.layer = stream, layer
 
