@@ -23,20 +23,32 @@ FILM_PROMPTS = "film"
 
 
 class ModelPaths(Settings):
-    """Where the models are: folders, relative to where the command runs or to the project's root."""
+    """Where the models are: folders, relative to where the command runs or to the project's root.
+
+    student: what learns: a diffusers folder, or a checkpoint under Wan's original names.
+    teacher: the bidirectional model whose distribution is matched.
+    vae: Wan's autoencoder.
+    reward: a reward's folder; its `config.json` says which kind.
+    critic: None: it starts as a copy of the teacher.
+    text: "minilm", or a folder with UMT5 and its tokenizer.
+    """
 
     student: str
     teacher: str
     vae: str
     reward: str
     critic: str | None = None
-    """None: the critic starts as a copy of the teacher."""
     text: str = "minilm"
-    """minilm, or a folder with UMT5 and its tokenizer."""
 
 
 class StreamSettings(Settings):
-    """How the student streams; None keeps what its folder says."""
+    """How the student streams; None keeps what its folder says.
+
+    window_frames: latent frames that a chunk sees, sink and itself included.
+    sink_frames: first frames that stay visible for ever.
+    positions: "absolute" (Self Forcing) or "window" (Reward Forcing, Stream-R1).
+    sink_ema: decay of the sink's moving average.
+    """
 
     window_frames: Count | None = None
     sink_frames: int | None = Field(default=None, ge=0)
@@ -49,13 +61,20 @@ class StreamSettings(Settings):
 
 
 class Recipe(DistillSettings):
-    """The settings of the distillation, its models, its prompts and where results go."""
+    """The settings of the distillation, its models, its prompts and where results go.
+
+    kind: what the run does.
+    models: where the models are.
+    stream: how the student streams.
+    prompts: a text file, one prompt a line, or "film": the captions of the tiny world's training shots.
+    out: folder for checkpoints, metrics and the student.
+    watch: what is watched, and where it goes.
+    """
 
     kind: Literal["distill"] = "distill"
     models: ModelPaths
     stream: StreamSettings = StreamSettings()
     prompts: str = FILM_PROMPTS
-    """A text file, one prompt a line, or "film": the captions of the tiny world's training shots."""
     out: str = "out/train"
     watch: WatchSettings = WatchSettings()
 
@@ -69,7 +88,12 @@ class Recipe(DistillSettings):
 
 
 class InitModelPaths(Settings):
-    """Where the models are, see `ModelPaths`. student: the weights that it starts from."""
+    """Where the models are, see `ModelPaths`.
+
+    student: the weights that it starts from.
+    teacher: the model that makes the trajectories.
+    text: "minilm", or a folder with UMT5 and its tokenizer.
+    """
 
     student: str
     teacher: str
@@ -77,7 +101,16 @@ class InitModelPaths(Settings):
 
 
 class PairSettings(Settings):
-    """The teacher's trajectories that a start is learnt from: arguments of `make_ode_pairs`."""
+    """The teacher's trajectories that a start is learnt from: arguments of `make_ode_pairs`.
+
+    folder: where they are kept.
+    count: how many.
+    solver_steps: steps of the teacher's solver.
+    guidance: a conventional scale minus 1.
+    negative_prompt: as in `MatchingSettings`.
+    order: of the solver: 1 is Euler's, 2 a second-order one.
+    batch: trajectories made together.
+    """
 
     folder: str
     count: Count = 1000
@@ -97,8 +130,16 @@ class InitRecipe(InitSettings):
     """The settings of the training of a start, its models, its data and where results go.
 
     Both kinds learn from `pairs`, which ``stream-r1 data ode-pairs`` makes: ODE regression from whole
-    trajectories, teacher forcing from their ends, the teacher's videos. Of `rollout`, sizes, steps and shift
-    count.
+    trajectories, teacher forcing from their ends, the teacher's videos.
+
+    kind: which of the two.
+    models: where the models are.
+    stream: how the student streams.
+    rollout: sizes, steps and shift count, the rest does not.
+    pairs: the trajectories.
+    prompts: a text file, one prompt a line, or "film": the captions of the tiny world's training shots.
+    out: folder for checkpoints, metrics and the student.
+    watch: what is watched, and where it goes.
     """
 
     kind: Literal["ode-init", "teacher-forcing"]

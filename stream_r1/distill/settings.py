@@ -1,4 +1,8 @@
-"""Settings of the distillation, with the published values as defaults."""
+"""Settings of the distillation, with the published values as defaults.
+
+What a setting means stands in its class's docstring as `name: meaning`; the documentation's table of all
+settings is made from that.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,14 @@ Timestep = Annotated[float, Field(ge=0, le=1000)]
 
 
 class OptimizerSettings(Settings):
-    """AdamW with clipping by the norm of all gradients."""
+    """AdamW with clipping by the norm of all gradients.
+
+    lr: learning rate.
+    betas: decay of the averages of gradients and of their squares.
+    eps: added to the root of the second average.
+    weight_decay: decoupled: lr * weight_decay of a weight is taken off it in each step.
+    clip: largest norm of all gradients together.
+    """
 
     lr: Positive
     betas: tuple[Unit, Unit] = (0.0, 0.999)
@@ -38,6 +49,7 @@ class OptimizerSettings(Settings):
 class LoraSettings(Settings):
     """Low-rank adapters that are trained in place of a network's own weights.
 
+    rank: inner width of an adapter.
     alpha: an adapter's part is multiplied by alpha / rank; None: by 1.
     dropout: share of an adapter's input that is left out where gradients go.
     targets: linear layers, by the ends of their names.
@@ -57,13 +69,20 @@ class LoraSettings(Settings):
 
 
 class NetworkSettings(OptimizerSettings):
-    """How a network is trained: all of it, or adapters."""
+    """How a network is trained: all of it, or adapters.
+
+    lora: train adapters alone; None: all weights.
+    """
 
     lora: LoraSettings | None = None
 
 
 class EmaSettings(Settings):
-    """Moving average of the student's weights, from step `start` on; before, the average is the student."""
+    """Moving average of the student's weights, from step `start` on; before, the average is the student.
+
+    decay: share of the average that stays in each update of the student.
+    start: step from which it averages.
+    """
 
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
     start: Annotated[int, Field(ge=0)] = 200
@@ -72,8 +91,14 @@ class EmaSettings(Settings):
 class RolloutSettings(Settings):
     """What the student makes in training: latents [frames, channels, height, width] in few steps.
 
+    frames: latent frames; 1 + 4 (frames - 1) pixel frames.
     length: frames that it makes in all, or the least and the most of them, drawn for every update; the losses
         see the last `frames`. None: no more than these.
+    height, width: of the latents; an eighth of the pixels'.
+    steps: the student's timesteps before the shift, falling.
+    shift: of the schedule, for the steps and for the timesteps of the loss.
+    context_noise: timestep of the pass that leaves a chunk in the cache; 0 is clean.
+    gradient_checkpointing: compute a block's inside again in the backward instead of keeping it.
     """
 
     frames: Count = 21
@@ -120,8 +145,12 @@ class RolloutSettings(Settings):
 
 
 class MatchingSettings(Settings):
-    """How the scores are compared. guidance: a conventional scale minus 1; negative_prompt: the text that it
-    leads away from, or "wan" for the one that Wan's teachers are used with."""
+    """How the scores are compared.
+
+    guidance: a conventional scale minus 1; 0 turns it off.
+    negative_prompt: the text that it leads away from, or "wan" for the one that Wan's teachers are used with.
+    timestep_low, timestep_high: the timesteps at which scores are compared are held to these.
+    """
 
     guidance: NotNegative = 3.0
     negative_prompt: str = ""
@@ -144,7 +173,19 @@ class MatchingSettings(Settings):
 
 
 class WeightingSettings(Settings):
-    """Arguments of `StreamR1Weights`."""
+    """Arguments of `StreamR1Weights`.
+
+    mode: what of the reward is used; "uniform" is plain DMD, "re-dmd" Reward Forcing, "full" Stream-R1.
+    beta: a sample counts exp(beta * (mean of its scores - balance * P)).
+    balance: strength of the penalty P on axes that rise unevenly.
+    history: updates that P looks back on; it is 0 before.
+    temperature: of the softmax over axes; with a lower one, a weak axis gets more of the saliency.
+    spatial_floor, temporal_floor: what saliency can't take from a cell's or a frame's weight.
+    spatial_strength, temporal_strength: how far weights move from uniform; 0 is not at all.
+    log_bound: the logarithm of a sample's weight is held to this; None: free, as published.
+    motion_axis: the axis that "re-dmd" reads.
+    samples_at_once: how many samples the reward sees at a time; None: all of a batch.
+    """
 
     mode: WeightingMode = "full"
     beta: NotNegative = 2.0
@@ -192,7 +233,14 @@ class DistributedSettings(Settings):
 class LoopSettings(Settings):
     """How long a run is, in which precision it computes, what it keeps, and on how many processes.
 
+    steps: steps of the whole run.
+    seed: of everything that is drawn; same seed, same machine, same run, bit for bit.
+    precision: of matrix products; weights, optimizer and average stay float32; "auto": bfloat16 where the
+        machine has it in hardware.
     max_skipped: updates in a row that may fail to be finite.
+    checkpoint_every: steps between checkpoints.
+    keep_checkpoints: how many of the last are kept.
+    distributed: how several processes divide the work.
     """
 
     steps: Count = 1000
@@ -221,8 +269,17 @@ class LoopSettings(Settings):
 class DistillSettings(LoopSettings):
     """One distillation run.
 
-    A step is one critic update; every `critic_updates`-th step, the generator is updated first. `batch` is
-    the number of samples an update sees, in `accumulation` equal parts.
+    A step is one critic update; every `critic_updates`-th step, the generator is updated first.
+
+    batch: samples that an update sees, of all processes together.
+    accumulation: equal parts in which a process goes through its share of the batch.
+    critic_updates: critic updates for one update of the student.
+    critic_warmup: steps at the start in which the critic learns alone.
+    student, critic: how each is trained.
+    ema: moving average of the student.
+    rollout: what the student makes.
+    matching: how teacher and critic are compared.
+    weighting: how the reward weights the loss.
     """
 
     batch: Count = 64
@@ -253,7 +310,13 @@ class DistillSettings(LoopSettings):
 class InitSettings(LoopSettings):
     """Training of a student's start: ODE regression or teacher forcing.
 
-    warmup: steps over which the learning rate rises. The average of the weights is what one wants in the end.
+    batch: samples that an update sees, of all processes together.
+    accumulation: equal parts in which a process goes through its share of the batch.
+    optimizer: how the student is trained.
+    lora: train adapters alone; None: all weights.
+    warmup: steps over which the learning rate rises.
+    ema: moving average of the weights, which is what one wants in the end.
+    gradient_checkpointing: compute a block's inside again in the backward instead of keeping it.
     """
 
     batch: Count = 64

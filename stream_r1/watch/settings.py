@@ -13,7 +13,11 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class WandbSettings(Settings):
-    """A run on Weights & Biases. mode "offline" keeps it in the run's folder until `wandb sync`."""
+    """A run on Weights & Biases.
+
+    project, entity, name: where the run is kept and what it is called; None: wandb's own choice.
+    mode: "offline" keeps it in the run's folder until `wandb sync`.
+    """
 
     project: Annotated[str, Field(min_length=1)]
     entity: str | None = None
