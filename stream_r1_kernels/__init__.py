@@ -11,8 +11,8 @@ Distillation (`[B, F, C, h, w]`):
     region_saliency, intra_weights         from a reward's pixel gradients to the weights of the latent cells
     dmd_loss, dmd_gradient_                the weighted DMD loss; its gradient, added to a buffer
 
-Every op takes `backend="auto" | "cpu" | "cuda" | "triton" | "reference"`;
-`python -m stream_r1_kernels.info` says what can run here.
+Every op takes `backend="auto" | "cpu" | "cuda" | "triton" | "sdpa" | "reference"` (sdpa: attention by torch's
+own); `python -m stream_r1_kernels.info` says what can run here, `backends.explain` what auto takes and why.
 """
 
 from .attention import ChunkMask, Past, cached_chunk_attention, chunk_attention

@@ -1,8 +1,8 @@
 """What this machine can run and, for what it can't, why.
 
 The compiled ops are registered with torch when this module is imported. A build that is missing, or that was
-made against another torch, is no error here: the reasons are kept, `backend="reference"` works, and asking
-for a compiled backend raises with them.
+made against another torch, is no error here: the reasons are kept, the backends of plain torch work, and
+asking for a compiled one raises with them.
 
 The environment variable STREAM_R1_EXTENSION names a folder with another build of the extension, such as the
 one with sanitizers.
@@ -12,17 +12,25 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the compiled kernels
-TENSOR_CORE_DTYPES = (torch.bfloat16, torch.float16)
-TENSOR_CORE_OPS = ("cached_chunk_attention", "chunk_attention")  # on CUDA
+from .dispatch import (
+    ATTENTION_OPS,
+    BACKENDS,
+    DTYPES,
+    Build,
+    Call,
+    Choice,
+    arch_problem,
+    choose,
+    refusal,
+)
+
+TRITON_OPS: frozenset[str] = frozenset()
 
 _FOLDER = Path(os.environ.get("STREAM_R1_EXTENSION") or Path(__file__).parent)
 
@@ -58,26 +66,6 @@ def _load_extension() -> str | None:
 EXTENSION_PROBLEM = _load_extension()
 
 
-def covers(archs: list[str], capability: tuple[int, int]) -> bool:
-    """Whether kernels compiled for `archs` (the last one kept as PTX too) run on a GPU of this capability.
-
-    "80" runs on 8.0 and later 8.x; "90a" on 9.0 alone; "100f" on the 10.x from 10.0 on. PTX without a suffix
-    runs on every later GPU.
-    """
-    for arch in archs:
-        parsed = re.fullmatch(r"(\d+)(\d)([af]?)", arch)
-        if parsed is None:
-            continue
-        built = (int(parsed[1]), int(parsed[2]))
-        if capability == built:
-            return True
-        if parsed[3] != "a" and capability[0] == built[0] and capability[1] >= built[1]:
-            return True
-        if parsed[3] == "" and arch == archs[-1] and capability >= built:
-            return True
-    return False
-
-
 def _find_unavailable() -> dict[str, str]:
     why = {"triton": "this version has no Triton kernels yet"}
     record = read_build_record() or {}
@@ -101,75 +89,83 @@ def _ops_of(key: str) -> frozenset[str]:
     return frozenset(name.removeprefix("stream_r1::") for name in names if name.startswith("stream_r1::"))
 
 
-_OPS = {"cpu": _ops_of("CPU"), "cuda": _ops_of("CUDA")}
+_OPS = {"cpu": _ops_of("CPU"), "cuda": _ops_of("CUDA"), "triton": TRITON_OPS}
+
+
+def build() -> Build:
+    """What "auto" picks from on this machine."""
+    return Build(_OPS, _CUDA_ARCHS, _UNAVAILABLE)
 
 
 def unavailable() -> dict[str, str]:
     """Why a backend can't be used here, by name; backends that are not in it can be."""
     why = dict(_UNAVAILABLE)
+    for name in ("cuda", "triton"):
+        if name not in why and not torch.cuda.is_available():
+            why[name] = "torch finds no GPU"
     if "cuda" not in why:
-        if not torch.cuda.is_available():
-            why["cuda"] = "torch finds no GPU"
-        elif (problem := _device_problem(torch.device("cuda", torch.cuda.current_device()))) is not None:
+        index = torch.cuda.current_device()
+        capability, gpu = torch.cuda.get_device_capability(index), torch.cuda.get_device_name(index)
+        if (problem := arch_problem(_CUDA_ARCHS, capability, gpu)) is not None:
             why["cuda"] = problem
     return why
 
 
-def _device_problem(device: torch.device) -> str | None:
-    """Why the compiled kernels can't run on a GPU, or None. A graph being traced can't ask."""
-    if torch.compiler.is_compiling() or not torch.cuda.is_available():
-        return None
-    capability = torch.cuda.get_device_capability(device)
-    if covers(_CUDA_ARCHS, capability):
-        return None
-    gpu, (major, minor) = torch.cuda.get_device_name(device), capability
-    return (
-        f"the kernels were compiled for {', '.join(_CUDA_ARCHS)}, and {gpu} has compute capability "
-        f"{major}.{minor}: build with STREAM_R1_CUDA_ARCHS={major}{minor}"
+@torch.compiler.assume_constant_result
+def _capability(index: int | None) -> tuple[int, int] | None:
+    """Of a GPU; None where torch finds none: fake tensors may say that they are on one."""
+    return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else None
+
+
+def describe_call(op: str, tensor: Tensor, *others: Tensor | None, pieces: int = 1) -> Call:
+    """What a backend is picked by, of a call with these tensors; `tensor` gives dtype, device and width."""
+    tensors = [tensor, *(x for x in others if x is not None)]
+    device = tensor.device
+    return Call(
+        op,
+        device.type,
+        tensor.dtype,
+        head_dim=tensor.shape[-1] if op in ATTENTION_OPS else None,
+        capability=_capability(device.index) if device.type == "cuda" else None,
+        needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in tensors),
+        pieces=pieces,
+        dense=all(x.stride(-1) == 1 for x in tensors if x.dim()),
     )
 
 
-def _refusal(op: str, tensor: Tensor) -> tuple[type[Exception], str] | None:
-    """Why the compiled kernels of the tensor's device don't take it, or None."""
-    backend = tensor.device.type
-    on_tensor_cores = backend == "cuda" and op in TENSOR_CORE_OPS
-    dtypes = TENSOR_CORE_DTYPES if on_tensor_cores else DTYPES
-    if tensor.dtype not in dtypes:
-        expected = ", ".join(str(dtype) for dtype in dtypes)
-        return TypeError, f"{op}: backend {backend!r} expects dtype {expected}; got {tensor.dtype}"
-    if on_tensor_cores and tensor.shape[-1] > 128:
-        got = tensor.shape[-1]
-        return ValueError, f"{op}: backend 'cuda' expects heads of at most 128 channels; got {got}"
-    if backend == "cuda" and (problem := _device_problem(tensor.device)) is not None:
-        return RuntimeError, f"{op}: backend 'cuda' can't be used: {problem}"
-    return None
+def explain(op: str, tensor: Tensor, *others: Tensor | None, pieces: int = 1) -> Choice:
+    """What `backend="auto"` takes for a call, why, and why not what it would rather have had; print it.
+
+    Args:
+        op: such as "cached_chunk_attention".
+        tensor: the op's first tensor; others: the rest, for what needs grad.
+        pieces: of memory that an attention's keys lie in: 2 for a past and fresh keys beside it.
+    """
+    return choose(describe_call(op, tensor, *others, pieces=pieces), build())
 
 
-def resolve(backend: str, op: str, tensor: Tensor) -> str:
-    """The backend that `op` runs on: "cpu", "cuda" or "reference".
+def resolve(backend: str, op: str, tensor: Tensor, *others: Tensor | None, pieces: int = 1) -> str:
+    """The backend that `op` runs on: "cpu", "cuda", "triton", "sdpa" or "reference".
 
-    "auto" takes the compiled kernels of the tensor's device where there are some that take the tensor, and
-    the reference for everything else. A backend that is named is used or refused, never replaced.
+    "auto" picks (see dispatch.py, and `explain`). A backend that is named is used or refused, never replaced.
 
     Raises:
         ValueError: the name is unknown, or the backend has no kernels for the tensor's size.
-        RuntimeError: the backend can't be used on this machine, or not on the tensor's device.
+        RuntimeError: the backend can't be used on this machine, on the tensor's device, or for the op.
         TypeError: the backend has no kernels for the tensor's dtype.
     """
     if backend == "reference":
         return backend
-    device = tensor.device.type
     if backend == "auto":
-        has_kernels = device not in _UNAVAILABLE and op in _OPS.get(device, ())
-        return device if has_kernels and _refusal(op, tensor) is None else "reference"
+        if tensor.device.type == "cpu" and tensor.dtype in DTYPES and "cpu" not in _UNAVAILABLE:
+            return "cpu" if op in _OPS["cpu"] else "reference"  # quicker than to choose; small ops feel it
+        return choose(describe_call(op, tensor, *others, pieces=pieces), build()).backend
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend in _UNAVAILABLE:
-        others = "; ".join(f"{name}: {reason}" for name, reason in _UNAVAILABLE.items() if name != backend)
-        raise RuntimeError(f"{op}: backend {backend!r} can't be used: {_UNAVAILABLE[backend]}; {others}")
-    if device != backend:
-        raise RuntimeError(f"{op}: backend {backend!r} needs {backend} tensors, got one on {tensor.device}")
-    if (refusal := _refusal(op, tensor)) is not None:
-        kind, message = refusal
-        raise kind(message)
+    call = describe_call(op, tensor, *others, pieces=pieces)
+    if (refused := refusal(backend, call, build())) is not None:
+        kind, message = refused
+        others_missing = [f"{name}: {why}" for name, why in _UNAVAILABLE.items() if name != backend]
+        missing = "".join(f"; {each}" for each in others_missing) if backend in _UNAVAILABLE else ""
+        raise kind(f"{op}: backend {backend!r} {message}{missing}")
     return backend

@@ -198,12 +198,11 @@ def _cached_backward(
 
 def visible_pairs(tokens: int, mask: ChunkMask) -> int:
     """(query, key) pairs that a mask lets see each other, in a sequence of so many tokens."""
-    frames = 0  # pairs of them
-    for start, end in mask.chunks(mask.frames(tokens)):
-        before = 0 if mask.window_frames is None else max(0, end - mask.window_frames)
-        frames += (end - start) * (end - before + min(mask.sink_frames, before))
-    # a noisy query sees as many frames as the clean one of its chunk
-    return frames * mask.tokens_per_frame**2 * (2 if mask.teacher_forcing else 1)
+    frames = sum(
+        (end - start) * sum(last - first for first, last in ranges)
+        for start, end, ranges in mask.blocks(mask.frames(tokens))
+    )
+    return frames * mask.tokens_per_frame**2
 
 
 def _chunked(q: Tensor, k: Any, v: Any, *mask: Any) -> int:

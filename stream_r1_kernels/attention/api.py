@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import resolve
-from . import reference
+from . import reference, sdpa
 from .mask import ChunkMask
 from .past import Past
 from .validation import check_past, check_qkv, check_same_length
@@ -25,6 +25,7 @@ def chunk_attention(
         q, k, v: `[B, T, H, D]`, T a whole number of frames (2 halves of them when the mask is teacher
             forcing); any strides.
         scale: factor of the scores, default 1 / sqrt(D).
+        backend: "auto", "cpu", "cuda", "triton", "sdpa" or "reference"; an explicit choice never falls back.
     Returns:
         `[B, T, H, D]` in q's dtype; sums are in float32.
     Raises:
@@ -36,8 +37,11 @@ def chunk_attention(
     check_same_length(op, "v", v, "q", q)
     mask.frames(q.shape[1])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if resolve(backend, op, q) == "reference":
+    chosen = resolve(backend, op, q, k, v)
+    if chosen == "reference":
         return reference.chunk_attention(q, k, v, mask, scale)
+    if chosen == "sdpa":
+        return sdpa.chunk_attention(q, k, v, mask, scale)
     out, _ = torch.ops.stream_r1.chunk_attention(
         q,
         k,
@@ -101,6 +105,7 @@ def cached_chunk_attention(
         past: keys and values `[B, Tp, H, D]`, Tp >= 0.
         scale: factor of the scores, default 1 / sqrt(D).
         return_lse: also return the log-sum-exp of the scaled scores, `[B, H, T]` float32 (differentiable).
+        backend: as for `chunk_attention`.
     Returns:
         `[B, T, H, D]` in q's dtype, and the log-sum-exp if asked. Without any key: zeros and -inf.
     Raises:
@@ -116,8 +121,16 @@ def cached_chunk_attention(
     if past is not None and past.holds_fresh:
         k = v = None
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if resolve(backend, op, q) == "reference":
+    pieces = (k is not None) + (past_k is not None and past_k.shape[1] > 0)
+    chosen = resolve(backend, op, q, k, v, past_k, past_v, pieces=pieces)
+    lse: Tensor | None
+    if chosen == "reference":
         out, lse = reference.cached_chunk_attention(q, k, v, past_k, past_v, scale)
+    elif chosen == "sdpa":
+        out, lse = sdpa.cached_chunk_attention(q, k, v, past_k, past_v, scale, return_lse)
     else:
         out, lse = torch.ops.stream_r1.cached_chunk_attention(q, k, v, past_k, past_v, scale)
-    return (out, lse) if return_lse else out
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse

@@ -92,3 +92,19 @@ class ChunkMask:
             return seen
         clean_only = torch.zeros_like(seen)
         return torch.cat([torch.cat([seen, clean_only], 1), torch.cat([seen & ~own, own], 1)])
+
+    def blocks(self, num_frames: int) -> list[tuple[int, int, list[tuple[int, int]]]]:
+        """The same as blocks of queries: (first frame, end frame, ranges of frames that they see) of each.
+
+        With teacher forcing the noisy half's frames count on from `num_frames`.
+        """
+        clean, noisy = [], []
+        for start, end in self.chunks(num_frames):
+            before = 0 if self.window_frames is None else max(0, end - self.window_frames)
+            sink = min(self.sink_frames, before)
+            seen = [(0, end)] if sink == before else [(0, sink), (before, end)]
+            clean.append((start, end, [r for r in seen if r[0] < r[1]]))
+            past = [(first, min(last, start)) for first, last in seen]
+            own = (num_frames + start, num_frames + end)
+            noisy.append((*own, [*(r for r in past if r[0] < r[1]), own]))
+        return clean + noisy if self.teacher_forcing else clean

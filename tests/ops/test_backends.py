@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from stream_r1_kernels import backends, info
+from stream_r1_kernels import backends, dispatch, info
 
 EVERY_OP_OF_AN_INSTRUCTION_SET = """
 import torch
@@ -57,8 +57,27 @@ def test_info_says_what_is_built_and_what_is_left_out() -> None:
     report = info.describe()
     assert f"against torch {torch.__version__.split('+')[0]}" in report
     assert ("left out        cuda: " in report) != ("CUDA kernels    " in report)
-    assert "backend cpu       yes" in report
-    assert "backend triton    no: " in report
+    rows = {line.split()[0]: line.split()[1:] for line in report.splitlines() if line.strip()}
+    assert rows["op"] == ["cpu", "cuda", "triton", "sdpa", "reference"]
+    assert rows["cached_chunk_attention"][0] == "yes"
+    assert rows["cached_chunk_attention"][3:] == ["yes", "yes"]
+    assert rows["gated_add"] == ["yes", rows["gated_add"][1], "-", "-", "yes"]
+    assert rows["renew_sink_"][0] == "-"  # in plain torch on CPUs
+    missing = backends.unavailable()
+    for name in ("cuda", "triton"):
+        assert (f"not {name}: {missing.get(name)}" in report) == (name in missing)
+
+
+def test_info_says_what_auto_takes() -> None:
+    """The table of this machine's build, as if each GPU were here."""
+    build = dispatch.Build(EVERYTHING.ops, ["80", "90a"])
+    lines = info.auto_table(build)
+    rows = {line[:24].strip(): line[24:].split() for line in lines}
+    assert rows["cpu"] == ["cpu", "cpu", "cpu", "cpu", "cpu"]
+    assert rows["GPU 8.0"] == ["cuda", "cuda", "triton", "sdpa", "cuda"]
+    assert rows["GPU 9.0"] == ["sdpa", "triton", "triton", "sdpa", "cuda"]
+    assert rows["GPU 12.0"] == ["sdpa", "triton", "triton", "sdpa", "reference"]
+    assert any(line.startswith("sdpa: torch's own dense attention") for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +88,7 @@ def test_info_says_what_is_built_and_what_is_left_out() -> None:
     ],
 )
 def test_which_gpus_the_default_architectures_cover(capability: tuple[int, int], runs: bool) -> None:
-    assert backends.covers(["80", "90a", "100a", "120"], capability) == runs
+    assert dispatch.covers(["80", "90a", "100a", "120"], capability) == runs
 
 
 @pytest.fixture
@@ -91,8 +110,8 @@ def test_the_cuda_kernels_are_picked_for_what_they_take() -> None:
     wide = on_gpu(1, 4, 2, 256, dtype=torch.bfloat16)
     single = on_gpu(1, 4, 2, 64, dtype=torch.float32)
     assert backends.resolve("auto", "cached_chunk_attention", half) == "cuda"
-    assert backends.resolve("auto", "cached_chunk_attention", single) == "reference"
-    assert backends.resolve("auto", "cached_chunk_attention", wide) == "reference"
+    assert backends.resolve("auto", "cached_chunk_attention", single) == "sdpa"
+    assert backends.resolve("auto", "cached_chunk_attention", wide) == "sdpa"
     assert backends.resolve("auto", "modulated_norm", single) == "cuda"
     with pytest.raises(
         TypeError, match=r"'cuda' expects dtype torch.bfloat16, torch.float16; got torch.float32"
@@ -108,11 +127,10 @@ def test_the_cuda_kernels_are_picked_for_what_they_take() -> None:
 def test_a_gpu_that_the_kernels_were_not_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old GPU")
     x = on_gpu(2, 2, 2, dtype=torch.float32)
     assert backends.resolve("auto", "gated_add", x) == "reference"
     with pytest.raises(
-        RuntimeError, match=r"compiled for 80, and an old GPU has compute capability 7.5: build with"
+        RuntimeError, match=r"compiled for 80, and this GPU has compute capability 7.5: build with"
     ):
         backends.resolve("cuda", "gated_add", x)
 
@@ -121,3 +139,115 @@ def test_a_build_without_cuda_kernels_says_why(monkeypatch: pytest.MonkeyPatch) 
     record = {"torch": torch.__version__, "isa": [], "left_out": {"cuda": "no nvcc"}}
     monkeypatch.setattr(backends, "read_build_record", lambda: record)
     assert backends._find_unavailable()["cuda"] == "the CUDA kernels were left out of this build: no nvcc"
+
+
+# --- choosing, as a pure function ---
+
+CUDA = frozenset(dispatch.OPS)
+EVERYTHING = dispatch.Build(
+    {"cpu": CUDA, "cuda": CUDA, "triton": frozenset(dispatch.ATTENTION_OPS)}, ["80", "90a"]
+)
+HALF, FULL, DOUBLE = torch.bfloat16, torch.float32, torch.float64
+A100, RTX4090, H100, B200 = (8, 0), (8, 9), (9, 0), (10, 0)
+
+
+def gpu(op: str, capability: tuple[int, int] | None, dtype: torch.dtype = HALF, **rest) -> dispatch.Call:
+    head_dim = rest.pop("head_dim", 128)
+    is_attention = op in dispatch.ATTENTION_OPS
+    return dispatch.Call(op, "cuda", dtype, head_dim if is_attention else None, capability, **rest)
+
+
+CACHED, CHUNKED = dispatch.ATTENTION_OPS
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        # sampling: keys in one piece
+        (gpu(CACHED, A100), "cuda"),
+        (gpu(CACHED, RTX4090), "cuda"),
+        (gpu(CACHED, H100), "sdpa"),
+        (gpu(CACHED, B200), "sdpa"),
+        (gpu(CACHED, None), "cuda"),  # a fake tensor's GPU
+        # in two pieces, or not contiguous, SDPA would have to copy
+        (gpu(CACHED, A100, pieces=2), "cuda"),
+        (gpu(CACHED, H100, pieces=2), "triton"),
+        (gpu(CACHED, H100, dense=False), "triton"),
+        (gpu(CHUNKED, A100), "cuda"),
+        (gpu(CHUNKED, H100), "triton"),
+        # training
+        (gpu(CACHED, A100, needs_grad=True, pieces=2), "triton"),
+        (gpu(CACHED, H100, needs_grad=True), "triton"),
+        (gpu(CHUNKED, H100, needs_grad=True), "triton"),
+        # what no kernel of ours takes
+        (gpu(CACHED, A100, FULL), "sdpa"),
+        (gpu(CHUNKED, H100, FULL, needs_grad=True), "sdpa"),
+        (gpu(CACHED, A100, head_dim=256), "sdpa"),
+        (gpu(CACHED, A100, DOUBLE), "reference"),
+        (gpu(CHUNKED, (7, 5), torch.float16), "sdpa"),
+        # the other ops
+        (gpu("dmd_loss", A100, FULL), "cuda"),
+        (gpu("gated_add", H100, needs_grad=True), "cuda"),
+        (gpu("gated_add", B200), "reference"),  # not among the compiled architectures
+        (gpu("gated_add", A100, DOUBLE), "reference"),
+        # no GPU
+        (dispatch.Call(CACHED, "cpu", FULL, 64), "cpu"),
+        (dispatch.Call(CACHED, "cpu", HALF, 512, needs_grad=True), "cpu"),
+        (dispatch.Call(CACHED, "cpu", DOUBLE, 64), "reference"),
+        (dispatch.Call(CACHED, "meta", FULL, 64), "reference"),
+        (dispatch.Call("gated_add", "cpu", FULL), "cpu"),
+        (dispatch.Call("gated_add", "mps", FULL), "reference"),
+    ],
+)
+def test_what_auto_takes(call: dispatch.Call, expected: str) -> None:
+    assert dispatch.choose(call, EVERYTHING).backend == expected
+
+
+def test_without_triton_training_takes_our_forward_and_without_that_torch() -> None:
+    call = gpu(CHUNKED, A100, needs_grad=True)
+    no_triton = dispatch.Build(EVERYTHING.ops, ["80"], {"triton": "Triton is not installed"})
+    choice = dispatch.choose(call, no_triton)
+    assert (choice.backend, choice.refused) == ("cuda", {"triton": "can't be used: Triton is not installed"})
+    nothing = dispatch.Build(EVERYTHING.ops, ["80"], {"triton": "not installed", "cuda": "left out"})
+    choice = dispatch.choose(call, nothing)
+    assert choice.backend == "sdpa"
+    assert str(choice).splitlines() == [
+        "sdpa: no kernel of this package takes the call",
+        "  not triton: can't be used: not installed",
+        "  not cuda: can't be used: left out",
+    ]
+
+
+def test_a_machine_without_the_extension_attends_with_torch() -> None:
+    bare = dispatch.Build({}, (), {"cpu": "not built", "cuda": "not built", "triton": "not installed"})
+    assert dispatch.choose(dispatch.Call(CACHED, "cpu", FULL, 64), bare).backend == "sdpa"
+    assert dispatch.choose(dispatch.Call("gated_add", "cpu", FULL), bare).backend == "reference"
+
+
+def test_the_prediction_is_called_one() -> None:
+    assert "a prediction, not a measurement" in dispatch.choose(gpu(CACHED, H100), EVERYTHING).why
+
+
+@pytest.mark.parametrize("capability", [A100, RTX4090, H100, B200, (7, 5), None])
+@pytest.mark.parametrize("dtype", [HALF, FULL, DOUBLE])
+@pytest.mark.parametrize("op", dispatch.OPS)
+def test_auto_takes_nothing_that_would_refuse(op: str, dtype: torch.dtype, capability: tuple | None) -> None:
+    for needs_grad in (False, True):
+        for pieces in (1, 2):
+            for width in (64, 256):
+                call = gpu(op, capability, dtype, needs_grad=needs_grad, pieces=pieces, head_dim=width)
+                choice = dispatch.choose(call, EVERYTHING)
+                assert dispatch.refusal(choice.backend, call, EVERYTHING) is None
+                for backend in choice.refused:
+                    assert dispatch.refusal(backend, call, EVERYTHING) is not None
+
+
+def test_a_call_is_described_by_its_tensors() -> None:
+    q = torch.randn(1, 4, 2, 32, requires_grad=True)
+    call = backends.describe_call(CACHED, q, None, q.detach()[..., ::2], pieces=2)
+    assert call == dispatch.Call(CACHED, "cpu", FULL, 32, None, True, 2, False)
+    with torch.no_grad():
+        assert not backends.describe_call(CACHED, q).needs_grad
+    choice = backends.explain(CACHED, q)
+    assert (choice.backend, choice.why) == ("cpu", "compiled for this processor")
+    assert backends.explain("gated_add", q.double()).refused["cpu"].startswith("expects dtype")
