@@ -71,6 +71,10 @@ TORCH_LIBRARY(stream_r1, m) {
   m.def("gated_add(Tensor x, Tensor y, Tensor gate) -> Tensor", tags);
   m.def("gated_add_backward(Tensor grad_out, Tensor y, Tensor gate) -> (Tensor, Tensor)", tags);
 
+  // [before | silu(RMSNorm(x) * weight)]: what a causal convolution reads. x [B, T, D], weight [D], before
+  // [B, P, D] -> [B, P + T, D]. CPU alone: elsewhere it is torch's ops.
+  m.def("rms_norm_silu(Tensor x, Tensor weight, Tensor? before, float eps) -> Tensor", tags);
+
   // Pixel gradients [M, B, T, 3, H, W] -> [M, B, F, h, w] float32: channel norm, mean over a latent cell's
   // own pixels.
   m.def("region_saliency(Tensor pixel_grads, int frames, int rows, int columns) -> Tensor", tags);

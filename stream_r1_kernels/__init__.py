@@ -7,6 +7,7 @@ Attention (`[B, T, H, D]`):
     RotaryGrid, qk_norm_rotary             positions without a table; norm, head split and rotary in one
 Around the matmuls (`[B, T, D]`):
     modulated_norm, gated_add              AdaLN with a modulation per frame
+    rms_norm_silu                          norm and activation before an autoencoder's causal convolution
 Distillation (`[B, F, C, h, w]`):
     region_saliency, intra_weights         from a reward's pixel gradients to the weights of the latent cells
     dmd_loss, dmd_gradient_                the weighted DMD loss; its gradient, added to a buffer
@@ -18,7 +19,7 @@ own); `python -m stream_r1_kernels.info` says what can run here, `backends.expla
 from .attention import ChunkMask, Past, cached_chunk_attention, chunk_attention
 from .cache import ChunkCache, LayerCache
 from .dmd import dmd_gradient_, dmd_loss
-from .norm import gated_add, modulated_norm
+from .norm import gated_add, modulated_norm, rms_norm_silu
 from .rotary import RotaryGrid, apply_rotary, qk_norm_rotary
 from .saliency import intra_weights, region_saliency
 
@@ -38,4 +39,5 @@ __all__ = [
     "modulated_norm",
     "qk_norm_rotary",
     "region_saliency",
+    "rms_norm_silu",
 ]

@@ -13,6 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from stream_r1_kernels import rms_norm_silu
+
+_NORM_EPS = 1e-24  # Wan divides by the length, and by 1e-12 where that is less
+
 
 class _MkldnnConv3d(torch.autograd.Function):
     """A stride-1 convolution with frozen weights through oneDNN, forward and backward to the input.
@@ -60,8 +64,9 @@ def conv3d(x: Tensor, conv: nn.Conv3d, padding: tuple[int, int, int]) -> Tensor:
 class Past:
     """The last input frames of every causal convolution of a network, in the order in which they run.
 
-    `tensors` is None before the first piece. Pieces are started with `rewind()`; each convolution then calls
-    `join(x, frames)` once. Gradients flow from one piece to the next unless the caller detaches them.
+    `tensors` is empty before the first piece. Pieces are started with `rewind()`; each convolution then calls
+    `join`, or `last` and `keep`, once. Gradients flow from one piece to the next unless the caller detaches
+    them.
     """
 
     def __init__(self, tensors: list[Tensor] | None = None) -> None:
@@ -71,22 +76,28 @@ class Past:
     def rewind(self) -> None:
         self._next = 0
 
-    def join(self, x: Tensor, frames: int) -> Tensor:
-        """`[past | x]` along time for x [B, C, T, H, W]; keeps the last `frames` frames of it for the next
-        piece."""
-        index = self.skip(x, frames)
-        joined = torch.cat([self.tensors[index], x], dim=2)
-        # a copy: a view would keep the whole of `joined` alive until the next piece
-        self.tensors[index] = joined[:, :, -frames:].clone()
-        return joined
+    def last(self, x: Tensor, frames: int) -> Tensor:
+        """What the next convolution, whose input is like x [B, C, T, H, W], kept: [B, C, frames, H, W].
 
-    def skip(self, x: Tensor, frames: int) -> int:
-        """Pass over a convolution that does not run in this piece, or is about to; returns its index."""
+        `frames` zeros before the first piece; channels-last.
+        """
         if self._next == len(self.tensors):
-            # [B, C, frames, H, W] in x's memory format: torch.cat keeps a format that all its inputs agree on
-            self.tensors.append(torch.cat([torch.zeros_like(x[:, :, :1])] * frames, dim=2))
+            size = (*x.shape[:2], frames, *x.shape[3:])
+            empty = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+            self.tensors.append(empty.zero_())
         self._next += 1
-        return self._next - 1
+        return self.tensors[self._next - 1]
+
+    def keep(self, joined: Tensor, frames: int) -> None:
+        """Keep the last `frames` frames of the input of the convolution that called `last`."""
+        # a copy: a view would keep the whole of `joined` alive until the next piece
+        self.tensors[self._next - 1] = joined[:, :, -frames:].clone()
+
+    def join(self, x: Tensor, frames: int) -> Tensor:
+        """`[past | x]` along time for x [B, C, T, H, W]; keeps the last `frames` frames of it."""
+        joined = torch.cat([self.last(x, frames), x], dim=2)
+        self.keep(joined, frames)
+        return joined
 
 
 def causal_conv3d(x: Tensor, conv: nn.Conv3d, past: Past) -> Tensor:
@@ -95,3 +106,18 @@ def causal_conv3d(x: Tensor, conv: nn.Conv3d, past: Past) -> Tensor:
     if kernel[0] > 1:
         x = past.join(x, kernel[0] - 1)
     return conv3d(x, conv, (0, kernel[1] // 2, kernel[2] // 2))
+
+
+def norm_silu_conv3d(x: Tensor, weight: Tensor, conv: nn.Conv3d, past: Past) -> Tensor:
+    """The same of silu(RMSNorm(x) * weight); weight [C], the norm over the channels."""
+    kernel = conv.kernel_size
+    before = past.last(x, kernel[0] - 1)
+    rows = rms_norm_silu(_rows(x), weight, _rows(before), eps=_NORM_EPS)
+    joined = rows.unflatten(1, (-1, *x.shape[3:])).movedim(-1, 1)  # [B, C, past + T, H, W]
+    past.keep(joined, kernel[0] - 1)
+    return conv3d(joined, conv, (0, kernel[1] // 2, kernel[2] // 2))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[B, C, T, H, W] -> [B, T H W, C], a view where x is channels-last."""
+    return x.movedim(1, -1).flatten(1, 3)

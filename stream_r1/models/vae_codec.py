@@ -9,6 +9,7 @@ frames another one.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stream_r1.models.causal_convolution import Past, causal_conv3d
+from stream_r1.models.causal_convolution import Past, causal_conv3d, norm_silu_conv3d
+from stream_r1.models.upsampling import double_and_convolve
 
 
 def decode_piece(decoder: WanDecoder3d, z: Tensor, past: Past, *, first: bool) -> Tensor:
@@ -44,7 +46,7 @@ def decode_piece(decoder: WanDecoder3d, z: Tensor, past: Past, *, first: bool) -
     x = _middle(x, decoder.mid_block, past)
     for block in decoder.up_blocks:
         x = _up_block(x, block, past, first)
-    return causal_conv3d(_norm_silu(x, decoder.norm_out), decoder.conv_out, past)
+    return _norm_conv(x, decoder.norm_out, decoder.conv_out, past)
 
 
 def encode_piece(encoder: WanEncoder3d, x: Tensor, past: Past, *, first: bool) -> Tensor:
@@ -71,7 +73,7 @@ def encode_piece(encoder: WanEncoder3d, x: Tensor, past: Past, *, first: bool) -
         else:
             x = block(x)  # attention within a frame
     x = _middle(x, encoder.mid_block, past)
-    return causal_conv3d(_norm_silu(x, encoder.norm_out), encoder.conv_out, past)
+    return _norm_conv(x, encoder.norm_out, encoder.conv_out, past)
 
 
 def _middle(x: Tensor, block: Any, past: Past) -> Tensor:
@@ -89,7 +91,7 @@ def _down_block(x: Tensor, block: Any, past: Past, first: bool) -> Tensor:
         y = _residual_block(y, resnet, past)
     if block.downsampler is not None:
         y = _downsample(y, block.downsampler, past, first)
-    return y + block.avg_shortcut(x.contiguous())
+    return _add(y, block.avg_shortcut(x.contiguous()))
 
 
 def _up_block(x: Tensor, block: Any, past: Past, first: bool) -> Tensor:
@@ -102,27 +104,24 @@ def _up_block(x: Tensor, block: Any, past: Past, first: bool) -> Tensor:
     elif getattr(block, "upsamplers", None) is not None:
         y = _upsample(y, block.upsamplers[0], past, first)
     shortcut = getattr(block, "avg_shortcut", None)
-    return y if shortcut is None else y + _duplicate(x, shortcut, first)
+    return y if shortcut is None else _add_duplicates(y, x, shortcut, first)
 
 
 def _residual_block(x: Tensor, block: WanResidualBlock, past: Past) -> Tensor:
     shortcut = (
         x if isinstance(block.conv_shortcut, nn.Identity) else causal_conv3d(x, block.conv_shortcut, past)
     )
-    y = causal_conv3d(_norm_silu(x, block.norm1), block.conv1, past)
-    y = causal_conv3d(_norm_silu(y, block.norm2), block.conv2, past)
-    return y + shortcut
+    y = _norm_conv(x, block.norm1, block.conv1, past)
+    return _add(_norm_conv(y, block.norm2, block.conv2, past), shortcut)
 
 
-def _norm_silu(x: Tensor, norm: WanRMS_norm) -> Tensor:
-    """silu(gamma * sqrt(C) * x / |x|) over the channels of x [B, C, T, H, W], the norm in float32 or
-    better."""
-    y = x.movedim(1, -1)  # contiguous in memory where x is channels-last
-    wide = y.float() if y.dtype in (torch.float16, torch.bfloat16) else y
-    inverse = wide.square().sum(-1, keepdim=True).clamp_min(1e-24).rsqrt()
-    y = (wide * inverse).to(x.dtype) * (norm.gamma.flatten() * norm.scale)
-    y = functional.silu(y, inplace=not (torch.is_grad_enabled() and y.requires_grad))
-    return y.movedim(-1, 1)
+def _norm_conv(x: Tensor, norm: WanRMS_norm, conv: nn.Conv3d, past: Past) -> Tensor:
+    return norm_silu_conv3d(x, norm.gamma.flatten(), conv, past)
+
+
+def _add(y: Tensor, x: Tensor) -> Tensor:
+    """y + x, in y's memory where no gradient needs it."""
+    return y + x if torch.is_grad_enabled() else y.add_(x)
 
 
 def _upsample(x: Tensor, block: WanResample, past: Past, first: bool) -> Tensor:
@@ -135,14 +134,18 @@ def _upsample(x: Tensor, block: WanResample, past: Past, first: bool) -> Tensor:
             y = y.movedim(-2, 2).flatten(1, 2).movedim(-1, 1)  # [B, C, 2T, H, W]
             x = y if head is None else torch.cat([head, y], dim=2)
         else:
-            past.skip(x, block.time_conv.kernel_size[0] - 1)
-    return _frame_by_frame(x, block.resample)
+            past.last(x, block.time_conv.kernel_size[0] - 1)  # zeros, for the frames to come
+    frames = x.movedim(2, 1).flatten(0, 1)  # [B T, C, H, W]
+    frames = double_and_convolve(frames, block.resample[1])
+    return frames.unflatten(0, (x.shape[0], x.shape[2])).movedim(1, 2)
 
 
 def _downsample(x: Tensor, block: WanResample, past: Past, first: bool) -> Tensor:
     """Half as high and wide and, with `downsample3d`, half as many frames, a video's first one kept as it
     is."""
-    x = _frame_by_frame(x, block.resample)
+    frames = x.movedim(2, 1).flatten(0, 1)  # [B T, C, H, W]
+    frames = block.resample(frames.contiguous(memory_format=torch.channels_last))
+    x = frames.unflatten(0, (x.shape[0], x.shape[2])).movedim(1, 2)
     if block.mode != "downsample3d":
         return x
     joined = past.join(x, 1)  # the time convolution has stride 2 and reads the frame before its two
@@ -155,18 +158,39 @@ def _downsample(x: Tensor, block: WanResample, past: Past, first: bool) -> Tenso
     return torch.cat([x[:, :, :1], rest], dim=2)
 
 
-def _frame_by_frame(x: Tensor, layers: nn.Module) -> Tensor:
-    """Apply 2D layers to each frame of x [B, C, T, H, W]."""
-    frames = x.movedim(2, 1).flatten(0, 1)  # [B T, C, H, W]
-    frames = layers(frames.contiguous(memory_format=torch.channels_last))
-    return frames.unflatten(0, (x.shape[0], x.shape[2])).movedim(1, 2)
+def _add_duplicates(y: Tensor, x: Tensor, block: DupUp3D, first: bool) -> Tensor:
+    """y [B, C', T, H, W] plus x [B, C, T / time, H / space, W / space], its channels repeated into pixels.
 
-
-def _duplicate(x: Tensor, block: DupUp3D, first: bool) -> Tensor:
-    """Repeat channels into pixels: [B, C, T, H, W] -> [B, out, T * factor_t, H * factor_s, W * factor_s]."""
+    A video's first frame of x has one frame of y, the last of those it would be repeated into.
+    """
     time, space = block.factor_t, block.factor_s
-    source = torch.arange(block.out_channels * block.factor, device=x.device) // block.repeats
-    source = source.view(block.out_channels, time, space, space).movedim(0, -1)
-    y = x.movedim(1, -1)[..., source]  # [B, T, H, W, time, space, space, out]
-    y = y.permute(0, 1, 4, 2, 5, 3, 6, 7).flatten(5, 6).flatten(3, 4).flatten(1, 2).movedim(-1, 1)
-    return y[:, :, time - 1 :] if first else y
+    sources = _sources(block.out_channels, time, space, block.repeats, x.device)
+    y, x = y.movedim(1, -1), x.movedim(1, -1)
+    if not first:
+        return _add_repeated(y, x, sources, time, space).movedim(-1, 1)
+    head = _add_repeated(y[:, :1], x[:, :1], sources[-1:], 1, space)
+    tail = _add_repeated(y[:, 1:], x[:, 1:], sources, time, space)
+    whole = torch.cat([head, tail], dim=1) if torch.is_grad_enabled() else y
+    return whole.movedim(-1, 1)
+
+
+def _add_repeated(y: Tensor, x: Tensor, sources: Tensor, time: int, space: int) -> Tensor:
+    """y [B, T, H, W, C'] plus, for each of its time * space * space cells, x's channels of `sources`."""
+    batch, frames, rows, columns, _ = x.shape
+    values = x[..., sources]  # [B, t, h, w, 1 or time, 1 or space, 1 or space, C']
+    cells = y.view(batch, frames, time, rows, space, columns, space, y.shape[-1])
+    return _add(cells, values.permute(0, 1, 4, 2, 5, 3, 6, 7)).view(y.shape)
+
+
+@cache
+def _sources(channels: int, time: int, space: int, repeats: int, device: torch.device) -> Tensor:
+    """The input channel of every output channel and cell, [time, space, space, C'] of a `DupUp3D`.
+
+    A dimension along which it is the same has size 1.
+    """
+    sources = torch.arange(channels * time * space * space) // repeats
+    sources = sources.view(channels, time, space, space).movedim(0, -1)
+    for dim in range(3):
+        if (sources == sources.narrow(dim, 0, 1)).all():
+            sources = sources.narrow(dim, 0, 1)
+    return sources.to(device)

@@ -2,8 +2,8 @@ import torch
 from torch import Tensor
 
 from ..backends import resolve
-from .reference import gated_add_reference, modulated_norm_reference
-from .validation import check_gated_add, check_modulated_norm
+from .reference import gated_add_reference, modulated_norm_reference, rms_norm_silu_reference
+from .validation import check_gated_add, check_modulated_norm, check_rms_norm_silu
 
 
 def modulated_norm(
@@ -51,3 +51,31 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor, *, backend: str = "auto") -> T
     if resolve(backend, "gated_add", x) == "reference":
         return gated_add_reference(x, y, gate)
     return torch.ops.stream_r1.gated_add(x, y, gate)
+
+
+def rms_norm_silu(
+    x: Tensor, weight: Tensor, before: Tensor | None = None, *, eps: float = 1e-6, backend: str = "auto"
+) -> Tensor:
+    """[before | silu(x / rms(x) * weight)]: norm and activation of a causal autoencoder's residual block.
+
+    The root mean square is over the last dimension; all in float32 whatever the dtypes (float64 for float64
+    x), rounded once. The rows of `before` are copied as they are: with the activations that a causal
+    convolution kept of the piece before, the result is what it reads next, and nothing is concatenated.
+
+    Args:
+        x: [B, T, D], channels last; float32, bfloat16, float16 or float64.
+        weight: [D], any floating-point dtype.
+        before: [B, P, D] in x's dtype.
+        eps: added to the mean square, >= 0.
+        backend: "auto", "cpu" or "reference"; an explicit choice never falls back.
+
+    Returns:
+        [B, P + T, D] in x's dtype, contiguous. Differentiable in x, weight and before.
+
+    Raises:
+        ValueError: a shape or eps that does not fit.  TypeError: a dtype that is not allowed.
+    """
+    check_rms_norm_silu(x, weight, before, eps)
+    if resolve(backend, "rms_norm_silu", x) == "reference":
+        return rms_norm_silu_reference(x, weight, before, eps)
+    return torch.ops.stream_r1.rms_norm_silu(x, weight, before, eps)

@@ -25,3 +25,9 @@ def _(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 @torch.library.register_fake("stream_r1::gated_add_backward")
 def _(grad_out: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     return y.new_empty(y.shape), gate.new_empty(gate.shape)
+
+
+@torch.library.register_fake("stream_r1::rms_norm_silu")
+def _(x: Tensor, weight: Tensor, before: Tensor | None, eps: float) -> Tensor:
+    leading = 0 if before is None else before.shape[1]
+    return x.new_empty(x.shape[0], leading + x.shape[1], x.shape[2])

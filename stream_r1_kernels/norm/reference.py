@@ -1,4 +1,4 @@
-"""Plain torch: what `modulated_norm` and `gated_add` mean."""
+"""Plain torch: what `modulated_norm`, `gated_add` and `rms_norm_silu` mean."""
 
 import torch
 import torch.nn.functional as F
@@ -19,3 +19,12 @@ def gated_add_reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     y = y.unflatten(1, (gate.shape[1], y.shape[1] // gate.shape[1]))  # [B, F, T/F, D]
     return (x + (y.to(dtype) * gate.to(dtype).unsqueeze(2)).flatten(1, 2)).to(x.dtype)
+
+
+def rms_norm_silu_reference(x: Tensor, weight: Tensor, before: Tensor | None, eps: float) -> Tensor:
+    """x [B, T, D], weight [D], before [B, P, D]: [before | silu(x / rms(x) * weight)], in float32."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = x.to(dtype)
+    normed = wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    out = F.silu(normed * weight.to(dtype)).to(x.dtype)
+    return out if before is None else torch.cat([before, out], dim=1)

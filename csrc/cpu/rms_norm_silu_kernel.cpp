@@ -1,0 +1,74 @@
+#include "cpu/rms_norm_silu_kernel.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "cpu/vectors.h"
+
+namespace stream_r1::STREAM_R1_ISA {
+namespace {
+
+// Rows are short: the sums of some are there before the roots of the first are waited for.
+constexpr int64_t kRows = 16;
+
+// v / (1 + e^-v); not a number stays what it is.
+Vec silu(Vec v) {
+  const Vec most = splat(126.0f), exponent = v * -1.44269504f;
+#if defined(__AVX512F__)
+  const Vec denominator = 1.0f + exp2((Vec)_mm512_min_ps((__m512)most, (__m512)exponent));
+  const Vec guess = (Vec)_mm512_rcp14_ps((__m512)denominator);  // and a step of Newton's: a division is slower
+  return v * (guess * (2.0f - denominator * guess));
+#else
+  return v / (1.0f + exp2(exponent > most ? most : exponent));
+#endif
+}
+
+template <Element kElement>
+float sum_of_squares(const Stored<kElement>* x, int64_t width) {
+  Vec squares[kParts] = {};
+  for_vectors(width, [&](int64_t i, auto lanes, auto part) STREAM_R1_INLINE {
+    const Vec v = load<kElement>(x + i, lanes);
+    squares[part] += v * v;
+  });
+  return sum_parts(squares);
+}
+
+template <Element kElement>
+void forward(const RmsNormSiluArgs& args, int64_t begin, int64_t end) {
+  const int64_t width = args.width, rows = args.leading + args.tokens;
+  const float inverse_width = 1 / static_cast<float>(width);
+  for (int64_t row = begin; row < end;) {
+    const int64_t batch = row / rows, place = row % rows, token = place - args.leading;
+    auto* out = at<kElement>(args.out, row * width);
+    if (token < 0) {
+      const int64_t offset = batch * args.before_batch_stride + place * args.before_token_stride;
+      std::memcpy(out, at<kElement>(args.before, offset), width * sizeof *out);
+      ++row;
+      continue;
+    }
+    const auto* x = at<kElement>(args.x, batch * args.x_batch_stride + token * args.x_token_stride);
+    const int64_t count = std::min({kRows, end - row, args.tokens - token});
+    float scales[kRows];
+    for (int64_t r = 0; r < count; ++r)
+      scales[r] = sum_of_squares<kElement>(x + r * args.x_token_stride, width);
+    for (int64_t r = 0; r < count; ++r) scales[r] = 1 / std::sqrt(scales[r] * inverse_width + args.eps);
+    for (int64_t r = 0; r < count; ++r, x += args.x_token_stride, out += width) {
+      const float scale = scales[r];
+      for_each_vector(width, [&](int64_t i, auto lanes) STREAM_R1_INLINE {
+        const Vec n = load<kElement>(x + i, lanes) * scale * load(args.weight + i, lanes);
+        store<kElement>(out + i, silu(n), lanes, args.past_cache);
+      });
+    }
+    row += count;
+  }
+}
+
+}  // namespace
+
+void rms_norm_silu(const RmsNormSiluArgs& args, int64_t begin, int64_t end) {
+  with_element(args.x.element, [&](auto element) { forward<element()>(args, begin, end); });
+  end_streaming(args.past_cache);
+}
+
+}  // namespace stream_r1::STREAM_R1_ISA

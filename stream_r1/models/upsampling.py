@@ -1,0 +1,34 @@
+"""Nearest-neighbour doubling and a 3 x 3 convolution as one convolution of the small picture.
+
+Three rows of a picture twice as high are two rows of the picture: for a pixel with an even row the first tap
+reads one and the other two, together, the next; for an odd row the first two, together, and the last. So each
+of the four pixels of a doubled cell is a 2 x 2 convolution with sums of the taps: 16 products instead of 36.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+_TAPS = (((1.0, 0.0, 0.0), (0.0, 1.0, 1.0)), ((1.0, 1.0, 0.0), (0.0, 0.0, 1.0)))  # [parity, small row, tap]
+
+
+def double_and_convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """Of x [N, C, H, W]: `conv`, 3 x 3 with padding 1, of x twice as high and wide: [N, C', 2 H, 2 W].
+
+    Channels-last, differentiable in x and the weights.
+    """
+    count, _, height, width = x.shape
+    taps = torch.tensor(_TAPS, device=x.device)
+    weight = torch.einsum("apk,bql,oikl->abopqi", taps, taps, conv.weight.float()).to(conv.weight.dtype)
+    weight = weight.flatten(0, 2).movedim(-1, 1)  # [4 C', C, 2, 2], channels-last
+    bias = None if conv.bias is None else conv.bias.repeat(4)
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = functional.conv2d(x, weight, bias, padding=1)  # [N, 4 C', H + 1, W + 1]
+    y = y.movedim(1, -1).unflatten(-1, (2, 2, -1))
+    out = y.new_empty(count, height, 2, width, 2, conv.out_channels)
+    for a in range(2):
+        for b in range(2):
+            out[:, :, a, :, b] = y[:, a : a + height, b : b + width, a, b]
+    return out.flatten(3, 4).flatten(1, 2).movedim(-1, 1)
