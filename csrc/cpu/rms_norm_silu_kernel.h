@@ -1,7 +1,7 @@
 #pragma once
 
 #include "cpu/isa.h"
-#include "cpu/views.h"
+#include "common/views.h"
 
 namespace stream_r1 {
 

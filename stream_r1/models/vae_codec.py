@@ -136,7 +136,7 @@ def _upsample(x: Tensor, block: WanResample, past: Past, first: bool) -> Tensor:
         else:
             past.last(x, block.time_conv.kernel_size[0] - 1)  # zeros, for the frames to come
     frames = x.movedim(2, 1).flatten(0, 1)  # [B T, C, H, W]
-    frames = double_and_convolve(frames, block.resample[1])
+    frames = double_and_convolve(frames, block.resample[1])  # type: ignore[arg-type]
     return frames.unflatten(0, (x.shape[0], x.shape[2])).movedim(1, 2)
 
 

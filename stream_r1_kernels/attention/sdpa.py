@@ -72,9 +72,7 @@ class _LogSumExp(torch.autograd.Function):
         return torch.cat(parts, -1)
 
     @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
-    ) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         q, k = ctx.saved_tensors  # type: ignore[attr-defined]
         scale = ctx.scale  # type: ignore[attr-defined]
         weight = (grad * scale).transpose(1, 2).unsqueeze(-1)  # [B, T, H, 1]
