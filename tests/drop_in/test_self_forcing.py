@@ -197,7 +197,7 @@ class TinyAttention(nn.Module):
 
 
 def rollout(attn: TinyAttention, settings: dict, checkpointing: bool) -> dict[str, Tensor]:
-    """Gradients of a rollout of 5 chunks in a window that moves on: a pass with gradients and a clean one each."""
+    """Gradients of 5 chunks in a window that moves on: a pass with gradients and a clean one for each."""
     kv_cache = dictionaries(9, layers=1)
     adopt(kv_cache, rows=ROWS, columns=COLUMNS, frames_per_chunk=CHUNK, **settings)
     generator = torch.Generator().manual_seed(3)
