@@ -113,6 +113,9 @@ def sample(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto: a GPU if there is one.")] = "auto",
     vae_device: Annotated[str | None, typer.Option(help="Of the VAE, if another.")] = None,
     text_device: Annotated[str | None, typer.Option(help="Of the text encoder, if another.")] = None,
+    cuda_graph: Annotated[
+        bool, typer.Option("--cuda-graph", help="Replay the student's passes as CUDA graphs (on a GPU).")
+    ] = False,
     text_cache: Annotated[
         Path | None,
         typer.Option(help="Folder that keeps prompt embeddings (default: ~/.cache/stream-r1/prompts)."),
@@ -146,6 +149,7 @@ def sample(
         vae_device=vae_device,
         text_device=text_device,
         text_cache=text_cache,
+        cuda_graph=cuda_graph,
     )
     length = None if forever else seconds
     output = Output(path=out, scale=scale, sheet=sheet)

@@ -103,6 +103,7 @@ class ChunkCache:
         self.storage = torch.zeros(shape, dtype=dtype, device=device)
         self._sink_k, self._sink_v = self._allocate_sink()
         self.layers = [LayerCache(self, layer) for layer in range(layers)]
+        self._pinned: tuple[Tensor, Tensor] | None = None
         self.reset()
 
     def _allocate_sink(self) -> tuple[Tensor | None, Tensor | None]:
@@ -150,6 +151,31 @@ class ChunkCache:
         """Whether a chunk is under way: `begin_chunk` was called and `commit` not yet."""
         return self._phases is not None
 
+    @property
+    def slot_start(self) -> int:
+        """First token of the slot that the chunk under way is written to."""
+        return self._slot_start
+
+    @property
+    def full(self) -> bool:
+        """Whether the chunk under way sees the whole buffer of a window, as every later one will.
+
+        Passes over such chunks differ by `slot_start` and the numbers in tensors, and by nothing else.
+        """
+        visible = (self._visible_start, self._visible_stop)
+        return self.window_frames is not None and visible == (0, self.capacity * self.tokens_per_frame)
+
+    def pin_positions(self) -> None:
+        """From the next chunk on write every chunk's phases into the same two tensors, for CUDA graphs.
+
+        Those of an earlier chunk are gone then, so no backward pass may need them. A first chunk of fewer
+        frames has its own.
+        """
+        if self._pinned is None:
+            tokens, device = self.frames_per_chunk * self.tokens_per_frame, self.storage.device
+            cos, sin = (torch.zeros(tokens, self.rotary.head_dim // 2, device=device) for _ in range(2))
+            self._pinned = cos, sin
+
     def reset(self) -> None:
         """Forget everything and start at frame 0; the memory stays."""
         self._next_frame = 0
@@ -188,7 +214,12 @@ class ChunkCache:
         self._visible_stop = self.capacity * tokens if evicts else (slot + frames) * tokens
         if evicts and self._sink_k is not None:
             self._renew_sink(start)
-        self._phases = self.rotary.phases(start, frames, self.rows, self.columns, self.storage.device)
+        phases = self.rotary.phases(start, frames, self.rows, self.columns, self.storage.device)
+        if self._pinned is not None and frames == self.frames_per_chunk:
+            for pinned, value in zip(self._pinned, phases, strict=True):
+                pinned.copy_(value)
+            phases = self._pinned
+        self._phases = phases
 
     def commit(self) -> None:
         """Keep the chunk under way, with the keys and values that its last pass wrote.

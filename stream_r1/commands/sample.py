@@ -58,6 +58,7 @@ class Models:
     vae_device: str | None = None
     text_device: str | None = None
     text_cache: Path | None = None
+    cuda_graph: bool = False
 
     def load(self, size: tuple[int, int] | None) -> StreamR1Pipeline:
         device = _device("--device", self.device)
@@ -76,6 +77,7 @@ class Models:
             device=device,
             vae_device=self.vae_device and _device("--vae-device", self.vae_device),
             text_device=self.text_device and _device("--text-device", self.text_device),
+            cuda_graph=self.cuda_graph,
         )
 
 

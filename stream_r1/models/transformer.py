@@ -284,8 +284,9 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """
         rows, columns = self._grid("new_cache", height, width)
         if dtype is None:
-            autocast = torch.is_autocast_enabled(self.device.type)
-            dtype = torch.get_autocast_dtype(self.device.type) if autocast else self.dtype
+            device = self.device.type
+            autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+            dtype = torch.get_autocast_dtype(device) if autocast else self.dtype
         return self._make_cache(len(self.blocks), batch, rows, columns, max_frames, dtype, self.device)
 
     def _make_cache(

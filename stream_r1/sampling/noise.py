@@ -44,4 +44,7 @@ class StreamNoise:
             state = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
             generator = torch.Generator().manual_seed(state)
             samples.append(torch.randn(tuple(shape), generator=generator))
-        return torch.stack(samples).to(device)
+        noise = torch.stack(samples)
+        if device.type == "cuda":
+            return noise.pin_memory().to(device, non_blocking=True)  # Python need not wait for the GPU
+        return noise.to(device)

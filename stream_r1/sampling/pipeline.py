@@ -52,6 +52,7 @@ class StreamR1Pipeline:
         fps: frames a second that the student was trained at.
         steps, shift: of the schedule, see `Sampler` and `FlowSchedule`.
         decoder: decodes instead of the VAE.
+        cuda_graph: see `Sampler`.
 
     Raises:
         ValueError: a size the VAE or the student's patches do not divide, or parts that do not fit.
@@ -68,6 +69,7 @@ class StreamR1Pipeline:
         steps: Sequence[float] = (1000, 750, 500, 250),
         shift: float = 5.0,
         decoder: VideoAutoencoder | None = None,
+        cuda_graph: bool = False,
     ) -> None:
         if not fps > 0:
             raise ValueError(f"StreamR1Pipeline: fps must be positive, got {fps}")
@@ -91,6 +93,7 @@ class StreamR1Pipeline:
             text_encoder=text_encoder,
             decoder=decoder,
             latent_size=(latent_size[0], latent_size[1]),
+            cuda_graph=cuda_graph,
         )
 
     @classmethod
@@ -113,6 +116,7 @@ class StreamR1Pipeline:
         device: str | torch.device = "cpu",
         vae_device: str | torch.device | None = None,
         text_device: str | torch.device | None = None,
+        cuda_graph: bool = False,
         **settings: Any,
     ) -> StreamR1Pipeline:
         """Load a pipeline.
@@ -141,6 +145,7 @@ class StreamR1Pipeline:
             device: of student, decoder and, unless told otherwise, the rest.
             vae_device: None: `device`, or the CPU where a decoder leaves the VAE idle.
             text_device: None: `device`.
+            cuda_graph: replay the student's passes as CUDA graphs, see `Sampler`.
             settings: of `CausalWanTransformer`, over those of the preset: `window_frames=12`, ...
 
         Raises:
@@ -189,6 +194,7 @@ class StreamR1Pipeline:
             size=size or ((64, 112) if parts.small else (480, 832)),
             fps=fps or (24 if parts.small else 16),
             decoder=tiny,
+            cuda_graph=cuda_graph,
             steps=schedule.steps,
             shift=schedule.shift,
         )

@@ -19,6 +19,7 @@ from torch import Tensor
 from stream_r1.models.autoencoder import VideoAutoencoder
 from stream_r1.models.text import TextEncoder
 from stream_r1.models.transformer import CausalWanTransformer
+from stream_r1.sampling.graphs import PassGraphs, refuse_graphs
 from stream_r1.sampling.noise import StreamNoise
 from stream_r1.schedule import FlowSchedule
 
@@ -78,9 +79,11 @@ class Sampler:
         decoder: decodes instead of the vae, which only encodes then; in the same latent space.
         latent_size: (h, w) of the latents of a stream that is not told its size.
         context_noise: timestep of the pass that leaves keys and values; 0 is the clean chunk. As in training.
+        cuda_graph: replay the passes as CUDA graphs once a stream's window is full, one graph a slot of the
+            ring (`PassGraphs`): for a student on a GPU, with a window. Every stream captures its own.
 
     Raises:
-        ValueError: parts that do not fit each other.
+        ValueError: parts that do not fit each other, or CUDA graphs of a student that can't have them.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class Sampler:
         decoder: VideoAutoencoder | None = None,
         latent_size: tuple[int, int] | None = None,
         context_noise: float = 0.0,
+        cuda_graph: bool = False,
     ) -> None:
         self.schedule = schedule or FlowSchedule()
         self.steps = self.schedule.denoising_steps(steps)
@@ -107,6 +111,8 @@ class Sampler:
         if decoder is not None and vae is not None and _factors(decoder) != _factors(vae):
             expected = f"the vae's pixels and frames a latent {_factors(vae)}"
             raise ValueError(f"Sampler: the decoder must have {expected}, got {_factors(decoder)}")
+        if cuda_graph:
+            refuse_graphs("Sampler", student)
         width = student.config["text_dim"]
         if text_encoder is not None and text_encoder.dim != width:
             expected = f"the student's text_dim {width}"
@@ -117,6 +123,7 @@ class Sampler:
         self.text_encoder = text_encoder
         self.latent_size = latent_size
         self.context_noise = context_noise
+        self.cuda_graph = cuda_graph
 
     def stream(
         self,
@@ -233,6 +240,7 @@ class Stream(Iterator[Chunk]):
             before = (config["first_chunk_frames"] or later) - later if given is None else given.shape[1]
             max_frames = before + chunks * later
         self.cache = self._student.new_cache(self._batch, *size, max_frames=max_frames)
+        self._graphs = PassGraphs(self._student, self.cache, self._text) if sampler.cuda_graph else None
         self.timings.text = self._since(started)
         if given is not None:
             self._go_on_from(given)
@@ -278,7 +286,11 @@ class Stream(Iterator[Chunk]):
         embeds = self._sampler.embed(prompts)
         if len(embeds) != self._batch:
             raise ValueError(f"switch: prompts must be {self._batch}, as the stream's, got {len(embeds)}")
-        self._text = self._student.encode_text(embeds)
+        text = self._student.encode_text(embeds)
+        if self._graphs is None:
+            self._text = text
+        else:
+            self._graphs.switch(text)
 
     def _denoise(self) -> Tensor:
         """The next chunk's x0 [B, f, C, h, w]. Of the cache only the chunk's own slot is written."""
@@ -322,6 +334,8 @@ class Stream(Iterator[Chunk]):
             self.timings.decode = self._since(start)
 
     def _run(self, x: Tensor, t: float) -> Tensor:
+        if self._graphs is not None:
+            return self._graphs.run(x, t)
         timestep = torch.full((self._batch,), float(t), device=self._device)
         return self._student.forward_chunk(x, timestep, self._text, self.cache, write=True)
 
