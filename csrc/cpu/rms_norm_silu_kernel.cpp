@@ -17,7 +17,8 @@ Vec silu(Vec v) {
   const Vec most = splat(126.0f), exponent = v * -1.44269504f;
 #if defined(__AVX512F__)
   const Vec denominator = 1.0f + exp2((Vec)_mm512_min_ps((__m512)most, (__m512)exponent));
-  const Vec guess = (Vec)_mm512_rcp14_ps((__m512)denominator);  // and a step of Newton's: a division is slower
+  const Vec guess =
+      (Vec)_mm512_rcp14_ps((__m512)denominator);  // and a step of Newton's: a division is slower
   return v * (guess * (2.0f - denominator * guess));
 #else
   return v / (1.0f + exp2(exponent > most ? most : exponent));

@@ -1,7 +1,7 @@
 #pragma once
 
-#include "cpu/isa.h"
 #include "common/views.h"
+#include "cpu/isa.h"
 
 namespace stream_r1 {
 
