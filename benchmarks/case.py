@@ -49,6 +49,7 @@ def parametrize(cases: Sequence[Case]) -> pytest.MarkDecorator:
 
 def check_and_time(benchmark: Callable, case: Case, implementation: str) -> None:
     """Refuses to time an implementation that disagrees with the case's plain one."""
+    torch._dynamo.reset()  # past a few specialisations of one function dynamo runs it eagerly, without a word
     torch.manual_seed(0)
     implementations = case.build()
     run = implementations[implementation]
