@@ -77,7 +77,7 @@ def partial_sum(terms: int) -> float:
 def check(
     op: Callable, inputs: Sequence[Tensor], leaves: int = 0, seed: int = 0, cancelled: Sequence[float] = ()
 ) -> None:
-    """`cancelled`: of each gradient, the size of the terms that its sum may cancel, computed in float32."""
+    """`cancelled`: of the last results, the size of the float32 terms that may cancel on the way."""
     ours = results(lambda *values: op(*values, backend="cpu"), inputs, leaves, seed)
     plain = results(lambda *values: op(*values, backend="reference"), inputs, leaves, seed)
     exact = results(
@@ -243,7 +243,20 @@ def test_intra_weights(sizes, dtype, layout, temperature, shares, parts, seed):
             **options,
         )
 
-    check(op, [saliency, scores])
+    cancelled = 0.0
+    if saliency.numel():
+        weight = torch.softmax(-scores.double() / temperature, 1)
+        fused = torch.einsum("bm,mbfhw->bfhw", weight, saliency.double())
+        profiles = [fused.flatten(2)] if parts[0] else []
+        profiles += [fused.mean((2, 3))] if parts[1] else []
+        # A profile runs up to 1 over a range that may be a small part of its values.
+        amplified = 0.0
+        for values in profiles:
+            high, low = values.amax(-1), values.amin(-1)
+            amplified += torch.where(high > low, high / (high - low), 0.0).max().item()
+        largest = op(saliency.double(), scores.double(), backend="reference").max().item()
+        cancelled = (sizes[0] + 1) / 2 * amplified * largest
+    check(op, [saliency, scores], cancelled=[cancelled])
 
 
 @examples
@@ -276,7 +289,18 @@ def test_dmd(shape, dtype, layouts, magnitude, used, broadcast, seed):
     def loss(*inputs, backend):
         return dmd_loss(*inputs, **options, backend=backend)
 
-    check(loss, [x, *others], leaves=1, seed=seed)
+    fake64, cond64, uncond64 = (value.double() for value in (fake, cond, uncond if used[3] else cond))
+    real = cond64 + 3.0 * (cond64 - uncond64)
+    normaliser = (x.double() - real).abs().mean((1, 2, 3, 4), keepdim=True)
+    g = (fake64 - real) / normaliser
+    # the terms of g, which may cancel; what g weighs in the loss
+    terms = (fake64.abs() + cond64.abs() + 3.0 * (cond64.abs() + uncond64.abs())) / normaliser
+    weight = torch.zeros(shape, dtype=torch.float64)
+    unit_direction = (x.double(), real + normaliser, real)  # of which g is 1
+    dmd_gradient_(weight, *unit_direction, **options, backend="reference")
+    reach = (weight * terms).nan_to_num(0.0, 0.0, 0.0)  # an element that is not finite counts as 0
+    cancelled = ((reach * g.abs().nan_to_num()).sum().item(), reach.max().item()) if x.numel() else ()
+    check(loss, [x, *others], leaves=1, seed=seed, cancelled=cancelled)
     exact = torch.zeros(shape, dtype=torch.float64)
     dmd_gradient_(exact, x.double(), *(value.double() for value in others), **options, backend="reference")
     buffer = torch.zeros(shape)
