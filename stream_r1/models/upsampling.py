@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-_TAPS = (((1.0, 0.0, 0.0), (0.0, 1.0, 1.0)), ((1.0, 1.0, 0.0), (0.0, 0.0, 1.0)))  # [parity, small row, tap]
-
 
 def double_and_convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """Of x [N, C, H, W]: `conv`, 3 x 3 with padding 1, of x twice as high and wide: [N, C', 2 H, 2 W].
@@ -20,9 +18,9 @@ def double_and_convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
     Channels-last, differentiable in x and the weights.
     """
     count, _, height, width = x.shape
-    taps = torch.tensor(_TAPS, device=x.device)
-    weight = torch.einsum("apk,bql,oikl->abopqi", taps, taps, conv.weight.float()).to(conv.weight.dtype)
-    weight = weight.flatten(0, 2).movedim(-1, 1)  # [4 C', C, 2, 2], channels-last
+    weight = _fold(_fold(conv.weight.float(), 2), 4)  # [b, a, C', C, 2, 2]: columns' parity, rows'
+    weight = weight.permute(1, 0, 2, 4, 5, 3).flatten(0, 2).to(conv.weight.dtype)
+    weight = weight.movedim(-1, 1)  # [4 C', C, 2, 2], channels-last
     bias = None if conv.bias is None else conv.bias.repeat(4)
     x = x.contiguous(memory_format=torch.channels_last)
     y = functional.conv2d(x, weight, bias, padding=1)  # [N, 4 C', H + 1, W + 1]
@@ -32,3 +30,10 @@ def double_and_convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
         for b in range(2):
             out[:, :, a, :, b] = y[:, a : a + height, b : b + width, a, b]
     return out.flatten(3, 4).flatten(1, 2).movedim(-1, 1)
+
+
+def _fold(weight: Tensor, dim: int) -> Tensor:
+    """Three taps along `dim` -> [2, ...] with two taps there: of an even and of an odd pixel."""
+    first, middle, last = weight.unbind(dim)
+    even, odd = (first, middle + last), (first + middle, last)
+    return torch.stack([torch.stack(taps, dim) for taps in (even, odd)])

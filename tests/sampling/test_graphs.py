@@ -159,7 +159,7 @@ def test_refusals() -> None:
 
 # --- the host never waits for a number of the device's ---
 
-READS = {  # what makes Python wait for a tensor's numbers, or the result's shape depend on them
+READS = {  # what makes Python wait for the device, or a shape depend on a tensor's numbers
     torch.ops.aten._local_scalar_dense,
     torch.ops.aten.is_nonzero,
     torch.ops.aten.equal,
@@ -168,6 +168,7 @@ READS = {  # what makes Python wait for a tensor's numbers, or the result's shap
     torch.ops.aten._unique2,
     torch.ops.aten.unique_dim,
     torch.ops.aten.bincount,
+    torch.ops.aten.lift_fresh,  # of torch.tensor: numbers of Python's, copied to the device
 }
 
 
@@ -187,6 +188,11 @@ class NoReads(TorchDispatchMode):
         made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         on_device = any(x.device.type == "meta" for x in given)
         assert not (on_device and any(x.device.type == "cpu" for x in made)), f"{func} copies to the host"
+        if func is torch.ops.aten._to_copy.default and made[0].device.type == "meta":
+            copied = given[0].device.type == "cpu"
+            assert not copied or given[0].dim() == 5, (
+                f"{func} copies {list(given[0].shape)}, not a chunk's noise"
+            )
         self.trace.append((func, *((tuple(x.shape), x.stride(), x.dtype) for x in given + made)))
         return result
 
@@ -229,6 +235,8 @@ def test_a_steady_chunk_reads_nothing_and_has_the_shapes_of_the_last_one(
         lambda x: x.cpu(),
         lambda x: x.tolist(),
         lambda x: torch.equal(x, x),
+        lambda _: torch.tensor([1.0, 2.0, 3.0]),
+        lambda x: x + torch.ones(3).to("meta"),
     ],
 )
 def test_reads_are_refused(read: Callable[[Tensor], object]) -> None:
