@@ -2,7 +2,8 @@
 
 What a command does is in ``stream_r1.commands``, imported when it runs.
 
-Errors are one clear line on stderr and exit code 2; ``--debug`` shows the traceback. Ctrl-C exits with 130.
+Errors are one clear line on stderr and exit code 2; ``--debug`` shows the traceback. Ctrl-C exits with 130; a
+training that SIGTERM stopped, with 143.
 """
 
 from __future__ import annotations

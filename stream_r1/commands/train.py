@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -51,13 +52,13 @@ def run(path: Path, overrides: list[str], *, check: bool, fresh: bool) -> None:
         if not ranks.first:
             console = Console(quiet=True)
             warnings.simplefilter("ignore")
-        stopped = _train(recipe, ranks, console, fresh=fresh)
-    if stopped:
-        sys.exit(130)
+        stopped_by = _train(recipe, ranks, console, fresh=fresh)
+    if stopped_by:
+        sys.exit(128 + stopped_by)
 
 
-def _train(recipe: Recipe | InitRecipe, ranks: Ranks, console: Console, *, fresh: bool) -> bool:
-    """Whether the run was stopped before its end."""
+def _train(recipe: Recipe | InitRecipe, ranks: Ranks, console: Console, *, fresh: bool) -> int:
+    """The signal that stopped the run before its end; 0: none did."""
     out = Path(recipe.out)
     with console.status("loading the models"):
         trainer = _trainer(recipe, ranks, out, fresh=fresh)
@@ -66,7 +67,7 @@ def _train(recipe: Recipe | InitRecipe, ranks: Ranks, console: Console, *, fresh
         console.print(f"going on from {resumed}", soft_wrap=True)
     if trainer.step >= recipe.steps:
         console.print(f"all {recipe.steps} steps are done; steps=N goes further, --fresh starts over")
-        return False
+        return 0
 
     if ranks.first:
         out.mkdir(parents=True, exist_ok=True)
@@ -90,8 +91,10 @@ def _train(recipe: Recipe | InitRecipe, ranks: Ranks, console: Console, *, fresh
         trainer.export_adapter(out / ADAPTER)
         console.print(f"adapter: {out / ADAPTER}", soft_wrap=True)
     if trainer.stopped:
-        console.print("stopped; the same command goes on from here")
-    return trainer.stopped
+        name = signal.Signals(trainer.stopped_by).name
+        where = f"after step {trainer.step} of {recipe.steps}"
+        console.print(f"stopped by {name} {where}; the same command goes on from here", soft_wrap=True)
+    return trainer.stopped_by
 
 
 def _trainer(

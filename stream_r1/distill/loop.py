@@ -41,6 +41,8 @@ class TrainingLoop(ABC):
         settings: how many steps, and when to keep what.
         folder: where checkpoints go and come from; None keeps none.
         ranks: the processes that train together; every one of them runs the same loop. None: this one alone.
+
+    `stopped_by` is the signal that stopped the last `run`, on whichever rank; 0: none did.
     """
 
     def __init__(self, settings: LoopSettings, folder: Path | str | None, ranks: Ranks | None = None) -> None:
@@ -51,7 +53,7 @@ class TrainingLoop(ABC):
         if self.ranks.launched and self.folder is not None:
             self._shared = SharedCheckpoints(self.folder, settings.keep_checkpoints, self.ranks)
         self.step = 0
-        self.stopped = False
+        self.stopped_by = 0
         self._stop = StopRequest()
         self._skipped: dict[str, int] = {}  # updates in a row, a model
         self._drops = False
@@ -117,27 +119,34 @@ class TrainingLoop(ABC):
     def run(self) -> Iterator[Event]:
         """Trains up to `settings.steps`, yielding an event a step.
 
-        The first Ctrl-C (or `stop()`) finishes the step under way, keeps a checkpoint and ends the
-        iteration, with `stopped` set; so does a consumer that leaves the loop. Raises DivergedError when too
-        many updates in a row were not finite; the last checkpoint is from before them.
+        SIGINT (Ctrl-C), SIGTERM or `stop()`, on any rank, finishes the step under way, keeps a checkpoint and
+        ends the iteration, with `stopped` set. A consumer that leaves the loop of a process by itself keeps
+        one too; of several, the others know nothing of it. Raises DivergedError when too many updates in a
+        row were not finite; the last checkpoint is from before them.
         """
-        self.stopped = False
+        self.stopped_by = 0
         with self._stop:
             while self.step < self._loop.steps:
-                if self.ranks.any(bool(self._stop)):
-                    self.stopped = True
+                self.stopped_by = self.ranks.greatest(self._stop.signal)
+                if self.stopped:
                     yield from self._save("stopped")
                     return
                 done = self.train_step()
                 try:
                     yield done
                 except GeneratorExit:  # the consumer left; between two steps everything is whole
-                    self.save()
+                    if not self.ranks.launched:
+                        self.save()
                     raise
                 yield from self._written(wait=False)
                 if self.step % self._loop.checkpoint_every == 0 and self.step < self._loop.steps:
                     yield from self._save("interval")
             yield from self._save("finished")
+
+    @property
+    def stopped(self) -> bool:
+        """Whether `run` ended before its last step because it was asked to."""
+        return self.stopped_by != 0
 
     def stop(self) -> None:
         """Asks a running `run` to stop after the step under way; from any thread."""

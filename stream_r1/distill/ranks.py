@@ -74,11 +74,15 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says so."""
+        return bool(self.greatest(int(flag)))
+
+    def greatest(self, number: int) -> int:
+        """The greatest of every rank's numbers."""
         if not self.launched:
-            return flag
-        asked = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(asked, dist.ReduceOp.MAX)
-        return bool(asked)
+            return number
+        told = torch.tensor(number, device=self.device)
+        dist.all_reduce(told, dist.ReduceOp.MAX)
+        return int(told)
 
     def summary(self, scalars: dict[str, float]) -> dict[str, float]:
         """Every rank's numbers as one, see `summarise`; the same names on all of them."""

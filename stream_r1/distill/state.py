@@ -219,36 +219,37 @@ class Ema:
 
 
 class StopRequest:
-    """Turns Ctrl-C into a request that a loop can honour at a safe moment; the second one interrupts at once.
+    """Turns SIGINT (Ctrl-C) and SIGTERM into a request that a loop can honour at a safe moment.
 
         with StopRequest() as stop:
-            while not stop: ...
+            while not stop.signal: ...
 
+    A second SIGINT interrupts at once; more SIGTERMs change nothing: launchers and schedulers both send them.
     Outside of the main thread signals are left alone, and only `request()` asks.
     """
 
     def __init__(self) -> None:
-        self._asked = False
-        self._previous: Any = None
-
-    def __bool__(self) -> bool:
-        return self._asked
+        self.signal = 0
+        """The signal that asked to stop; 0: none."""
+        self._previous: dict[int, Any] = {}
 
     def request(self) -> None:
-        self._asked = True
+        """Asks as Ctrl-C does."""
+        self.signal = self.signal or signal.SIGINT
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
+        if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._asked = True
+        self.signal = self.signal or number
 
     def __enter__(self) -> StopRequest:
-        self._asked = False
+        self.signal = 0
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._on_signal)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}

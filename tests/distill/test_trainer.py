@@ -200,17 +200,34 @@ def test_leaving_the_loop_keeps_a_checkpoint(tmp_path: Path) -> None:
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000002.safetensors"]
 
 
-def test_stop_ends_after_the_step_and_keeps_a_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_after_the_step_and_keeps_a_checkpoint(number: signal.Signals, tmp_path: Path) -> None:
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     run, events = trainer(tmp_path), []
     for event in run.run():
         events.append(event)
         if isinstance(event, StepDone) and event.step == 2:
-            os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGTERM)  # a launcher and a scheduler may both send it
     assert run.stopped
+    assert run.stopped_by == number
     assert isinstance(events[-1], Saved)
     assert events[-1].why == "stopped"
     assert len(events) == 3
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    again = trainer(tmp_path)
+    assert again.resume() == events[-1].path
+    assert len(numbers(again)) == 4
+    assert not again.stopped
+
+
+def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
+    events = trainer(tmp_path).run()
+    next(events)
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    events.close()
 
 
 def test_checkpoints_come_at_intervals_and_old_ones_go(tmp_path: Path) -> None:

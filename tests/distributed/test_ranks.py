@@ -1,5 +1,8 @@
 """What ranks tell one another, and how a run of several ends."""
 
+import os
+import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,17 +79,33 @@ def test_an_update_that_is_not_finite_on_one_rank_is_skipped_on_all(shard: str) 
         assert torch.equal(state["history"], results[0][2]["history"])
 
 
-def _stop_by_one(chosen: DistillSettings) -> tuple[int, bool]:
+def _stop_by_one(chosen: DistillSettings, number: int) -> tuple[int, int]:
     with joined(chosen) as ranks:
         run = distiller(ranks, None, chosen)
         for event in run.run():
             if isinstance(event, StepDone) and event.step == 2 and ranks.rank == 1:
-                run.stop()
-        return run.step, run.stopped
+                os.kill(os.getpid(), number)
+        return run.step, run.stopped_by
 
 
-def test_all_stop_after_the_step_in_which_one_is_told_to() -> None:
-    assert launch(2, _stop_by_one, settings()) == [(2, True), (2, True)]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_all_stop_after_the_step_in_which_one_is_told_to(number: int) -> None:
+    assert launch(2, _stop_by_one, settings(), number) == [(2, number), (2, number)]
+
+
+def _fail_to_watch(folder: Path, chosen: DistillSettings) -> None:
+    with joined(chosen) as ranks:
+        run = distiller(ranks, folder, chosen)
+        for event in run.run():
+            if event.step == 2 and ranks.rank == 1:
+                raise OSError("the disk is full")
+
+
+def test_a_rank_that_fails_between_steps_waits_for_nobody(tmp_path: Path) -> None:
+    """It does not begin a checkpoint that the others know nothing of."""
+    results = Processes(2, _fail_to_watch, tmp_path, settings()).results(timeout=60)
+    assert "rank 1 of 2: OSError: the disk is full" in str(results[1])
+    assert "SystemExit(2)" in str(results[0])
 
 
 def _differ(chosen: DistillSettings, what: str) -> None:

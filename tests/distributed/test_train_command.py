@@ -3,8 +3,11 @@
 import contextlib
 import io
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,8 @@ from stream_r1.recipe import InitRecipe, Recipe, load, load_any, load_start
 from stream_r1.watch.writers import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN += ["-m", "stream_r1"]
 
 
 def command(*arguments: str, only_on_1: tuple[str, ...] = ()) -> tuple[int, str, str]:
@@ -46,9 +51,8 @@ def test_torchrun_trains_what_one_process_trains(world: Path, tmp_path: Path) ->
     smooth = ("student.eps=0.01", "critic.eps=0.01")
     assert command("train", str(recipe), f"out={tmp_path / 'one'}", *smooth)[0] == 0
     arguments = ["train", str(recipe), f"out={tmp_path / 'two'}", *smooth, "distributed.shard=full"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*torchrun, "-m", "stream_r1", *arguments],
+        [*TORCHRUN, *arguments],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -73,6 +77,67 @@ def test_torchrun_trains_what_one_process_trains(world: Path, tmp_path: Path) ->
     assert len(videos) == 4
     assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == 1
     assert [p.name for p in (tmp_path / "two" / "checkpoints").iterdir()] == ["step-00000004"]
+
+
+def test_sigterm_to_torchrun_ends_all_after_the_same_step(world: Path, tmp_path: Path) -> None:
+    """With a checkpoint, an exported student, and one message; one process goes on from there."""
+    out = tmp_path / "out"
+    arguments = ["train", str(world / "recipe.yaml"), f"out={out}", "watch.sample_every=0"]
+    run = subprocess.Popen(
+        [
+            *TORCHRUN,
+            *arguments,
+            "steps=100000",
+            "distributed.shard=full",
+            "distributed.async_checkpoints=true",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    try:
+        while _rows(out) < 3:
+            assert run.poll() is None, run.communicate()
+            time.sleep(0.1)
+        run.terminate()
+        told, _ = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    (checkpoint,) = (out / "checkpoints").iterdir()
+    step = int(checkpoint.name.removeprefix("step-"))
+    assert _rows(out) == step
+    assert told.count(f"stopped by SIGTERM after step {step} of 100000") == 1
+    weights(out)
+    code, told, _ = command(*arguments, f"steps={step + 1}")
+    assert code == 0
+    assert f"going on from {checkpoint}" in told
+
+
+def _rows(out: Path) -> int:
+    """Steps in metrics.csv, which may be being written."""
+    path = out / "metrics.csv"
+    return path.read_text().count("\n") - 1 if path.exists() else 0
+
+
+def _command_and_signal(number: int, out: Path, *arguments: str) -> int:
+    """The command's exit code; the second rank is sent a signal amid the run."""
+    if os.environ["RANK"] == "1":
+        threading.Thread(target=_send_later, args=(number, out), daemon=True).start()
+    return command(*arguments, f"out={out}")[0]
+
+
+def _send_later(number: int, out: Path) -> None:
+    while _rows(out) < 2:
+        time.sleep(0.05)
+    os.kill(os.getpid(), number)
+
+
+def test_every_rank_s_status_says_which_signal_stopped_the_run(world: Path, tmp_path: Path) -> None:
+    recipe, extra = str(world / "recipe.yaml"), ("steps=100000", "watch.sample_every=0")
+    codes = launch(2, _command_and_signal, signal.SIGTERM, tmp_path / "out", "train", recipe, *extra)
+    assert codes == [143, 143]
 
 
 @pytest.mark.parametrize(
