@@ -35,8 +35,8 @@ class Assumptions:
     Attributes:
         memory: of the bandwidth, by kernels that stream through memory.
         matmul: of the matmul rate, by torch's matmuls of thousands of rows.
-        convolution: of the matmul rate, by cuDNN's 3D convolutions. Fitted: so that a decoder of Wan 2.1
-            takes the 10.3 s published for 81 frames of 720p on an A800 (an A100's rates).
+        convolution: of the matmul rate, by cuDNN's 3D convolutions. Fitted: so that diffusers' decoder of
+            Wan 2.1 takes the 10.3 s published for 81 frames of 720p on an A800 (an A100's rates).
         library_attention: of the matmul rate, by the dense attention that torch picks, by capability
             (FlashAttention-2 on 8.x, published at 50 to 73 % on A100; cuDNN on 9.0 and 10.0, of whose kind
             75 % are published for H100).
@@ -49,7 +49,7 @@ class Assumptions:
 
     memory: float = 0.85
     matmul: float = 0.70
-    convolution: float = 0.25
+    convolution: float = 0.28
     library_attention: dict[Capability, float] = field(default_factory=_library_attention)
     own_attention: dict[Capability, float] = field(default_factory=_own_attention)
     kernel: float = 2e-6

@@ -109,6 +109,8 @@ class _Counting(TorchDispatchMode):
 
 def _bytes(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     """Read and written; 0 for what is no kernel (views, allocation)."""
+    if str(func.overloadpacket) == "stream_r1.renew_sink_":
+        return _renewed(*args, **kwargs)
     written: dict[int, Tensor] = {}
     read: dict[int, Tensor] = {}
     for returned, value in zip(func._schema.returns, _as_tuple(result), strict=False):
@@ -127,6 +129,16 @@ def _bytes(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     if not written or func.overloadpacket in _ALLOCATIONS:
         return 0
     return sum(map(_size, written.values())) + sum(map(_size, read.values()))
+
+
+def _renewed(
+    storage: Tensor, sink_k: Tensor, sink_v: Tensor | None, slot: Any, ema: float | None, *_: Any
+) -> int:
+    """Of the cache's buffer the evicted chunk is read and the sink written, the rest not touched."""
+    seen = sink_k.numel() * storage.element_size()  # of the keys; the values are as many
+    if ema is None or sink_v is None:
+        return _size(sink_k) + seen
+    return 2 * (_size(sink_k) + _size(sink_v)) + 4 * seen
 
 
 _ALLOCATIONS = {

@@ -1,0 +1,126 @@
+"""The work of a steady chunk, ours and the published data flow's, counted from the code that streams."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from benchmarks.published_flow import PublishedFlow
+from build_support.cuda import DEFAULT_ARCHS
+from stream_r1.estimate import roofline
+from stream_r1.estimate.devices import Device
+from stream_r1.estimate.work import Work, cast, count, fake_tensors
+from stream_r1.models.transformer import CausalWanTransformer
+from stream_r1.models.vae import VideoVAE
+from stream_r1.sampling.sampler import Sampler
+from stream_r1_kernels import backends, dispatch
+
+WAN = {  # Wan 2.1 1.3B, streaming as Reward Forcing and Stream-R1 do
+    "num_attention_heads": 12,
+    "attention_head_dim": 128,
+    "ffn_dim": 8960,
+    "num_layers": 30,
+    "text_dim": 4096,
+    "text_len": 512,
+    "window_frames": 9,
+    "sink_frames": 3,
+    "positions": "window",
+}
+LATENT = (60, 104)  # of 480 x 832 pixels
+STEPS = (1000, 750, 500, 250)
+FRAMES = 12  # of a chunk
+HALF = torch.bfloat16
+STEADY = 3  # chunks until the window is full and rolls
+
+
+@dataclass(frozen=True)
+class ChunkWork:
+    """Of a chunk of a full window: denoising and cache pass, and decoding."""
+
+    student: Sequence[Work]
+    decoder: Sequence[Work]
+
+    def seconds(self, device: Device, *, graph: bool = False) -> tuple[float, float]:
+        """Predicted, of the student and of the decoder. Of the two, graphs replay the student."""
+        return roofline.seconds(self.student, device, graph=graph), roofline.seconds(self.decoder, device)
+
+    def fps(self, device: Device, *, graph: bool = False) -> float:
+        return FRAMES / sum(self.seconds(device, graph=graph))
+
+
+@contextmanager
+def as_on(device: Device) -> Iterator[None]:
+    """Within it ops pick their backends as on that GPU, with the CUDA kernels built and Triton there."""
+    kernels = {"cuda": frozenset(dispatch.OPS) - {"rms_norm_silu"}, "triton": backends.TRITON_OPS}
+    build = dispatch.Build(kernels, DEFAULT_ARCHS.split(";"))
+    describe = backends.describe_call
+
+    def on_gpu(op: str, *tensors: Tensor | None, pieces: int = 1) -> dispatch.Call:
+        call = describe(op, *tensors, pieces=pieces)  # type: ignore[arg-type]
+        return replace(call, device="cuda", capability=device.capability)
+
+    with (
+        patch.dict(backends._UNAVAILABLE, cpu="counting for a GPU"),
+        patch.object(backends, "build", lambda: build),
+        patch.object(backends, "describe_call", on_gpu),
+    ):
+        yield
+
+
+def ours(device: Device, **settings: Any) -> ChunkWork:
+    """This project's sampler and decoder, in bfloat16, on a GPU."""
+    with fake_tensors(), as_on(device):
+        student = cast(CausalWanTransformer(**(WAN | {"sink_ema": 0.999} | settings)), HALF).eval()
+        stream = Sampler(student, steps=STEPS).stream(torch.zeros(1, 512, 4096), latent_size=LATENT)
+        for _ in range(STEADY):  # as if chunks had been made
+            stream.cache.begin_chunk()
+            stream.cache.commit()
+        next(stream)  # its cache pass is the next chunk's
+        work = count(lambda: next(stream))
+        decoder = VideoVAE(cast(AutoencoderKLWan(), HALF)).stream_decoder(1)
+        latents = torch.zeros(1, 3, 16, *LATENT)
+        decoder.decode(latents)
+        return ChunkWork(work, count(lambda: decoder.decode(latents)))
+
+
+def published(**settings: Any) -> ChunkWork:
+    """The published data flow (benchmarks/published_flow.py), and diffusers' decoder, frame by frame."""
+    with fake_tensors(), torch.no_grad():
+        student = cast(CausalWanTransformer(**(WAN | settings)), HALF).eval()
+        flow = PublishedFlow(student, LATENT[0] // 2, LATENT[1] // 2)
+        x, text = torch.zeros(1, 3, 16, *LATENT), torch.zeros(1, 512, 4096, dtype=HALF)
+
+        def chunk(passes: int = len(STEPS)) -> None:
+            for _ in range(passes):
+                flow.forward_chunk(x, torch.zeros(1, 3), text, last=False)
+            flow.forward_chunk(x, torch.zeros(1, 3), text, last=True)
+
+        for _ in range(STEADY):
+            chunk(passes=0)
+        return ChunkWork(count(chunk), diffusers_decoder(3, *LATENT))
+
+
+def diffusers_decoder(frames: int, height: int, width: int) -> list[Work]:
+    """Decoding so many latent frames amid a video, in bfloat16. Call it within `fake_tensors()`."""
+    decoder = cast(AutoencoderKLWan(), HALF)
+    latents = torch.zeros(1, 16, 1, height, width, dtype=HALF)
+    with torch.no_grad():
+        several = count(lambda: decoder.decode(latents.expand(-1, -1, 4, -1, -1)))
+        more = count(lambda: decoder.decode(latents.expand(-1, -1, 5, -1, -1)))
+    calls = {replace(w, calls=1): w.calls for w in several}
+    left = [replace(w, calls=w.calls - calls.get(replace(w, calls=1), 0)) for w in more]
+    return [w.times(frames) for w in left if w.calls > 0]
+
+
+def attention_backend(device: Device) -> str:
+    """What "auto" takes for a sampling pass on a GPU."""
+    with fake_tensors(), as_on(device):
+        keys = torch.zeros(1, 8, 2, 128, dtype=HALF)
+        return backends.resolve("auto", "cached_chunk_attention", keys, None, None, keys, keys)
