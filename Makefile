@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | sanitize | assets: each makes .venv and installs what it needs; quick the second time.
+# make demo | test | bench | lint | docs | sanitize | assets: each makes .venv and installs what it needs; quick the second time.
 #
 # PYTHON       interpreter that makes .venv                      (python3)
 # TORCH_INDEX  index to take torch from, for the CPU build of it (pip's own)
@@ -12,13 +12,14 @@ PIP         := $(BIN)/python -m pip --disable-pip-version-check -qq
 SOURCES     := $(shell find csrc -type f 2>/dev/null)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test bench lint sanitize cross assets clean help
+.PHONY: demo test bench lint docs sanitize cross assets clean help
 
 help:
 	@echo "make demo    distil the tiny student, stream it before and after, write out/demo/index.html (minutes)"
 	@echo "make test    the tests"
 	@echo "make bench   every op beside its rivals; writes docs/benchmarks.md, .json and docs/roofline.svg"
 	@echo "make lint    ruff, mypy, clang-format"
+	@echo "make docs    the documentation as a site that needs no network: out/site/index.html"
 	@echo "make sanitize  the ops' tests with AddressSanitizer and UndefinedBehaviorSanitizer (minutes)"
 	@echo "make cross   compile the CPU kernels for aarch64 (needs g++-aarch64-linux-gnu)"
 	@echo "make assets  train the tiny world's models again (hours)"
@@ -37,6 +38,9 @@ lint: $(VENV)/.tools
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy stream_r1 stream_r1_kernels ptx_executor
 	find csrc tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format --dry-run --Werror
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 
 # The runtimes come before the interpreter's own allocations; libstdc++ has to be there when they look for throw.
 sanitize: $(VENV)/.tools
@@ -82,7 +86,10 @@ $(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py build_support/cuda.py $(S
 	@$(PIP) install --no-build-isolation -e . torch==$(TORCH)
 	@touch $@
 
-$(VENV)/.tools: $(VENV)/.built
-	@$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['dev'])" \
+# Development tools, and what the documentation is made with.
+$(VENV)/.tools: EXTRA := dev
+$(VENV)/.docs: EXTRA := docs
+$(VENV)/.tools $(VENV)/.docs: $(VENV)/.built
+	@$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['$(EXTRA)'])" \
 	  | xargs $(PIP) install torch==$(TORCH)
 	@touch $@

@@ -29,7 +29,7 @@ class ModelPaths(Settings):
     teacher: the bidirectional model whose distribution is matched.
     vae: Wan's autoencoder.
     reward: a reward's folder; its `config.json` says which kind.
-    critic: None: it starts as a copy of the teacher.
+    critic: what learns to score the student's videos; None: it starts as a copy of the teacher.
     text: "minilm", or a folder with UMT5 and its tokenizer.
     """
 
@@ -88,7 +88,7 @@ class Recipe(DistillSettings):
 
 
 class InitModelPaths(Settings):
-    """Where the models are, see `ModelPaths`.
+    """Where the models are: folders, as those of a distillation.
 
     student: the weights that it starts from.
     teacher: the model that makes the trajectories.
@@ -107,7 +107,7 @@ class PairSettings(Settings):
     count: how many.
     solver_steps: steps of the teacher's solver.
     guidance: a conventional scale minus 1.
-    negative_prompt: as in `MatchingSettings`.
+    negative_prompt: as `matching.negative_prompt` of a distillation.
     order: of the solver: 1 is Euler's, 2 a second-order one.
     batch: trajectories made together.
     """

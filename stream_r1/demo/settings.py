@@ -12,10 +12,24 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class DemoSettings(Settings):
-    """The demo around the distillation."""
+    """The demo around the distillation.
+
+    budget: seconds for everything, from loading the models to the report.
+    prompts: of the videos in the report.
+    chunks: chunks that are streamed for each prompt.
+    seed: of the noise of all videos.
+    reference: statistics of the film that the independent measures compare with.
+    baselines: figures of the teacher and the film for the table, see `stream-r1 data baselines`; left out if
+        not there.
+    evaluated_videos: videos that the measures see, before and after.
+    evaluated_batch: how many of them are made together.
+    timed_chunks: chunks of the stream that is timed.
+    teacher_steps: solver steps of the teacher's own samples; 0 leaves them out.
+    finish: seconds kept for what comes after the second evaluation: timing, maps, report.
+    least_distillation: seconds of distillation, whatever the budget says.
+    """
 
     budget: Annotated[float, Field(ge=20)] = 330.0
-    """Seconds for everything, from loading the models to the report."""
     prompts: tuple[str, ...] = (
         "close up of a smiling fat rabbit under a tree",
         "a flying squirrel glides through a blue sky",
@@ -23,22 +37,15 @@ class DemoSettings(Settings):
         "a fat rabbit in a sunny meadow holds a red apple",
     )
     chunks: Count = 6
-    """Chunks that are streamed for each prompt."""
     seed: int = 0
     reference: str = "assets/tiny/reference/statistics.safetensors"
-    """Statistics of the film that the independent measures compare with."""
     baselines: str = "assets/tiny/reference/baselines.json"
-    """Figures of the teacher and the film for the table, see `stream-r1 data baselines`; left out if not
-    there."""
     evaluated_videos: Annotated[int, Field(ge=2)] = 24
     evaluated_batch: Count = 8
     timed_chunks: Count = 8
     teacher_steps: Annotated[int, Field(ge=0)] = 24
-    """Solver steps of the teacher's own samples; 0 leaves them out."""
     finish: float = 12.0
-    """Seconds kept for what comes after the second evaluation: timing, maps, report."""
     least_distillation: float = 10.0
-    """Seconds of distillation, whatever the budget says."""
 
 
 def seconds_to_distil(settings: DemoSettings, spent: float, to_repeat: float) -> float:

@@ -207,7 +207,7 @@ class DistributedSettings(Settings):
     shard: "none": every process holds every model, gradients are averaged; "full": each holds a part of every
         model, its gradients, optimizer and average; "hybrid": `replicas` groups, each with a whole set of
         parts.
-    replicas: None: one a machine.
+    replicas: groups of "hybrid"; None: one a machine.
     backend: "auto" is nccl with a GPU and gloo without.
     param_dtype: of sharded weights while they compute; what is kept, and sums of gradients, stay float32.
     async_checkpoints: write checkpoints at intervals beside the training, from a copy in host memory.

@@ -77,11 +77,10 @@ class FilmReward(nn.Module):
         heads: trained heads.
         normalizer: one mean and deviation an axis.
         max_frames: longer videos are scored as the mean over windows of `window_frames` spread evenly over
-        them, at
-            most `max_frames` in all; frames between the windows then have no gradient.
+            them, at most `max_frames` in all; frames between the windows then have no gradient.
         window_frames: frames of a window.
         text_encoder: gives MiniLM token states [B, L, 384], zero-padded; loaded at the first prompt if not
-        given.
+            given.
     """
 
     axes: tuple[str, ...] = AXES

@@ -43,38 +43,42 @@ _PROMPT_FIELD = "{text_prompt}"
 
 
 class VideoAlignSettings(Settings):
-    """How a VideoReward checkpoint is run: the keys of a `config.json` beside or above it, all optional."""
+    """How a VideoReward checkpoint is run: the keys of a `config.json` beside or above it, all optional.
+
+    type: what kind of reward the folder holds.
+    checkpoint: the folder with `model_config.json` and `checkpoint-*`, relative to the `config.json`'s.
+    step: which `checkpoint-<step>`; None: the last.
+    base_model: folder (relative to the `config.json`'s) or hub name of Qwen2-VL-2B-Instruct; None: what
+        `model_config.json` names.
+    instruction: text file (relative to the `config.json`'s folder) with the instruction that the weights were
+        trained with, holding {text_prompt} and the reward tokens; None: `instruction.txt` beside
+        `model_config.json`.
+    template: the instruction itself, instead of a file.
+    video_fps: frames a second of the videos that are scored (Wan: 16).
+    fps: frames a second that the model is shown. "checkpoint": as it was trained, 2. "all": every frame, as
+        Stream-R1's public code does; then every frame has a gradient.
+    min_pixels, max_pixels: of a resized frame; max_pixels None: the checkpoint's, 448 * 448.
+    dtype: of the weights; "auto": bfloat16 on an accelerator, float32 on a CPU.
+    gradient_checkpointing: keep a layer's input alone for the backward, and compute the layer again there.
+    samples_at_once: videos that go through the model together; None: all.
+    compat: "official": gradients land where Stream-R1's public code puts them, mostly not where they belong
+        (see `qwen_pixels.patchify`). For comparisons.
+    """
 
     type: Literal["videoalign"] = "videoalign"
     checkpoint: str = "."
-    """The folder with `model_config.json` and `checkpoint-*`, relative to the `config.json`'s."""
     step: int | None = None
-    """Which `checkpoint-<step>`; null: the last."""
     base_model: str | None = None
-    """Folder (relative to the `config.json`'s) or hub name of Qwen2-VL-2B-Instruct; null: what
-    `model_config.json` names."""
     instruction: str | None = None
-    """Text file (relative to the `config.json`'s folder) with the instruction that the weights were trained
-    with, holding {text_prompt} and the reward tokens; null: `instruction.txt` beside `model_config.json`."""
     template: str | None = None
-    """The instruction itself, instead of a file."""
     video_fps: float = Field(default=16.0, gt=0)
-    """Frames a second of the videos that are scored (Wan: 16)."""
     fps: Annotated[float, Field(gt=0)] | Literal["checkpoint", "all"] = "checkpoint"
-    """Frames a second that the model is shown. "checkpoint": as it was trained, 2. "all": every frame, as
-    Stream-R1's public code does; then every frame has a gradient."""
     min_pixels: int = Field(default=128 * 28 * 28, ge=1)
     max_pixels: int | None = Field(default=None, ge=28 * 28)
-    """Of a resized frame; null: the checkpoint's, 448 * 448."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the weights; "auto": bfloat16 on an accelerator, float32 on a CPU."""
     gradient_checkpointing: bool = True
-    """Keep a layer's input alone for the backward, and compute the layer again there."""
     samples_at_once: int | None = Field(default=None, ge=1)
-    """Videos that go through the model together; null: all."""
     compat: Literal["official"] | None = None
-    """"official": gradients land where Stream-R1's public code puts them, mostly not where they belong (see
-    `qwen_pixels.patchify`). For comparisons."""
 
 
 class VideoAlignReward(nn.Module):

@@ -26,10 +26,17 @@ log = logging.getLogger(__name__)
 class LoopSettings(Settings):
     """How long and how fast to train.
 
-    steps: optimizer steps in all. lr: of Muon and AdamW alike. warmup: steps. decay: last share of the steps,
-    over which the rate falls linearly to a fiftieth. ema: decay of the weights' average, reached gradually.
-    clip: norm of all gradients. bfloat16: matmuls of the model and of Muon in bfloat16, for machines that are
-    faster at it. save_seconds, log_steps: how often the state is saved, and progress logged.
+    steps: optimizer steps in all.
+    lr: learning rate of Muon and AdamW alike.
+    warmup: steps over which the rate rises.
+    decay: last share of the steps, over which the rate falls linearly to a fiftieth.
+    ema: decay of the weights' average, reached gradually.
+    clip: largest norm of all gradients together.
+    weight_decay: decoupled, of what Muon trains.
+    bfloat16: matrix products of the model and of Muon in bfloat16, for machines that are faster at it.
+    seed: of everything that is drawn.
+    save_seconds: seconds between two saves of the state.
+    log_steps: steps between two lines of the log.
     """
 
     steps: int = Field(gt=0)

@@ -28,8 +28,17 @@ log = logging.getLogger(__name__)
 
 
 class StudentSettings(TeacherSettings):
-    """The student's start. The clips are the teacher's; what else the teacher's settings say of a network is
-    not used.
+    """The student's start.
+
+    The clips are the teacher's; what else the teacher's settings say of a network is not used.
+
+    teacher: folder of the teacher, whose weights it starts with.
+    frames_per_chunk: latent frames made together.
+    window_frames: latent frames that a chunk sees, sink and itself included.
+    sink_frames: first frames that stay visible for ever.
+    sink_ema: decay of the sink's moving average.
+    steps: the student's timesteps before the shift, falling.
+    step_shift: of the schedule of these steps.
     """
 
     teacher: str

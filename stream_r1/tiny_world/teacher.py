@@ -22,8 +22,20 @@ log = logging.getLogger(__name__)
 
 
 class TeacherSettings(Settings):
-    """The teacher and its training. frames: pixel frames of a clip. ffn_ratio: width of the feed-forward over
-    the model's. shift: of the training's timesteps.
+    """The teacher and its training.
+
+    out: folder that the averaged model is written to.
+    work: folder that keeps the encoded clips and the state of the training.
+    vae: folder of the autoencoder.
+    prompts: a text file with captions of training shots, one a line.
+    frames: pixel frames of a clip.
+    most_clips: clips of one shot, at most.
+    heads, head_dim, layers: sizes of the network.
+    ffn_ratio: width of the feed-forward over the model's.
+    batch: clips a step.
+    shift: of the training's timesteps.
+    drop_caption: share of the clips whose caption is left empty, for guidance.
+    training: how long and how fast.
     """
 
     out: str

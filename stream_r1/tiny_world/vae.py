@@ -26,14 +26,26 @@ log = logging.getLogger(__name__)
 
 
 class VaeSettings(Settings):
-    """The autoencoder and its training. crop: frames, rows, columns; full_share: last share of the steps on
-    whole pictures.
+    """The autoencoder and its training.
+
+    out: folder that the averaged model is written to.
+    work: folder that keeps the state of the training.
+    start: a folder to go on from; None: new weights.
+    base_dim: width of the outermost layers.
+    latent_channels: channels of a latent.
+    blocks: residual blocks a stage.
+    crop: frames, rows and columns of what it learns from.
+    batch: crops a step; whole pictures are a quarter as many, at least 2.
+    full_share: last share of the steps, on whole pictures.
+    noise: deviation of what is added to the latents before they are decoded.
+    penalty: weight of the latents' mean square in the loss.
+    decoder_only: keep the encoder, and so every latent made with it, as it is.
+    training: how long and how fast.
     """
 
     out: str
     work: str
     start: str | None = None
-    """A folder to go on from; None: new weights."""
     base_dim: int = 32
     latent_channels: int = 48
     blocks: int = 1
@@ -43,7 +55,6 @@ class VaeSettings(Settings):
     noise: float = Field(default=0.1, ge=0)
     penalty: float = Field(default=1e-3, ge=0)
     decoder_only: bool = False
-    """Keep the encoder, and so every latent made with it, as it is; only the decoder is trained on."""
     training: LoopSettings
 
 

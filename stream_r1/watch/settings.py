@@ -35,7 +35,7 @@ class WatchSettings(Settings):
     seed: of the sample videos' noise.
     fps: frames a second at which they play.
     tensorboard: event files in the run's folder.
-    wandb: None for none.
+    wandb: a run on Weights & Biases too; None: no.
     """
 
     every: Count = 1
