@@ -60,6 +60,7 @@ struct RmsNormSilu : torch::autograd::Function<RmsNormSilu> {
                         const std::optional<Tensor>& before, double eps) {
     context->save_for_backward({x, weight});
     context->saved_data["eps"] = eps;
+    context->saved_data["joined"] = before.has_value();
     context->saved_data["leading"] = before ? before->size(1) : 0;
     return forward_below_autograd(x, weight, before, eps);
   }
@@ -79,7 +80,9 @@ struct RmsNormSilu : torch::autograd::Function<RmsNormSilu> {
     Tensor grad_x, grad_weight, grad_before;
     if (context->needs_input_grad(0)) grad_x = (rstd * (u - n * (u * n).mean(-1, true))).to(x.scalar_type());
     if (context->needs_input_grad(1)) grad_weight = (g * n).sum({0, 1}).to(weight.scalar_type());
-    if (context->needs_input_grad(2)) grad_before = grads[0].narrow_symint(1, 0, leading);
+    // without `before` there is no third edge to ask about
+    if (context->saved_data["joined"].toBool() && context->needs_input_grad(2))
+      grad_before = grads[0].narrow_symint(1, 0, leading);
     return {grad_x, grad_weight, grad_before, Tensor()};
   }
 };

@@ -12,7 +12,7 @@ from stream_r1_kernels import backends, dispatch, info
 
 EVERY_OP_OF_AN_INSTRUCTION_SET = """
 import torch
-from stream_r1_kernels import ChunkMask, RotaryGrid, chunk_attention, qk_norm_rotary
+from stream_r1_kernels import ChunkMask, RotaryGrid, chunk_attention, qk_norm_rotary, rms_norm_silu
 
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -23,8 +23,9 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for backend in ("cpu", "reference"):
         out = chunk_attention(q, k, v, ChunkMask(5, 3, window_frames=6, sink_frames=1), backend=backend)
         rotated = qk_norm_rotary(x, x, weight, weight, *phases, num_heads=3, backend=backend)
-        loss = out.float().square().sum() + rotated[0].float().pow(3).sum() + rotated[1].float().sum()
-        results.append((out, *rotated, *torch.autograd.grad(loss, (q, k, v, x, weight))))
+        active = rms_norm_silu(x, weight, x[:, :2], backend=backend)
+        loss = active.float().square().sum() + out.float().square().sum() + rotated[0].float().pow(3).sum() + rotated[1].float().sum()
+        results.append((out, *rotated, active, *torch.autograd.grad(loss, (q, k, v, x, weight))))
     for a, b in zip(*results):
         unit = torch.finfo(dtype).eps * max(1, b.abs().max().item())
         torch.testing.assert_close(a, b, rtol=4 * unit, atol=8 * unit)

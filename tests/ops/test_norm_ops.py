@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stream_r1_kernels import gated_add, modulated_norm
+from stream_r1_kernels import gated_add, modulated_norm, rms_norm_silu
 
 SIZES = [(2, 84, 3, 256), (1, 130, 1, 64), (3, 10, 5, 33), (1, 4, 4, 5), (2, 0, 2, 8), (0, 6, 2, 8)]
 DTYPES = [
@@ -35,6 +35,12 @@ def gated_formula(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return x + y * per_token(gate, x.shape[1])
 
 
+def silu_formula(x: Tensor, weight: Tensor, before: Tensor | None = None) -> Tensor:
+    y = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+    out = y / (1 + (-y).exp())
+    return out if before is None else torch.cat([before, out], dim=1)
+
+
 def modulation(batch: int, frames: int, width: int, dtype: torch.dtype) -> list[Tensor]:
     """Three slices of one tensor, strided as in the model."""
     table = torch.randn(batch, frames, 6, width).to(dtype)
@@ -49,7 +55,7 @@ def with_grads(function, inputs: list[Tensor], grad_out: Tensor) -> list[Tensor]
 
 def check_against_float64(op, formula, inputs: list[Tensor], backend: str) -> None:
     """Errors at most twice those of the reference in the same dtypes, plus a unit in the last place."""
-    grad_out = torch.randn_like(inputs[0])
+    grad_out = torch.randn_like(formula(*inputs).float())
     exact = with_grads(formula, [value.double() for value in inputs], grad_out)
     ours = with_grads(lambda *args: op(*args, backend=backend), inputs, grad_out)
     plain = with_grads(lambda *args: op(*args, backend="reference"), inputs, grad_out)
@@ -82,6 +88,35 @@ def test_gated_add_and_its_gradients(batch, tokens, frames, width, dtype, gate_d
     check_against_float64(gated_add, gated_formula, [x, y, gate], backend)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("dtype", "weight_dtype"), DTYPES)
+@pytest.mark.parametrize(("batch", "tokens", "leading", "width"), SIZES)
+def test_rms_norm_silu_and_its_gradients(batch, tokens, leading, width, dtype, weight_dtype, backend):
+    torch.manual_seed(0)
+    x, before = (torch.randn(batch, rows, width).to(dtype) * 3 for rows in (tokens, leading))
+    weight = torch.randn(width).to(weight_dtype)
+    check_against_float64(rms_norm_silu, silu_formula, [x, weight, before], backend)
+    check_against_float64(rms_norm_silu, silu_formula, [x, weight], backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rms_norm_silu_copies_what_was_before_and_keeps_what_is_not_finite_in_its_row(dtype):
+    torch.manual_seed(0)
+    before = torch.full((1, 3, 40), torch.nan, dtype=dtype)
+    before[:, 1] = torch.randn(40).to(dtype)
+    x = torch.randn(1, 20, 40).to(dtype)
+    x[:, 7, 3] = torch.nan
+    out = rms_norm_silu(x, torch.ones(40), before, backend="cpu")
+    assert torch.equal(out[:, 1], before[:, 1])
+    assert out.isnan().any(-1)[0].nonzero().flatten().tolist() == [0, 2, 10]
+
+
+def test_silu_of_large_values_is_their_positive_part():
+    x = torch.tensor([[[1.0, -1.0, 0.0, 1.0]]])
+    out = rms_norm_silu(x, torch.full((4,), 1e30), backend="cpu")
+    torch.testing.assert_close(out, (x / x.square().mean().sqrt()).clamp(min=0) * 1e30)
+
+
 @pytest.mark.parametrize("branch", [torch.bfloat16, torch.float16])
 def test_gated_add_keeps_a_float32_stream_beside_a_low_precision_branch(branch):
     torch.manual_seed(0)
@@ -105,6 +140,7 @@ def test_any_size_and_strided_tokens(batch, frames, tokens_a_frame, width, offse
     for op, formula, inputs in (
         (modulated_norm, norm_formula, [x, table, table * 2]),
         (gated_add, gated_formula, [x, y, table]),
+        (rms_norm_silu, silu_formula, [x, table[0, 0], y]),
     ):
         truth = formula(*(value.double() for value in inputs))
         torch.testing.assert_close(op(*inputs, backend="cpu").double(), truth, rtol=1e-4, atol=1e-4)
@@ -144,6 +180,12 @@ def test_a_constant_token_is_its_shift():
     torch.testing.assert_close(out, per_token(shift, 4))
 
 
+def test_rms_norm_silu_of_zeros_is_zero():
+    """As in an autoencoder's own norm, which divides by 1e-12 where the length is less."""
+    x = torch.zeros(1, 4, 8)
+    assert torch.equal(rms_norm_silu(x, torch.ones(8), eps=1e-24, backend="cpu"), x)
+
+
 def test_sums_do_not_depend_on_the_number_of_threads():
     torch.manual_seed(0)
     x, y = torch.randn(2, 1, 600, 48)
@@ -158,6 +200,7 @@ def test_sums_do_not_depend_on_the_number_of_threads():
                     lambda *a: modulated_norm(*a, backend="cpu"), [x, shift, scale], torch.ones_like(x)
                 )
                 + with_grads(lambda *a: gated_add(*a, backend="cpu"), [x, y, gate], torch.ones_like(x))
+                + [rms_norm_silu(x, shift[0, 0], y, backend="cpu")]
             )
     finally:
         torch.set_num_threads(threads)
@@ -194,6 +237,9 @@ def test_opcheck():
     shift, scale, gate = (value.detach().requires_grad_() for value in modulation(2, 3, 8, torch.float32))
     torch.library.opcheck(torch.ops.stream_r1.modulated_norm, (x, shift, scale, 1e-6))
     torch.library.opcheck(torch.ops.stream_r1.gated_add, (x, torch.randn(2, 6, 8, requires_grad=True), gate))
+    before, weight = torch.randn(2, 3, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    torch.library.opcheck(torch.ops.stream_r1.rms_norm_silu, (x, weight, before, 1e-6))
+    torch.library.opcheck(torch.ops.stream_r1.rms_norm_silu, (x, weight, None, 1e-6))
     statistics = torch.randn(2, 6)
     plain = [value.detach() for value in (x, x, scale)]
     torch.library.opcheck(torch.ops.stream_r1.modulated_norm_backward, (*plain, statistics, statistics))
@@ -204,7 +250,9 @@ def test_compiles_as_one_graph_with_the_same_gradients():
     torch.manual_seed(0)
 
     def block(x, y, shift, scale, gate):
-        return gated_add(x, modulated_norm(y, shift, scale, backend="cpu"), gate, backend="cpu")
+        y = modulated_norm(y, shift, scale, backend="cpu")
+        y = rms_norm_silu(y[:, 3:], shift[0, 0], x[:, :3], backend="cpu")
+        return gated_add(x, y, gate, backend="cpu")
 
     inputs = [torch.randn(2, 12, 32), torch.randn(2, 12, 32), *modulation(2, 3, 32, torch.float32)]
     grad_out = torch.randn(2, 12, 32)
@@ -227,6 +275,7 @@ def test_second_derivatives_are_refused():
 
 
 X, Y, GATE = torch.zeros(2, 12, 8), torch.zeros(2, 12, 8), torch.zeros(2, 3, 8)
+WEIGHT = torch.ones(8)
 
 
 @pytest.mark.parametrize(
@@ -259,6 +308,20 @@ X, Y, GATE = torch.zeros(2, 12, 8), torch.zeros(2, 12, 8), torch.zeros(2, 3, 8)
             r"gate: expected shape \[2, F, 8\], got \[2, 3, 4\]",
         ),
         (lambda: gated_add(X, Y, GATE.double()), TypeError, "gate: expected torch.float32"),
+        (
+            lambda: rms_norm_silu(X[0], WEIGHT),
+            ValueError,
+            r"rms_norm_silu: x: expected shape \[B, T, D\]",
+        ),
+        (lambda: rms_norm_silu(X, WEIGHT[:5]), ValueError, r"weight: expected shape \[8\], got \[5\]"),
+        (lambda: rms_norm_silu(X, WEIGHT.int()), TypeError, "weight: expected a floating-point dtype"),
+        (
+            lambda: rms_norm_silu(X, WEIGHT, Y[:1]),
+            ValueError,
+            r"before: expected shape \[2, P, 8\], got \[1, 12, 8\]",
+        ),
+        (lambda: rms_norm_silu(X, WEIGHT, Y.half()), TypeError, "before: expected torch.float32 as x"),
+        (lambda: rms_norm_silu(X, WEIGHT, eps=-1), ValueError, "eps: expected a number >= 0, got -1"),
     ],
 )
 def test_errors_say_what_was_expected_and_what_came(call, error, message):

@@ -22,9 +22,10 @@ from stream_r1_kernels import (
     modulated_norm,
     qk_norm_rotary,
     region_saliency,
+    rms_norm_silu,
 )
 
-TESTS = 6
+TESTS = 7
 EXAMPLES = math.ceil(int(os.environ.get("STREAM_R1_EXAMPLES", "300")) / TESTS)
 examples = settings(max_examples=EXAMPLES, deadline=None)
 
@@ -142,6 +143,27 @@ def test_gated_add(batch, frames, tokens, width, dtypes, layouts, seed):
     values = (x.to(stream), y.to(branch), gate)
     inputs = [laid_out(value, layout) for value, layout in zip(values, layouts, strict=True)]
     check(gated_add, inputs, leaves=3, seed=seed, cancelled=(0, 0, partial_sum(tokens)))
+
+
+@examples
+@given(
+    sizes=st.tuples(st.integers(0, 3), st.integers(0, 90), st.integers(0, 40), WIDTHS),
+    dtypes=st.tuples(DTYPES, DTYPES),
+    layouts=st.tuples(LAYOUTS, LAYOUTS, LAYOUTS),
+    scale=st.sampled_from([1.0, 1e-3, 100.0]),
+    joined=st.booleans(),
+    seed=SEEDS,
+)
+def test_rms_norm_silu(sizes, dtypes, layouts, scale, joined, seed):
+    torch.manual_seed(seed)
+    batch, tokens, leading, width = sizes
+    x = (torch.randn(batch, tokens, width) * scale).to(dtypes[0])
+    weight, before = torch.randn(width).to(dtypes[1]), torch.randn(batch, leading, width).to(dtypes[0])
+    inputs = [laid_out(value, layout) for value, layout in zip((x, weight, before), layouts, strict=True)]
+    rstd = (x.double().square().mean(-1) + 1e-6).rsqrt().max().item() if x.numel() else 0.0
+    cancelled = (5 * weight.abs().max().item() * rstd, partial_sum(batch * tokens), 0.0)
+    leaves = 3 if joined else 2
+    check(rms_norm_silu, inputs[:leaves], leaves=leaves, seed=seed, cancelled=cancelled[:leaves])
 
 
 @examples
@@ -310,12 +332,16 @@ def test_dmd(shape, dtype, layouts, magnitude, used, broadcast, seed):
     )
 
 
-@pytest.mark.parametrize("op", [modulated_norm, gated_add])
+@pytest.mark.parametrize("op", [modulated_norm, gated_add, rms_norm_silu])
 def test_strides_past_two_to_the_31(op):
     """Two samples 2^31 elements apart; the memory between them is reserved and never touched."""
     far = torch.empty(2**31 + 4096, dtype=torch.bfloat16).as_strided((2, 6, 40), (2**31, 40, 1))
     far.copy_(torch.randn(2, 6, 40))
     modulation = torch.randn(2, 2, 3, 40)
-    inputs = (far, *modulation) if op is modulated_norm else (far, far, modulation[0])
+    inputs = {
+        modulated_norm: (far, *modulation),
+        gated_add: (far, far, modulation[0]),
+        rms_norm_silu: (far, modulation[0, 0, 0], far),
+    }[op]
     near = [value.clone(memory_format=torch.contiguous_format) for value in inputs]
     assert torch.equal(op(*inputs, backend="cpu"), op(*near, backend="cpu"))
