@@ -102,7 +102,6 @@ class ChunkCache:
         # Zeros, not empty: what has not been written must never be a NaN in somebody's sum.
         self.storage = torch.zeros(shape, dtype=dtype, device=device)
         self._sink_k, self._sink_v = self._allocate_sink()
-        self.layers = [LayerCache(self, layer) for layer in range(layers)]
         self._pinned: tuple[Tensor, Tensor] | None = None
         self.reset()
 
@@ -122,10 +121,15 @@ class ChunkCache:
         return k, v
 
     def __len__(self) -> int:
-        return len(self.layers)
+        return self.storage.shape[0]
 
     def __getitem__(self, layer: int) -> LayerCache:
-        return self.layers[layer]
+        return LayerCache(self, range(len(self))[layer])
+
+    @property
+    def layers(self) -> list[LayerCache]:
+        """All layers' parts; made anew: a cache that held them would outlive its last user."""
+        return [LayerCache(self, layer) for layer in range(len(self))]
 
     @property
     def batch(self) -> int:

@@ -1,5 +1,7 @@
 """ChunkCache against a plain list of frames with un-rotated keys, rotated anew wherever a chunk sees them."""
 
+import gc
+import weakref
 from dataclasses import dataclass, field
 
 import pytest
@@ -161,6 +163,18 @@ def test_memory_does_not_grow():
         cache.commit()
     assert (cache.storage.data_ptr(), cache.storage.untyped_storage().nbytes()) == (address, size)
     assert cache.next_frame == 180
+
+
+def test_memory_is_given_back_with_the_cache_and_not_when_garbage_is_collected():
+    gc.disable()
+    try:
+        cache = make_cache(window_frames=9)
+        assert [layer.slot()[0].shape for layer in cache.layers] == 2 * [cache[0].slot()[0].shape]
+        storage = weakref.ref(cache.storage)
+        del cache
+        assert storage() is None
+    finally:
+        gc.enable()
 
 
 def test_average_moves_in_bfloat16():
