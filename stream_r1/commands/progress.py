@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections import deque
 from types import TracebackType
@@ -54,6 +55,7 @@ class DistillationDisplay:
         self.first_step = done
         self.planned_end: float | None = None
         self._history: dict[str, deque[float]] = {}
+        self._skipped = 0
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=None),
@@ -80,6 +82,7 @@ class DistillationDisplay:
         self.console.print(
             f"{self.title}: {task.completed:.0f} / {task.total:.0f} steps in {spent}{self._words()}",
             highlight=False,
+            soft_wrap=True,
         )
 
     def plan(self, total: int, seconds_left: float) -> None:
@@ -110,7 +113,10 @@ class DistillationDisplay:
 
     def _remember(self, event: StepDone) -> None:
         for key, value in event.scalars.items():
-            self._history.setdefault(key, deque(maxlen=_REMEMBER)).append(value)
+            if key.endswith("/skipped"):
+                self._skipped += int(value)
+            elif math.isfinite(value):
+                self._history.setdefault(key, deque(maxlen=_REMEMBER)).append(value)
 
     def _recent(self, key: str, count: int = 8) -> float | None:
         values = list(self._history.get(key, ()))[-count:]
@@ -127,7 +133,12 @@ class DistillationDisplay:
         for key, name in (("student/loss", "student loss"), ("critic/loss", "critic loss")):
             if (value := self._recent(key)) is not None:
                 parts.append(f"{name} {value:.3f}")
+        if self._skipped:
+            parts.append(self._skips())
         return f"  ({', '.join(parts)})" if parts else ""
+
+    def _skips(self) -> str:
+        return f"{self._skipped} update{'s' * (self._skipped > 1)} skipped, not finite"
 
     def _render(self) -> Group:
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
@@ -139,6 +150,8 @@ class DistillationDisplay:
         self._row(table, "weight of a sample", "inter/mean", ".2f")
         self._row(table, "student loss", "student/loss", ".3f")
         self._row(table, "critic loss", "critic/loss", ".3f")
+        if self._skipped:
+            table.add_row("", "", Text(self._skips(), style="yellow"))
         hint = Text("Ctrl-C stops and keeps what there is; run again to go on", style="dim")
         return Group(self._bar, table, hint)
 

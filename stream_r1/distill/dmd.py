@@ -82,15 +82,21 @@ class DistributionMatching:
             t, eps: timesteps [B] and noise like x at which the scores are compared.
             weights: None for plain DMD.
             learns: bool that broadcasts to x: where it is False the loss does not look; None: everywhere.
+
+        Returns:
+            A scalar. NaN, without a gradient, where x or what a model says of it is not finite: `dmd_loss`
+            would take such elements for 0.
         """
         with torch.no_grad():
             x_t = self.schedule.add_noise(x.detach(), eps, self.schedule.sigma(t))
             cond, uncond = self.real_x0(x_t, t, text)
             fake = self._x0(self.critic, x_t, t, text)
         inter, intra = (weights.inter, weights.intra) if weights is not None else (None, None)
-        return dmd_loss(
+        loss = dmd_loss(
             x, fake, cond, uncond, guidance=self.guidance, w_inter=inter, w_intra=intra, mask=learns
         )
+        seen = [each.detach().isfinite().all() for each in (x, fake, cond, uncond) if each is not None]
+        return torch.where(torch.stack(seen).all(), loss, torch.nan)
 
     def critic_loss(self, x: Tensor, text: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Flow matching of the critic on the student's videos x: mean (v - (eps - x))^2."""

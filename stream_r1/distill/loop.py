@@ -15,21 +15,23 @@ from stream_r1.distill.lora import add_adapters
 from stream_r1.distill.ranks import Ranks
 from stream_r1.distill.settings import LoopSettings, LoraSettings, OptimizerSettings
 from stream_r1.distill.sharded_state import SharedCheckpoints, load_shared_checkpoint
-from stream_r1.distill.sharding import Sharding, divided_like, weight_sum, whole
+from stream_r1.distill.sharding import Sharding, divided_like, local, weight_sum, whole
 from stream_r1.distill.state import (
     CheckpointError,
     StopRequest,
+    flatten,
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
     trained,
 )
+from stream_r1.distill.weighting import NOT_FINITE
 
 Parts = dict[str, dict[str, Tensor]]
 
 
 class DivergedError(RuntimeError):
-    """Too many updates in a row were not finite."""
+    """Too many updates in a row were not finite; on every rank at once."""
 
 
 class TrainingLoop(ABC):
@@ -121,17 +123,26 @@ class TrainingLoop(ABC):
 
         SIGINT (Ctrl-C), SIGTERM or `stop()`, on any rank, finishes the step under way, keeps a checkpoint and
         ends the iteration, with `stopped` set. A consumer that leaves the loop of a process by itself keeps
-        one too; of several, the others know nothing of it. Raises DivergedError when too many updates in a
-        row were not finite; the last checkpoint is from before them.
+        one too; of several, the others know nothing of it.
+
+        An update that is not finite is skipped, and no checkpoint at an interval is written until one of the
+        same network is finite again, nor one of weights that are not: it could take the place of a good one.
+        Raises DivergedError when too many updates of a network in a row were skipped; the last checkpoint is
+        from before them.
         """
-        self.stopped_by = 0
+        self.stopped_by, due = 0, False
         with self._stop:
             while self.step < self._loop.steps:
                 self.stopped_by = self.ranks.greatest(self._stop.signal)
                 if self.stopped:
                     yield from self._save("stopped")
                     return
-                done = self.train_step()
+                try:
+                    done = self.train_step()
+                except DivergedError:
+                    for _ in self._written(wait=True):
+                        pass
+                    raise
                 try:
                     yield done
                 except GeneratorExit:  # the consumer left; between two steps everything is whole
@@ -139,7 +150,9 @@ class TrainingLoop(ABC):
                         self.save()
                     raise
                 yield from self._written(wait=False)
-                if self.step % self._loop.checkpoint_every == 0 and self.step < self._loop.steps:
+                due = due or self.step % self._loop.checkpoint_every == 0
+                if due and self.step < self._loop.steps and self._sound():
+                    due = False
                     yield from self._save("interval")
             yield from self._save("finished")
 
@@ -153,12 +166,24 @@ class TrainingLoop(ABC):
         self._stop.request()
 
     def save(self) -> Path | None:
-        """Writes a checkpoint of everything that the rest of the run depends on; None without a folder."""
+        """Writes a checkpoint of everything that the rest of the run depends on; None without a folder.
+
+        One with numbers that are not finite, or amid skipped updates, removes no older one.
+        """
         if self.folder is None:
             return None
+        sound = self._sound()
         if self._shared is not None:
-            return self._shared.save(self.step, *self._state())
-        return save_checkpoint(self.folder, self.step, *self._state(), keep=self._loop.keep_checkpoints)
+            return self._shared.save(self.step, *self._state(), spare=not sound)
+        keep = self._loop.keep_checkpoints if sound else None
+        return save_checkpoint(self.folder, self.step, *self._state(), keep=keep)
+
+    def _sound(self) -> bool:
+        """Whether no updates are being skipped and every number of the state is finite, on all ranks."""
+        if any(self._skipped.values()):
+            return False
+        tensors = (local(t) for t in flatten(self._parts()).values())
+        return not self.ranks.any(not all(bool(t.isfinite().all()) for t in tensors))
 
     def _state(self) -> tuple[Parts, dict[str, Any]]:
         values = {
@@ -257,12 +282,21 @@ class TrainingLoop(ABC):
         scalars[f"{name}/clipped"] = float(numbers[1] > clip)
         scalars[f"{name}/skipped"] = float(not finite)
         self._skipped[name] = 0 if finite else self._skipped.get(name, 0) + 1
-        if self._skipped[name] >= self._loop.max_skipped:
-            raise DivergedError(
-                f"{self._skipped[name]} updates of the {name} in a row were not finite, the last at step "
-                f"{self.step + 1} (loss {numbers[0]:g}, gradient norm {numbers[1]:g}): lower its lr, "
-                "or resume from an earlier checkpoint"
-            )
+        if self._skipped[name] > self._loop.max_skipped:
+            raise DivergedError(self._diverged(name, scalars))
+
+    def _diverged(self, name: str, scalars: dict[str, float]) -> str:
+        count = self._skipped[name]
+        what = f"{count} updates of the {name} in a row were" if count > 1 else f"an update of the {name} was"
+        told = f"loss {scalars[f'{name}/loss']:g}, gradient norm {scalars[f'{name}/grad_norm']:g}"
+        advice = "lower its lr and start anew"
+        if name == "student" and scalars.get(NOT_FINITE):
+            told += f", {scalars[NOT_FINITE]:.0%} of the reward's scores not finite"
+            advice = "look at the reward"
+        return (
+            f"{what} not finite, at step {self.step + 1} ({told}), max_skipped is {self._loop.max_skipped}: "
+            f"{advice}; the last checkpoint is from before"
+        )
 
 
 def make_adamw(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:

@@ -237,7 +237,8 @@ class LoopSettings(Settings):
     seed: of everything that is drawn; same seed, same machine, same run, bit for bit.
     precision: of matrix products; weights, optimizer and average stay float32; "auto": bfloat16 where the
         machine has it in hardware.
-    max_skipped: updates in a row that may fail to be finite.
+    max_skipped: updates of a network in a row that may fail to be finite and are skipped; one more ends the
+        run.
     checkpoint_every: steps between checkpoints.
     keep_checkpoints: how many of the last are kept.
     distributed: how several processes divide the work.
@@ -246,7 +247,7 @@ class LoopSettings(Settings):
     steps: Count = 1000
     seed: int = 0
     precision: Precision = "float32"
-    max_skipped: Count = 5
+    max_skipped: Annotated[int, Field(ge=0)] = 5
     checkpoint_every: Count = 50
     keep_checkpoints: Count = 2
     distributed: DistributedSettings = DistributedSettings()

@@ -41,7 +41,7 @@ class SharedCheckpoints:
 
     Args:
         folder: where they go.
-        keep: how many.
+        keep: how many are kept, besides those that `save` is told to spare.
         ranks: who writes.
     """
 
@@ -52,15 +52,17 @@ class SharedCheckpoints:
         self._pending: tuple[Future[Any], Path, dict[str, Any]] | None = None
         self._background: dist.ProcessGroup | None = None
 
-    def save(self, step: int, parts: dict[str, dict[str, Tensor]], values: dict[str, Any]) -> Path:
-        """Writes step-<step> and returns when it is complete."""
+    def save(
+        self, step: int, parts: dict[str, dict[str, Tensor]], values: dict[str, Any], *, spare: bool = False
+    ) -> Path:
+        """Writes step-<step> and returns when it is complete; `spare` removes no older one."""
         self.finish()
         path = self._path(step)
         if self.ranks.from_first(_holds(path, values)):
             return path
         partial = self._begin(path)
         save(dict(flatten(parts)), storage_writer=_writer(partial))
-        self._publish(path, values)
+        self._publish(path, values, None if spare else self.keep)
         return path
 
     def begin(self, step: int, parts: dict[str, dict[str, Tensor]], values: dict[str, Any]) -> None:
@@ -87,7 +89,7 @@ class SharedCheckpoints:
             return None
         future.result()
         self._pending = None
-        self._publish(path, values)
+        self._publish(path, values, self.keep)
         return path
 
     def _path(self, step: int) -> Path:
@@ -101,7 +103,7 @@ class SharedCheckpoints:
         self.ranks.barrier()
         return partial
 
-    def _publish(self, path: Path, values: dict[str, Any]) -> None:
+    def _publish(self, path: Path, values: dict[str, Any], keep: int | None) -> None:
         """Every rank has written; a checkpoint of the same step gives way."""
         self.ranks.barrier()
         if self.ranks.first:
@@ -112,7 +114,7 @@ class SharedCheckpoints:
             flush(partial / _VALUES)
             if path.exists():
                 path.rename(path.with_name(f".{path.name}.before.partial"))
-            publish(partial, path, keep=self.keep)
+            publish(partial, path, keep=keep)
         self.ranks.barrier()
 
 

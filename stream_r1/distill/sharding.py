@@ -89,6 +89,11 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
+def local(x: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be in parts."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
 def divided_like(x: Tensor, like: Tensor | None) -> Tensor:
     """A whole tensor, the same on all ranks, divided as `like` is."""
     if not isinstance(like, DTensor):

@@ -39,9 +39,9 @@ def save_checkpoint(
     parts: dict[str, dict[str, Tensor]],
     values: dict[str, Any],
     *,
-    keep: int = 2,
+    keep: int | None = 2,
 ) -> Path:
-    """Writes step-<step>.safetensors atomically and then removes all but the `keep` newest.
+    """Writes step-<step>.safetensors atomically and then removes all but the `keep` newest (None: keeps all).
 
     Args:
         parts: tensors, by part and name; names may hold "/".
@@ -101,12 +101,12 @@ def clear_partial(folder: Path) -> None:
         _remove(left_over)
 
 
-def publish(partial: Path, path: Path, *, keep: int) -> None:
-    """Gives a complete checkpoint its name, and then removes all but the `keep` newest."""
+def publish(partial: Path, path: Path, *, keep: int | None) -> None:
+    """Gives a complete checkpoint its name, and then removes all but the `keep` newest (None: keeps all)."""
     flush(partial)
     os.replace(partial, path)
     flush(path.parent)  # the rename itself
-    for old in list_checkpoints(path.parent)[:-keep]:
+    for old in list_checkpoints(path.parent)[:-keep] if keep is not None else ():
         # A folder goes in many steps: under a name that is not a checkpoint's.
         gone = old.with_name(f".{old.name}.partial")
         os.replace(old, gone)

@@ -192,15 +192,15 @@ class DistillTrainer(TrainingLoop):
             if weights is not None:
                 seen.append(torch.cat([weights.inter[:, None], weights.scores], dim=1))
                 logs.append(weights.log)
-        with clock.part("optimizer"):
-            self._descend("student", self.student_optimizer, losses, self.settings.student.clip, scalars)
-            if not scalars["student/skipped"]:
-                self.ema.update(self.step)
         if seen and self.weights is not None:
             batch = self.ranks.gather(torch.cat(seen))  # [batch, 1 + axes]
             self.weights.history.observe(batch[:, 1:])
             scalars |= self.ranks.summary(summarise(logs))
             scalars["inter/std"] = batch[:, 0].std(correction=0).item()  # not the mean of the parts'
+        with clock.part("optimizer"):
+            self._descend("student", self.student_optimizer, losses, self.settings.student.clip, scalars)
+            if not scalars["student/skipped"]:
+                self.ema.update(self.step)
         scalars["student/exit_step"] = draw.exit_step
         if len(self.lengths) > 1:
             scalars["student/length"] = draw.length

@@ -26,6 +26,8 @@ from torch import Tensor
 from stream_r1.rewards.base import Reward
 from stream_r1_kernels import intra_weights, region_saliency
 
+NOT_FINITE = "reward/not_finite"
+"""In the log: the share of the batch with a score that is infinite or not a number."""
 _ROUNDING = 1e-5  # relative; of a float32 sum over a frame
 
 WeightingMode = Literal["uniform", "re-dmd", "spatial", "temporal", "no-balance", "full"]
@@ -56,7 +58,11 @@ _MODES: dict[str, _Parts] = {
 
 
 class Weights(NamedTuple):
-    """What a batch of videos is worth to the loss. Everything is detached and float32."""
+    """What a batch of videos is worth to the loss. Everything is detached and float32.
+
+    A score that is infinite or not a number counts as none: it is NaN, and so is the weight of its sample
+    where the mode uses it, for the caller to skip the update.
+    """
 
     inter: Tensor  # [B], positive
     intra: Tensor  # [B, F, 1, h, w], mean 1 a sample
@@ -253,7 +259,9 @@ class StreamR1Weights:
                 with torch.no_grad():
                     piece_scores = self._score(piece, words)
             scores.append(piece_scores.detach().float())
-        return torch.cat(scores), torch.cat(saliency, dim=1) if saliency else None
+        found = torch.cat(scores)
+        found = torch.where(found.isfinite(), found, torch.nan)
+        return found, torch.cat(saliency, dim=1) if saliency else None
 
     def _differentiate(
         self, video: Tensor, prompts: list[str], latent_shape: tuple[int, int, int]
@@ -298,8 +306,10 @@ class StreamR1Weights:
             floored, capped = (log_weight < -bound).float().mean(), (log_weight > bound).float().mean()
             means = scores.mean(dim=0)
             spread = [inter.mean(), inter.min(), inter.max(), inter.std(correction=0)]
-            numbers = torch.stack([*means, means.mean(), *spread, floored + capped, floored, capped]).tolist()
-            names = [f"reward/{axis}" for axis in self.axes] + ["reward/mean"]
+            none = scores.isnan().any(dim=1).float().mean()
+            bounded = [floored + capped, floored, capped]
+            numbers = torch.stack([*means, means.mean(), none, *spread, *bounded]).tolist()
+            names = [f"reward/{axis}" for axis in self.axes] + ["reward/mean", NOT_FINITE]
             names += [
                 f"inter/{what}" for what in ("mean", "min", "max", "std", "bounded", "floored", "capped")
             ]

@@ -1,4 +1,4 @@
-import contextlib
+import math
 import os
 import signal
 from pathlib import Path
@@ -157,39 +157,96 @@ def test_gradients_are_clipped_once_an_update() -> None:
     assert seen == pytest.approx([1e-9, 1e-9], rel=1e-3)
 
 
-class NanReward(SmoothReward):
-    """Spoils the scores from a given call on."""
+class SpoiltReward(SmoothReward):
+    """Scores of some calls are multiplied by infinity or what is not a number."""
 
-    def __init__(self, first: int, last: int) -> None:
-        self.calls, self.bad = 0, range(first, last + 1)
+    def __init__(self, value: float, *calls: int) -> None:
+        self.value, self.calls, self.bad = value, 0, calls
 
     def score(self, video: Tensor, prompts: list[str]) -> Tensor:
         self.calls += 1
-        return super().score(video, prompts) * (float("nan") if self.calls in self.bad else 1.0)
+        return super().score(video, prompts) * (self.value if self.calls in self.bad else 1.0)
 
 
-def test_an_update_that_is_not_finite_is_skipped() -> None:
-    run = trainer(reward=NanReward(1, 1), critic_updates=1, steps=2)
+def spoil_once(kind: str, run: DistillTrainer) -> None:
+    """Makes something of the next update of the student infinite or not a number."""
+    if kind == "gradient":
+        handle = next(run.student.parameters()).register_hook(lambda grad: handle.remove() or grad * math.inf)
+    elif kind == "teacher":
+        handle = run.teacher.register_forward_hook(lambda *call: handle.remove() or (call[-1][0] * math.nan,))
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "value"),
+    [
+        ("full", "reward", math.nan),
+        ("full", "reward", math.inf),
+        ("re-dmd", "reward", math.nan),
+        ("re-dmd", "reward", math.inf),  # never seen by a gradient, and bounded as a weight
+        ("re-dmd", "reward", -math.inf),
+        ("full", "gradient", 1),
+        ("uniform", "teacher", 1),
+    ],
+)
+def test_an_update_that_is_not_finite_is_skipped(mode: str, kind: str, value: float) -> None:
+    run = trainer(reward=SpoiltReward(value, 1), critic_updates=1, steps=2, weighting={"mode": mode})
+    spoil_once(kind, run)
     before = {k: v.clone() for k, v in run.student.state_dict().items()}
-    first = run.train_step()
-    assert first.scalars["student/skipped"] == 1
-    assert first.scalars["critic/skipped"] == 0
+    first = run.train_step().scalars
+    assert first["student/skipped"] == 1
+    assert first["critic/skipped"] == 0
+    assert first["reward/not_finite"] == (kind == "reward")
     assert all(torch.equal(v, before[k]) for k, v in run.student.state_dict().items())
-    second = run.train_step()
-    assert second.scalars["student/skipped"] == 0
+    second = run.train_step().scalars
+    assert second["student/skipped"] == 0
     assert any(not torch.equal(v, before[k]) for k, v in run.student.state_dict().items())
     assert run.weights is not None
-    assert len(run.weights.history) == 1
+    history = torch.tensor(run.weights.state_dict()["history"])
+    assert history.isfinite().all()
+    assert len(history) == (1 if kind == "reward" else 2)
 
 
-def test_too_many_skipped_updates_end_the_run() -> None:
-    run = trainer(critic_updates=1, max_skipped=3)
-    with torch.no_grad():
-        next(run.critic.parameters()).fill_(float("nan"))
-    run.student_optimizer.param_groups[0]["lr"] = 0.0
-    with pytest.raises(DivergedError, match="critic"), contextlib.closing(run.run()) as events:
-        for _ in events:
-            pass
+def test_an_update_too_many_ends_the_run_and_leaves_the_checkpoint_from_before(tmp_path: Path) -> None:
+    run = trainer(tmp_path, critic_updates=1, max_skipped=2, checkpoint_every=1, keep_checkpoints=1)
+    skipped = []
+
+    def watch() -> None:
+        for event in run.run():
+            if isinstance(event, StepDone):
+                skipped.append(event.scalars["student/skipped"])
+            if event.step == 3:
+                next(run.critic.parameters()).data.fill_(math.nan)
+
+    told = r"3 updates of the student in a row were not finite, at step 6 \(loss nan.*max_skipped is 2: lower"
+    with pytest.raises(DivergedError, match=told):
+        watch()
+    assert skipped == [0, 0, 0, 1, 1]
+    (path,) = list_checkpoints(tmp_path)
+    assert path.name == "step-00000002.safetensors"
+    assert all(t.isfinite().all() for named in load_checkpoint(path)[0].values() for t in named.values())
+
+
+def test_a_bad_reward_is_named_when_it_ends_the_run() -> None:
+    run = trainer(reward=SpoiltReward(math.inf, 1), critic_updates=1, max_skipped=0)
+    told = (
+        "an update of the student was not finite, at step 1 .*100% of the reward's scores.*look at the reward"
+    )
+    with pytest.raises(DivergedError, match=told):
+        run.train_step()
+
+
+def test_checkpoints_wait_while_updates_are_skipped(tmp_path: Path) -> None:
+    """At an interval; one of a run that is stopped is kept beside the last good ones."""
+    chosen: dict[str, Any] = {"critic_updates": 1, "checkpoint_every": 2, "keep_checkpoints": 1}
+    run = trainer(tmp_path, reward=SpoiltReward(math.nan, 2, 6), steps=9, **chosen)
+    saved = []
+    for event in run.run():
+        if isinstance(event, Saved):
+            saved.append((event.step, event.why))
+        elif event.step == 6:
+            run.stop()
+    assert saved == [(3, "interval"), (4, "interval"), (6, "stopped")]
+    assert [p.name[:13] for p in list_checkpoints(tmp_path)] == ["step-00000004", "step-00000006"]
 
 
 def test_leaving_the_loop_keeps_a_checkpoint(tmp_path: Path) -> None:

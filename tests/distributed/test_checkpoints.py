@@ -10,6 +10,7 @@ import torch
 from workers import (
     Processes,
     distiller,
+    everything,
     joined,
     launch,
     settings,
@@ -114,6 +115,28 @@ def test_killed_at_any_moment_a_run_loses_no_more_than_since_the_last_checkpoint
     assert finished[0] == unbroken[0][-1:]
     assert_equal(finished[1], unbroken[1])
     assert not list(folder.glob(".*"))
+
+
+def _diverge(folder: Path, chosen: Any) -> None:
+    with joined(chosen) as ranks:
+        run = distiller(ranks, folder, chosen)
+        for event in run.run():
+            if event.step == 2 and ranks.rank == 1:
+                run.teacher.register_forward_hook(lambda *call: (call[-1][0] * float("nan"),))
+
+
+@pytest.mark.parametrize("distributed", [{}, SHARDED], ids=["whole", "sharded"])
+def test_a_run_that_diverges_completes_the_checkpoint_under_way(
+    distributed: dict[str, Any], tmp_path: Path
+) -> None:
+    distributed = distributed | {"async_checkpoints": True}
+    chosen = settings(critic_updates=1, max_skipped=0, checkpoint_every=2, distributed=distributed)
+    results = Processes(2, _diverge, tmp_path, chosen).results()
+    assert sum("an update of the student was not finite, at step 3" in str(r) for r in results) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]
+    resumed = distiller(None, tmp_path, chosen)
+    resumed.resume()
+    assert all(t.isfinite().all() for t in everything(resumed).values())
 
 
 def _notes(log: Path) -> list[tuple[str, int]]:

@@ -1,12 +1,17 @@
 """The command line itself: quick help, replay's exit codes, info, and errors as one line."""
 
+import io
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from stream_r1.cli import main
+from stream_r1.commands.progress import DistillationDisplay
+from stream_r1.distill.events import StepDone
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
@@ -77,3 +82,14 @@ def test_python_m_is_the_command():
     done = subprocess.run([sys.executable, "-m", "stream_r1", "nonsense"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "No such command" in done.stderr
+
+
+def test_the_display_counts_skipped_updates_and_draws_only_numbers():
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    with DistillationDisplay(console, "distilling", 3) as display:
+        for step, loss in enumerate((1.0, math.nan, math.inf), 1):
+            scalars = {"student/loss": loss, "student/skipped": float(not math.isfinite(loss))}
+            display.show(StepDone(step, 3, scalars, {}))
+            console.print(display._render())
+    shown = console.file.getvalue()
+    assert "student loss 1.000, 2 updates skipped, not finite" in shown
