@@ -1,6 +1,6 @@
 """Typed settings: YAML recipes, overrides from the command line, and refusals that help.
 
-Everything a run can be told is a field of a :class:`Settings` model. A recipe is checked completely before
+Everything a run can be told is a field of a `Settings` model. A recipe is checked completely before
 anything is loaded: unknown keys (with the nearest valid one), wrong types, values outside their range and
 combinations that cannot work, all problems at once, each on a line of its own.
 """
@@ -57,7 +57,7 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Parse YAML text; raise :class:`SettingsError` naming ``source`` and the line."""
+    """Parse YAML text; raise `SettingsError` naming ``source`` and the line."""
     try:
         return yaml.load(text, _Loader)
     except SettingsError as error:
@@ -120,7 +120,7 @@ def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
 
 
 def build(model: type[S], data: dict[str, Any], source: str = "settings") -> S:
-    """``data`` as ``model``, types strict (no ``"3"`` for 3); :class:`SettingsError` names all problems."""
+    """``data`` as ``model``, types strict (no ``"3"`` for 3); `SettingsError` names all problems."""
     try:
         return model.model_validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:

@@ -42,8 +42,8 @@ class Objective(Protocol):
 class InitTrainer(TrainingLoop):
     """Trains a causal student on an objective, resumable bit for bit.
 
-    for event in InitTrainer(settings, student, OdeRegression(pairs), folder="out/ode").run():
-        show(event)
+        for event in InitTrainer(settings, student, OdeRegression(pairs), folder="out/ode").run():
+            show(event)
 
     Args:
         settings: see `InitSettings`.

@@ -69,8 +69,8 @@ class _Draw:
 class DistillTrainer(TrainingLoop):
     """Distils a bidirectional teacher into a causal few-step student, weighted by a reward.
 
-    for event in trainer.run():
-        show(event)
+        for event in trainer.run():
+            show(event)
 
     Args:
         settings: see `DistillSettings`.

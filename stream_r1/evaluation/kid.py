@@ -44,8 +44,7 @@ def kernel_distance(features: Tensor, reference: Tensor) -> float:
     Args:
         features: [N, d], N >= 2.
         reference: [M, d], M >= 2. Both are standardised with its mean and deviation a dimension first, so
-        that the
-            figure does not hang on the scale of some network's activations.
+            that the figure does not hang on the scale of some network's activations.
 
     Returns:
         About 0 (and as often below as above) when both come from one distribution; larger the further apart.

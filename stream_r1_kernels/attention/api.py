@@ -26,10 +26,14 @@ def chunk_attention(
             forcing); any strides.
         scale: factor of the scores, default 1 / sqrt(D).
         backend: "auto", "cpu", "cuda", "triton", "sdpa" or "reference"; an explicit choice never falls back.
+
     Returns:
         `[B, T, H, D]` in q's dtype; sums are in float32.
+
     Raises:
-        ValueError for shapes, TypeError for dtypes, RuntimeError for a backend that can't be used here.
+        ValueError: shapes that do not fit.
+        TypeError: dtypes that do not fit.
+        RuntimeError: a backend that can't be used here.
     """
     op = "chunk_attention"
     check_qkv(op, q, k=k, v=v)
@@ -106,11 +110,14 @@ def cached_chunk_attention(
         scale: factor of the scores, default 1 / sqrt(D).
         return_lse: also return the log-sum-exp of the scaled scores, `[B, H, T]` float32 (differentiable).
         backend: as for `chunk_attention`.
+
     Returns:
         `[B, T, H, D]` in q's dtype, and the log-sum-exp if asked. Without any key: zeros and -inf.
+
     Raises:
-        ValueError for shapes and for gradients that would be lost, TypeError for dtypes, RuntimeError for a
-        backend that can't be used here.
+        ValueError: shapes that do not fit, or gradients that would be lost.
+        TypeError: dtypes that do not fit.
+        RuntimeError: a backend that can't be used here.
     """
     op = "cached_chunk_attention"
     past_k, past_v = (None, None) if past is None else (past.k, past.v)

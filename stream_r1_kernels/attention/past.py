@@ -6,11 +6,12 @@ from torch import Tensor
 
 
 class Past(NamedTuple):
-    """Keys and values of earlier chunks, `[B, Tp, H, D]`, rotated and normalised, in any order. Never gets a
-    gradient.
+    """Keys and values of earlier chunks, rotated and normalised, in any order. Never gets a gradient.
 
-    holds_fresh: the fresh chunk's own keys and values already lie inside `k` and `v`, in the slot they will
-        keep.
+    Attributes:
+        k, v: `[B, Tp, H, D]`.
+        holds_fresh: the fresh chunk's own keys and values already lie inside `k` and `v`, in the slot that
+            they will keep.
     """
 
     k: Tensor

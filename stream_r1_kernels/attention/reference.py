@@ -16,6 +16,7 @@ def dense_attention(
     Args:
         q: [B, T, H, D]. k, v: [B, Tk, H, D].
         visible: bool [T, Tk], or None for all.
+
     Returns:
         out [B, T, H, D] in q's dtype, lse [B, H, T] in float32 (float64 for float64 inputs).
     """

@@ -24,7 +24,8 @@ def modulated_norm(
         [B, T, D] in x's dtype, contiguous. Differentiable in x, shift and scale.
 
     Raises:
-        ValueError: a shape or eps that does not fit.  TypeError: a dtype that is not allowed.
+        ValueError: a shape or eps that does not fit.
+        TypeError: a dtype that is not allowed.
     """
     check_modulated_norm(x, shift, scale, eps)
     if resolve(backend, "modulated_norm", x) == "reference":
@@ -45,7 +46,8 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor, *, backend: str = "auto") -> T
         [B, T, D] in x's dtype, contiguous. Differentiable in x, y and gate.
 
     Raises:
-        ValueError: a shape that does not fit.  TypeError: a dtype that is not allowed.
+        ValueError: a shape that does not fit.
+        TypeError: a dtype that is not allowed.
     """
     check_gated_add(x, y, gate)
     if resolve(backend, "gated_add", x) == "reference":
@@ -73,7 +75,8 @@ def rms_norm_silu(
         [B, P + T, D] in x's dtype, contiguous. Differentiable in x, weight and before.
 
     Raises:
-        ValueError: a shape or eps that does not fit.  TypeError: a dtype that is not allowed.
+        ValueError: a shape or eps that does not fit.
+        TypeError: a dtype that is not allowed.
     """
     check_rms_norm_silu(x, weight, before, eps)
     if resolve(backend, "rms_norm_silu", x) == "reference":

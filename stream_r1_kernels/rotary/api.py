@@ -35,11 +35,14 @@ def qk_norm_rotary(
         num_heads: H.
         k_out: `[B, T, H, D]` in k's dtype, last dimension contiguous: where the rotated keys go, e.g. a slot
             of a cache. Sampling only: with gradients enabled, an input that requires grad is refused.
+
     Returns:
         q and k, `[B, T, H, D]` in q's dtype; k is `k_out` if that was given. The norm is in float32.
+
     Raises:
-        ValueError for shapes and for gradients that would be lost, TypeError for dtypes, RuntimeError for a
-        backend that can't be used here.
+        ValueError: shapes that do not fit, or gradients that would be lost.
+        TypeError: dtypes that do not fit.
+        RuntimeError: a backend that can't be used here.
     """
     _check(q, k, q_weight, k_weight, cos, sin, num_heads, k_out)
     if (

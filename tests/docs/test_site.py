@@ -156,6 +156,13 @@ def documented():
                     yield pytest.param(found, id=f"{module.__name__}.{key}")
 
 
+def test_sections_of_docstrings_stand_apart():
+    """One that follows a line of text is read as text."""
+    joined = re.compile(r"^ *\S.*\n *(?:Args|Attributes|Raises|Returns|Yields):$", re.M)
+    wrong = [m.__name__ for m in MODULES if joined.search(Path(m.__file__).read_text(encoding="utf-8"))]
+    assert not wrong
+
+
 @pytest.mark.parametrize("found", list(documented()))
 def test_what_is_described_as_an_argument_is_one(found):
     section = re.search(r"^Args:\n((?:    .*\n|\n)+)", f"{inspect.getdoc(found)}\n", re.M)
