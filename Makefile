@@ -12,12 +12,13 @@ PIP         := $(BIN)/python -m pip --disable-pip-version-check -qq
 SOURCES     := $(shell find csrc -type f 2>/dev/null)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test bench lint docs sanitize cross assets clean help
+.PHONY: demo test bench gpu-check lint docs sanitize cross assets clean help
 
 help:
 	@echo "make demo    distil the tiny student, stream it before and after, write out/demo/index.html (minutes)"
 	@echo "make test    the tests"
 	@echo "make bench   every op beside its rivals; writes docs/benchmarks.md, .json and docs/roofline.svg"
+	@echo "make gpu-check  on a machine with a GPU: build, tests, timings; writes docs/gpu-measured.md"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make docs    the documentation as a site that needs no network: out/site/index.html"
 	@echo "make sanitize  the ops' tests with AddressSanitizer and UndefinedBehaviorSanitizer (minutes)"
@@ -32,6 +33,10 @@ test: $(VENV)/.tools
 
 bench: $(VENV)/.tools
 	$(BIN)/python -m pytest -q --benchmark-only --report docs $(ARGS) benchmarks
+
+# Exits with 3 (make says so, and exits with 2) where torch finds no GPU.
+gpu-check: $(VENV)/.tools
+	$(BIN)/python -m benchmarks.gpu_check
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .

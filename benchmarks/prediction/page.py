@@ -11,7 +11,7 @@ from stream_r1.estimate.devices import DEVICES, Device
 from stream_r1.estimate.roofline import ASSUMED, KernelSize, limit, seconds, seconds_a_call
 from stream_r1.estimate.work import Work, total_bytes, total_flops
 
-PUBLISHED_FPS = 23.1  # Reward Forcing on an H100, 832 x 480
+PUBLISHED_FPS = 23.1  # Stream-R1 (2605.03849), which samples as Reward Forcing does; H100, 832 x 480
 BEST_FPS = 34.9  # the highest found for a student of this size, at this resolution
 FITTED_SECONDS = 10.3  # of Wan 2.1's decoder, 81 frames of 720p on an A800
 
@@ -71,7 +71,7 @@ in this prediction: starting the student's {calls} ops of a chunk one by one is 
 {launched:.0f} ms of Python, which is hidden while the GPU needs longer. They matter for smaller models
 and for processors that are slower than that.
 
-Published for an H100: {PUBLISHED_FPS} FPS (Reward Forcing, 2512.04678, whose data flow is the next
+Published for an H100: {PUBLISHED_FPS} FPS (Stream-R1, 2605.03849, whose data flow is the next
 table's); the highest figure that we found for a student of this size at this resolution is {BEST_FPS}.
 How the second was measured, we do not know."""
 

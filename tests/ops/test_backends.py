@@ -24,7 +24,8 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         out = chunk_attention(q, k, v, ChunkMask(5, 3, window_frames=6, sink_frames=1), backend=backend)
         rotated = qk_norm_rotary(x, x, weight, weight, *phases, num_heads=3, backend=backend)
         active = rms_norm_silu(x, weight, x[:, :2], backend=backend)
-        loss = active.float().square().sum() + out.float().square().sum() + rotated[0].float().pow(3).sum() + rotated[1].float().sum()
+        loss = active.float().square().sum() + out.float().square().sum()
+        loss = loss + rotated[0].float().pow(3).sum() + rotated[1].float().sum()
         results.append((out, *rotated, active, *torch.autograd.grad(loss, (q, k, v, x, weight))))
     for a, b in zip(*results):
         unit = torch.finfo(dtype).eps * max(1, b.abs().max().item())

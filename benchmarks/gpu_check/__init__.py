@@ -1,0 +1,4 @@
+"""What somebody with a GPU runs: build, tests, timings, docs/gpu-measured.md.
+
+make gpu-check
+"""

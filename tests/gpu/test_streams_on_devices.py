@@ -1,0 +1,44 @@
+"""A stream on every device of this machine against a stream of plain torch on the CPU; graphs, on a GPU."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from sampling_models import TEXT_DIM, tiny_student
+from torch import Tensor
+
+from stream_r1.models.transformer import CausalWanTransformer
+from stream_r1.sampling.sampler import Sampler
+from stream_r1_kernels import backends
+
+DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
+
+
+def latents(student: CausalWanTransformer, chunks: int = 8, **settings: bool) -> Tensor:
+    text = torch.randn(2, 6, TEXT_DIM, generator=torch.Generator().manual_seed(0))
+    stream = Sampler(student, latent_size=(4, 6), **settings).stream(text, seed=3)
+    return torch.cat([chunk.latents for chunk in itertools.islice(stream, chunks)], 1).cpu()
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_stream_of_kernels_is_the_stream_of_plain_torch(
+    device: str, ema: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = latents(tiny_student(sink_ema=ema).to(device))
+    monkeypatch.setitem(backends._UNAVAILABLE, "cpu", "left out")
+    monkeypatch.setitem(backends._UNAVAILABLE, "sdpa", "left out")
+    plain = latents(tiny_student(sink_ema=ema))
+    torch.testing.assert_close(made, plain, atol=1e-4, rtol=1e-4)
+
+
+if torch.cuda.is_available():
+
+    @pytest.mark.parametrize("ema", [None, 0.9])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_graphs_give_the_plain_stream(dtype: torch.dtype, ema: float | None) -> None:
+        student = tiny_student(sink_ema=ema, attention_head_dim=64).to("cuda", dtype)
+        plain, replayed = (latents(student, cuda_graph=graph) for graph in (False, True))
+        assert torch.equal(plain, replayed)
