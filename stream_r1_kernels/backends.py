@@ -10,6 +10,8 @@ one with sanitizers.
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -22,6 +24,7 @@ from .dispatch import (
     ATTENTION_OPS,
     BACKENDS,
     DTYPES,
+    TRITON_OPS,
     Build,
     Call,
     Choice,
@@ -30,7 +33,7 @@ from .dispatch import (
     refusal,
 )
 
-TRITON_OPS: frozenset[str] = frozenset()
+_OLDEST_TRITON = (3, 7)
 
 _FOLDER = Path(os.environ.get("STREAM_R1_EXTENSION") or Path(__file__).parent)
 
@@ -66,8 +69,20 @@ def _load_extension() -> str | None:
 EXTENSION_PROBLEM = _load_extension()
 
 
+def _triton_problem() -> str | None:
+    """Why Triton's kernels can't be used, or None; found out without importing it."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install 'stream-r1[triton]'"
+    version = importlib.metadata.version("triton")
+    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_TRITON:
+        return f"Triton {version} is too old: {'.'.join(map(str, _OLDEST_TRITON))} or later is needed"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA"
+    return None
+
+
 def _find_unavailable() -> dict[str, str]:
-    why = {"triton": "this version has no Triton kernels yet"}
+    why = {} if (problem := _triton_problem()) is None else {"triton": problem}
     record = read_build_record() or {}
     if EXTENSION_PROBLEM is not None:
         why["cpu"] = why["cuda"] = EXTENSION_PROBLEM

@@ -16,6 +16,7 @@ BACKENDS = ("auto", "cpu", "cuda", "triton", "sdpa", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the compiled kernels and of SDPA
 TENSOR_CORE_DTYPES = (torch.bfloat16, torch.float16)
 ATTENTION_OPS = ("cached_chunk_attention", "chunk_attention")
+TRITON_OPS = frozenset(ATTENTION_OPS)
 OPS = (
     *ATTENTION_OPS,
     *("renew_sink_", "qk_norm_rotary", "modulated_norm", "gated_add"),

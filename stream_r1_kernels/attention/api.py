@@ -46,6 +46,10 @@ def chunk_attention(
         return reference.chunk_attention(q, k, v, mask, scale)
     if chosen == "sdpa":
         return sdpa.chunk_attention(q, k, v, mask, scale)
+    if chosen == "triton":
+        from . import triton_attention  # needs Triton, which is imported for this alone
+
+        return triton_attention.chunk_attention(q, k, v, mask, scale)
     out, _ = torch.ops.stream_r1.chunk_attention(
         q,
         k,
@@ -135,6 +139,10 @@ def cached_chunk_attention(
         out, lse = reference.cached_chunk_attention(q, k, v, past_k, past_v, scale)
     elif chosen == "sdpa":
         out, lse = sdpa.cached_chunk_attention(q, k, v, past_k, past_v, scale, return_lse)
+    elif chosen == "triton":
+        from . import triton_attention
+
+        out, lse = triton_attention.cached_chunk_attention(q, k, v, past_k, past_v, scale)
     else:
         out, lse = torch.ops.stream_r1.cached_chunk_attention(q, k, v, past_k, past_v, scale)
     if not return_lse:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from stream_r1_kernels import backends, dispatch, info
+from stream_r1_kernels import ChunkMask, backends, cached_chunk_attention, chunk_attention, dispatch, info
+from stream_r1_kernels.attention import Past
 
 EVERY_OP_OF_AN_INSTRUCTION_SET = """
 import torch
@@ -141,6 +142,68 @@ def test_a_build_without_cuda_kernels_says_why(monkeypatch: pytest.MonkeyPatch) 
     record = {"torch": torch.__version__, "isa": [], "left_out": {"cuda": "no nvcc"}}
     monkeypatch.setattr(backends, "read_build_record", lambda: record)
     assert backends._find_unavailable()["cuda"] == "the CUDA kernels were left out of this build: no nvcc"
+
+
+def test_nothing_imports_triton_until_it_is_chosen() -> None:
+    code = "import sys, stream_r1_kernels.info; print([x for x in sys.modules if x.startswith('stream_r1')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "stream_r1_kernels.attention.sdpa" in done.stdout
+    assert "triton" not in done.stdout
+
+
+def test_why_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert backends._find_unavailable()["triton"] == f"torch {torch.__version__} has no CUDA"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "triton" not in backends._find_unavailable()
+    monkeypatch.setattr(backends.importlib.metadata, "version", lambda name: "3.4.1")
+    assert backends._find_unavailable()["triton"] == "Triton 3.4.1 is too old: 3.7 or later is needed"
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    assert backends._find_unavailable()["triton"] == (
+        "Triton is not installed: pip install 'stream-r1[triton]'"
+    )
+
+
+def test_triton_is_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.randn(1, 4, 2, 64).bfloat16()
+    for missing, message in (
+        ({"triton": "torch has no CUDA"}, "backend 'triton' can't be used: torch has no CUDA"),
+        ({}, "cached_chunk_attention: backend 'triton' needs cuda tensors, got one on cpu"),
+    ):
+        monkeypatch.setattr(backends, "_UNAVAILABLE", missing)
+        with pytest.raises(RuntimeError, match=message):
+            cached_chunk_attention(q, q, q, None, backend="triton")
+
+
+def test_what_the_triton_kernels_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The public functions, on tensors that are said to be on a GPU."""
+    monkeypatch.setattr(backends, "_UNAVAILABLE", {})
+    with FakeTensorMode():
+        q = torch.empty(2, 6, 3, 48, dtype=torch.bfloat16, device="cuda")
+        past = Past(
+            *(torch.empty(2, 5, 3, 48, dtype=q.dtype, device="cuda") for _ in "kv"), holds_fresh=False
+        )
+        out, lse = cached_chunk_attention(q, q, q, past, return_lse=True, backend="triton")
+        assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (2, 3, 6), torch.float32)
+        out = chunk_attention(q, q, q, ChunkMask(1, 3), backend="triton")
+        assert (out.shape, out.dtype) == (q.shape, q.dtype)
+        with pytest.raises(TypeError, match=r"'triton' expects dtype torch.bfloat16, torch.float16; got"):
+            chunk_attention(q.float(), q.float(), q.float(), ChunkMask(1, 3), backend="triton")
+        wide = torch.empty(1, 6, 3, 256, dtype=torch.bfloat16, device="cuda")
+        with pytest.raises(ValueError, match="at most 128 channels; got 256"):
+            chunk_attention(wide, wide, wide, ChunkMask(1, 3), backend="triton")
+    with pytest.raises(RuntimeError, match="has no kernel of modulated_norm"):
+        backends.resolve("triton", "modulated_norm", q)
+
+
+def test_triton_takes_training_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_UNAVAILABLE", {})
+    for cuda in (frozenset(), CUDA):  # with and without CUDA kernels beside them
+        monkeypatch.setitem(backends._OPS, "cuda", cuda)
+        with FakeTensorMode():
+            q = torch.empty(1, 6, 3, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+            for op in dispatch.ATTENTION_OPS:
+                assert backends.resolve("auto", op, q) == "triton"
 
 
 # --- choosing, as a pure function ---
