@@ -110,7 +110,12 @@ def sample(
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16 or float16; auto: bfloat16 on a GPU, else float32.")
     ] = "auto",
-    vae_dtype: Annotated[str, typer.Option(help="The same, of the VAE or the decoder.")] = "float32",
+    vae_dtype: Annotated[
+        str,
+        typer.Option(
+            help="The same, of VAE and decoder; auto: float32, small assets bfloat16 on a CPU that multiplies it."
+        ),
+    ] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto: a GPU if there is one.")] = "auto",
     vae_device: Annotated[str | None, typer.Option(help="Of the VAE, if another.")] = None,
     text_device: Annotated[str | None, typer.Option(help="Of the text encoder, if another.")] = None,

@@ -53,7 +53,7 @@ class Models:
     preset: str | None = None
     decoder: str | None = None
     dtype: str = "auto"
-    vae_dtype: str = "float32"
+    vae_dtype: str = "auto"
     device: str = "auto"
     vae_device: str | None = None
     text_device: str | None = None
@@ -73,7 +73,7 @@ class Models:
             text_cache=self.text_cache or default_cache() / "prompts",
             keep_text_encoder=False,
             dtype=_dtype("--dtype", self.dtype, device),
-            vae_dtype=_dtype("--vae-dtype", self.vae_dtype, device),
+            vae_dtype=None if self.vae_dtype == "auto" else _dtype("--vae-dtype", self.vae_dtype, device),
             device=device,
             vae_device=self.vae_device and _device("--vae-device", self.vae_device),
             text_device=self.text_device and _device("--text-device", self.text_device),

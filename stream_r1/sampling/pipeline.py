@@ -112,7 +112,7 @@ class StreamR1Pipeline:
         text_cache: str | Path | None = None,
         keep_text_encoder: bool = True,
         dtype: torch.dtype = torch.float32,
-        vae_dtype: torch.dtype = torch.float32,
+        vae_dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
         vae_device: str | torch.device | None = None,
         text_device: str | torch.device | None = None,
@@ -141,7 +141,8 @@ class StreamR1Pipeline:
             text_cache: a folder to keep UMT5's embeddings in; a prompt that is kept does not load UMT5.
             keep_text_encoder: whether UMT5 stays in memory after prompts are encoded.
             dtype: of student and UMT5.
-            vae_dtype: of the VAE and the decoder.
+            vae_dtype: of the VAE and the decoder; None: float32, but small assets on a CPU that multiplies
+                bfloat16 take that: half the time, and less error than 8 bits a colour have.
             device: of student, decoder and, unless told otherwise, the rest.
             vae_device: None: `device`, or the CPU where a decoder leaves the VAE idle.
             text_device: None: `device`.
@@ -183,10 +184,13 @@ class StreamR1Pipeline:
                     cache=text_cache,
                     keep_loaded=keep_text_encoder,
                 )
+        vae_device = vae_device or (device if decoder_file is None else "cpu")
+        if vae_dtype is None:
+            fast = parts.small and torch.device(vae_device).type == "cpu" and _multiplies_bfloat16()
+            vae_dtype = torch.bfloat16 if fast else torch.float32
         tiny = None
         if decoder_file is not None:
             tiny = TinyVAE.from_pretrained(decoder_file, dtype=vae_dtype, device=device)
-        vae_device = vae_device or (device if tiny is None else "cpu")
         return cls(
             student.requires_grad_(False),
             VideoVAE.from_pretrained(parts.vae, dtype=vae_dtype, device=vae_device),
@@ -258,6 +262,12 @@ class StreamR1Pipeline:
             return math.ceil(frames / each)
         first = self.vae.frames(config["first_chunk_frames"] or config["frames_per_chunk"])
         return 1 + math.ceil(max(0, frames - first) / each)
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether this machine's CPU does, by oneDNN at twice the rate of float32 or better."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def _decoder_file(decoder: str) -> Path:

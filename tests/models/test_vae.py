@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
@@ -143,6 +145,16 @@ def test_bfloat16_is_close_to_float32(kind: str) -> None:
     again = half.encode(video)
     assert again.dtype == torch.float32
     assert (again - vae.encode(video)).abs().max() < 0.1 * again.abs().max()
+
+
+@torch.no_grad()
+def test_bfloat16_of_the_small_assets_errs_less_than_eight_bits_a_colour() -> None:
+    folder = Path(__file__).parents[2] / "assets" / "tiny" / "vae"
+    vae, half = VideoVAE.from_pretrained(folder), VideoVAE.from_pretrained(folder, dtype=torch.bfloat16)
+    latents = torch.randn(1, 4, vae.channels, 8, 14, generator=torch.Generator().manual_seed(0))
+    video = vae.decode(latents)
+    rounded = (video * 255).round() / 255
+    assert (half.decode(latents) - video).square().mean() < (rounded - video).square().mean()
 
 
 @pytest.mark.parametrize("padding", [(0, 1, 1), (0, 0, 0), (1, 1, 1)])

@@ -82,6 +82,26 @@ def test_the_small_assets_stream(assets: Path) -> None:
     assert next(pipeline.stream(["a rabbit", "a bird"])).frames.shape == (2, 9, 3, 64, 112)
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "small", "full"),
+    [
+        ({"avx2": True}, torch.float32, torch.float32),
+        ({"avx512_bf16": True}, torch.bfloat16, torch.float32),
+        ({"avx512_bf16": False, "amx_bf16": True}, torch.bfloat16, torch.float32),
+    ],
+)
+def test_only_small_assets_decode_in_bfloat16_and_where_the_cpu_multiplies_it(
+    assets: Path, wan: Path, monkeypatch: pytest.MonkeyPatch, capabilities, small, full
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    load = functools.partial(StreamR1Pipeline.from_pretrained, size=SIZE, text_encoder=WordEncoder())
+    assert load(wan).vae.dtype == full
+    load = functools.partial(StreamR1Pipeline.from_pretrained, assets)
+    assert load().vae.dtype == small
+    assert load(vae_dtype=torch.float32).vae.dtype == torch.float32
+    assert load(vae_device="meta").vae.dtype == torch.float32
+
+
 @pytest.mark.parametrize("seconds", [0.1, 9 / 16, 1.0])
 def test_call_makes_as_many_frames_as_asked(wan: Path, seconds: float) -> None:
     pipeline = StreamR1Pipeline.from_pretrained(wan, size=SIZE, text_encoder=WordEncoder())
