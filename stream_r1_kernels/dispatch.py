@@ -19,7 +19,7 @@ ATTENTION_OPS = ("cached_chunk_attention", "chunk_attention")
 TRITON_OPS = frozenset(ATTENTION_OPS)
 OPS = (
     *ATTENTION_OPS,
-    *("renew_sink_", "qk_norm_rotary", "modulated_norm", "gated_add"),
+    *("renew_sink_", "qk_norm_rotary", "modulated_norm", "gated_add", "rms_norm_silu"),
     *("region_saliency", "intra_weights", "dmd_loss", "dmd_gradient_"),
 )
 WIDEST_HEAD = 128  # of the attention kernels on GPUs

@@ -5,14 +5,26 @@ from __future__ import annotations
 
 import platform
 import sys
+from dataclasses import replace
 
 import torch
 
 from .backends import EXTENSION_PROBLEM, build, read_build_record, unavailable
-from .dispatch import ATTENTION_OPS, BACKENDS, OPS, Build, Call, Choice, choose
+from .dispatch import ATTENTION_OPS, BACKENDS, OPS, Build, Call, choose
 
 _GPUS = ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0))
-_SITUATIONS = ("one piece", "two pieces", "with grad", "float32", "other ops")
+_ATTENTION = Call(ATTENTION_OPS[0], "cpu", torch.bfloat16, head_dim=128)
+_SITUATIONS = {
+    "one piece": _ATTENTION,  # of memory that the keys lie in
+    "two pieces": replace(_ATTENTION, pieces=2),
+    "strided": replace(_ATTENTION, dense=False),
+    "with grad": replace(_ATTENTION, pieces=2, needs_grad=True),
+    "float32": replace(_ATTENTION, dtype=torch.float32),
+    "float64": replace(_ATTENTION, dtype=torch.float64),
+    "heads of 256": replace(_ATTENTION, head_dim=256),
+    "other ops": Call("gated_add", "cpu", torch.bfloat16),
+}
+_NEVER = {"cpu": "renew_sink_", "cuda": "rms_norm_silu"}  # what a backend has no kernel of
 
 
 def describe() -> str:
@@ -49,44 +61,33 @@ def _ops_table() -> list[str]:
             kernels = {"sdpa": ATTENTION_OPS, "reference": OPS, "triton": ATTENTION_OPS}.get(name)
             there = op in have.ops.get(name, ()) if kernels is None else op in kernels
             if kernels is None and name in why:  # not loaded: what it would have
-                there = op != "renew_sink_" or name == "cuda"
+                there = op != _NEVER[name]
             row.append("-" if not there else "no" if name in why else "yes")
         rows.append(row)
     return [*_aligned(rows), *(f"not {name}: {reason}" for name, reason in why.items())]
 
 
 def auto_table(have: Build) -> list[str]:
-    """What backend="auto" takes on this processor and, with this build, on GPUs; and the reasons.
+    """What backend="auto" takes on this processor and, with this build, on GPUs; why, and why not another.
 
-    Attention in bfloat16 with keys in one piece of memory or two, with grad, and in float32; and the other
-    ops.
+    Attention is that of a cache, in bfloat16 with heads of 128 channels, but for what a column says.
     """
-    rows, whys = [["auto takes", *_SITUATIONS]], dict[str, None]()
+    rows = [["auto takes", *_SITUATIONS]]
+    why, why_not = dict[str, None](), dict[tuple[str, str], dict[str, None]]()
     devices: list[tuple[str, str, tuple[int, int] | None]] = [("cpu", "cpu", None)]
     devices += [(f"GPU {major}.{minor}", "cuda", (major, minor)) for major, minor in _GPUS]
     for name, device, capability in devices:
-        choices = [choose(call, have) for call in _calls(device, capability)]
+        choices = [
+            choose(replace(call, device=device, capability=capability), have) for call in _SITUATIONS.values()
+        ]
         rows.append([name, *(choice.backend for choice in choices)])
-        whys |= {_reason(choice): None for choice in choices}
-    legend = (
-        "(attention in bfloat16: keys in one piece of memory, in two, with grad; in float32; the other ops)"
-    )
-    return [*_aligned(rows), legend, *whys]
-
-
-def _calls(device: str, capability: tuple[int, int] | None) -> list[Call]:
-    half, head_dim, (cached, _) = torch.bfloat16, 128, ATTENTION_OPS
-    return [
-        Call(cached, device, half, head_dim, capability),
-        Call(cached, device, half, head_dim, capability, pieces=2),
-        Call(cached, device, half, head_dim, capability, needs_grad=True, pieces=2),
-        Call(cached, device, torch.float32, head_dim, capability),
-        Call("gated_add", device, half, None, capability),
-    ]
-
-
-def _reason(choice: Choice) -> str:
-    return f"{choice.backend}: {choice.why}"
+        for choice in choices:
+            why[f"{choice.backend}: {choice.why}"] = None
+            for backend, reason in choice.refused.items():
+                why_not.setdefault((backend, reason), {})[name] = None
+    refused = [f"not {backend} ({', '.join(where)}): {why}" for (backend, why), where in why_not.items()]
+    legend = "(attention in bfloat16, heads of 128, keys in one piece of memory, but for what a column says)"
+    return [*_aligned(rows), legend, "", *why, *refused]
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:

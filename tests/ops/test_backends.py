@@ -71,18 +71,6 @@ def test_info_says_what_is_built_and_what_is_left_out() -> None:
         assert (f"not {name}: {missing.get(name)}" in report) == (name in missing)
 
 
-def test_info_says_what_auto_takes() -> None:
-    """The table of this machine's build, as if each GPU were here."""
-    build = dispatch.Build(EVERYTHING.ops, ["80", "90a"])
-    lines = info.auto_table(build)
-    rows = {line[:24].strip(): line[24:].split() for line in lines}
-    assert rows["cpu"] == ["cpu", "cpu", "cpu", "cpu", "cpu"]
-    assert rows["GPU 8.0"] == ["cuda", "cuda", "triton", "sdpa", "cuda"]
-    assert rows["GPU 9.0"] == ["sdpa", "triton", "triton", "sdpa", "cuda"]
-    assert rows["GPU 12.0"] == ["sdpa", "triton", "triton", "sdpa", "reference"]
-    assert any(line.startswith("sdpa: torch's own dense attention") for line in lines)
-
-
 @pytest.mark.parametrize(
     ("capability", "runs"),
     [
