@@ -113,7 +113,7 @@ def sample(
     vae_dtype: Annotated[
         str,
         typer.Option(
-            help="The same, of VAE and decoder; auto: float32, small assets bfloat16 on a CPU that multiplies it."
+            help="The same, of VAE or decoder; auto: float32, small assets bfloat16 where the CPU has it."
         ),
     ] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto: a GPU if there is one.")] = "auto",
