@@ -65,7 +65,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     ]
     ISA_FLAGS["avx512_bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
 # Only products of matrices gain from products of bfloat16; the rest of such a machine's kernels are avx512's.
-KERNEL_FILES = {"avx512_bf16": "attention_*_kernel.cpp"}
+KERNEL_FILES = {"avx512_bf16": ("attention_*_kernel.cpp", "fused_linear_kernel.cpp")}
 
 if os.environ.get("STREAM_R1_SANITIZE") == "1":
     for isa in ("avx512", "avx512_bf16"):
@@ -112,7 +112,8 @@ class BuildKernels(BuildExtension):
     def build_extension(self, ext: Extension) -> None:
 
         def kernels(isa: str) -> list[str]:
-            files = (ROOT / "csrc/cpu").glob(KERNEL_FILES.get(isa, "*_kernel.cpp"))
+            patterns = KERNEL_FILES.get(isa, ("*_kernel.cpp",))
+            files = [path for pattern in patterns for path in (ROOT / "csrc/cpu").glob(pattern)]
             return sorted(str(path.relative_to(ROOT)) for path in files)
 
         ext.extra_objects = [

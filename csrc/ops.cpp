@@ -71,6 +71,13 @@ TORCH_LIBRARY(stream_r1, m) {
   m.def("gated_add(Tensor x, Tensor y, Tensor gate) -> Tensor", tags);
   m.def("gated_add_backward(Tensor grad_out, Tensor y, Tensor gate) -> (Tensor, Tensor)", tags);
 
+  // Linear layers that read the same x [B, T, K], side by side, and what follows: act(x W^T + bias) [B, T,
+  // N], or residual + that * gate. gate [B, F, N], 1 where there is none. CPU alone, without a backward.
+  m.def(
+      "fused_linear(Tensor x, Tensor[] weights, Tensor[] biases, bool gelu, Tensor? residual, Tensor? gate)"
+      " -> Tensor",
+      tags);
+
   // [before | silu(RMSNorm(x) * weight)]: what a causal convolution reads. x [B, T, D], weight [D], before
   // [B, P, D] -> [B, P + T, D]. CPU alone: elsewhere it is torch's ops.
   m.def("rms_norm_silu(Tensor x, Tensor weight, Tensor? before, float eps) -> Tensor", tags);

@@ -7,6 +7,7 @@ Attention (`[B, T, H, D]`):
     RotaryGrid, qk_norm_rotary             positions without a table; norm, head split and rotary in one
 Around the matmuls (`[B, T, D]`):
     modulated_norm, gated_add              AdaLN with a modulation per frame
+    fused_linear                           linear layers with their activation or gated residual
     rms_norm_silu                          norm and activation before an autoencoder's causal convolution
 Distillation (`[B, F, C, h, w]`):
     region_saliency, intra_weights         from a reward's pixel gradients to the weights of the latent cells
@@ -19,6 +20,7 @@ own); `python -m stream_r1_kernels.info` says what can run here, `backends.expla
 from .attention import ChunkMask, Past, cached_chunk_attention, chunk_attention
 from .cache import ChunkCache, LayerCache
 from .dmd import dmd_gradient_, dmd_loss
+from .linear import fused_linear
 from .norm import gated_add, modulated_norm, rms_norm_silu
 from .rotary import RotaryGrid, apply_rotary, qk_norm_rotary
 from .saliency import intra_weights, region_saliency
@@ -34,6 +36,7 @@ __all__ = [
     "chunk_attention",
     "dmd_gradient_",
     "dmd_loss",
+    "fused_linear",
     "gated_add",
     "intra_weights",
     "modulated_norm",

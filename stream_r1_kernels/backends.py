@@ -24,6 +24,7 @@ from .dispatch import (
     ATTENTION_OPS,
     BACKENDS,
     DTYPES,
+    FORWARD_ONLY,
     TRITON_OPS,
     Build,
     Call,
@@ -172,7 +173,12 @@ def resolve(backend: str, op: str, tensor: Tensor, *others: Tensor | None, piece
     if backend == "reference":
         return backend
     if backend == "auto":
-        if tensor.device.type == "cpu" and tensor.dtype in DTYPES and "cpu" not in _UNAVAILABLE:
+        if (
+            tensor.device.type == "cpu"
+            and tensor.dtype in DTYPES
+            and "cpu" not in _UNAVAILABLE
+            and not (op in FORWARD_ONLY and torch.is_grad_enabled())
+        ):
             return "cpu" if op in _OPS["cpu"] else "reference"  # quicker than to choose; small ops feel it
         return choose(describe_call(op, tensor, *others, pieces=pieces), build()).backend
     if backend not in BACKENDS:

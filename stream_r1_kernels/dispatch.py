@@ -22,6 +22,7 @@ OPS = (
     *("renew_sink_", "qk_norm_rotary", "modulated_norm", "gated_add", "rms_norm_silu"),
     *("region_saliency", "intra_weights", "dmd_loss", "dmd_gradient_"),
 )
+FORWARD_ONLY = ("fused_linear",)  # compiled without a backward
 WIDEST_HEAD = 128  # of the attention kernels on GPUs
 
 Refusal = tuple[type[Exception], str]
@@ -125,6 +126,8 @@ def refusal(backend: str, call: Call, build: Build) -> Refusal | None:
         return RuntimeError, f"needs {device} tensors, got one on {call.device}"
     if call.op not in build.ops.get(backend, ()):
         return RuntimeError, f"has no kernel of {call.op}"
+    if call.op in FORWARD_ONLY and call.needs_grad:
+        return ValueError, f"has no backward of {call.op}: use it under torch.no_grad()"
     on_tensor_cores = device == "cuda" and call.op in ATTENTION_OPS
     if (dtype := _dtype_refusal(call, TENSOR_CORE_DTYPES if on_tensor_cores else DTYPES)) is not None:
         return dtype

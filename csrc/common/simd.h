@@ -101,18 +101,54 @@ inline Vec exp2(Vec x) {
   return p * power;
 }
 
-// Scratch memory of a task: aligned to a cache line, not initialised.
+// A thread's scratch memory, kept from call to call: fresh pages cost more than a small op.
+struct ScratchArena {
+  static constexpr size_t kMost = size_t{16} << 20;  // bytes that a thread keeps
+
+  ~ScratchArena() { std::free(memory); }
+
+  char* memory = nullptr;
+  size_t size = 0, used = 0;  // of `memory`
+  size_t live = 0, peak = 0;  // of all scratch, here or not
+};
+
+inline thread_local ScratchArena scratch_arena;
+
+// Scratch memory of a task: aligned to a cache line, not initialised. What is made last goes first.
 class Scratch {
  public:
-  explicit Scratch(int64_t floats)
-      : data_(static_cast<float*>(std::aligned_alloc(64, (static_cast<size_t>(floats) * 4 + 63) / 64 * 64))) {
+  explicit Scratch(int64_t floats) : bytes_((static_cast<size_t>(floats) * 4 + 63) / 64 * 64) {
+    ScratchArena& arena = scratch_arena;
+    if (arena.live == 0 && arena.peak > arena.size && arena.size < ScratchArena::kMost) {
+      std::free(arena.memory);
+      arena.size = arena.peak < ScratchArena::kMost ? arena.peak : ScratchArena::kMost;
+      arena.memory = static_cast<char*>(std::aligned_alloc(64, arena.size));
+    }
+    arena.live += bytes_;
+    arena.peak = arena.live > arena.peak ? arena.live : arena.peak;
+#ifdef __SANITIZE_ADDRESS__
+    kept_ = false;  // pieces of memory of their own, so that what is read past an end is found
+#else
+    kept_ = arena.size - arena.used >= bytes_;
+#endif
+    data_ = static_cast<float*>(kept_ ? static_cast<void*>(arena.memory + arena.used)
+                                      : std::aligned_alloc(64, bytes_));
+    arena.used += kept_ ? bytes_ : 0;
   }
-  ~Scratch() { std::free(data_); }
+  ~Scratch() {
+    scratch_arena.live -= bytes_;
+    if (kept_)
+      scratch_arena.used -= bytes_;
+    else
+      std::free(data_);
+  }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   operator float*() { return data_; }
 
  private:
+  size_t bytes_;
+  bool kept_;
   float* data_;
 };
 

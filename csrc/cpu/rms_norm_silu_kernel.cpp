@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "cpu/sigmoid.h"
 #include "cpu/vectors.h"
 
 namespace stream_r1::STREAM_R1_ISA {
@@ -11,19 +12,6 @@ namespace {
 
 // Rows are short: the sums of some are there before the roots of the first are waited for.
 constexpr int64_t kRows = 16;
-
-// v / (1 + e^-v); not a number stays what it is.
-Vec silu(Vec v) {
-  const Vec most = splat(126.0f), exponent = v * -1.44269504f;
-#if defined(__AVX512F__)
-  const Vec denominator = 1.0f + exp2((Vec)_mm512_min_ps((__m512)most, (__m512)exponent));
-  const Vec guess =
-      (Vec)_mm512_rcp14_ps((__m512)denominator);  // and a step of Newton's: a division is slower
-  return v * (guess * (2.0f - denominator * guess));
-#else
-  return v / (1.0f + exp2(exponent > most ? most : exponent));
-#endif
-}
 
 template <Element kElement>
 float sum_of_squares(const Stored<kElement>* x, int64_t width) {
@@ -58,7 +46,7 @@ void forward(const RmsNormSiluArgs& args, int64_t begin, int64_t end) {
       const float scale = scales[r];
       for_each_vector(width, [&](int64_t i, auto lanes) STREAM_R1_INLINE {
         const Vec n = load<kElement>(x + i, lanes) * scale * load(args.weight + i, lanes);
-        store<kElement>(out + i, silu(n), lanes, args.past_cache);
+        store<kElement>(out + i, times_sigmoid(n, n), lanes, args.past_cache);
       });
     }
     row += count;

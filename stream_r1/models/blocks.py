@@ -4,7 +4,8 @@ Shapes: B batch, F latent frames, T tokens (T = F * rows * columns), D width, H 
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from stream_r1_kernels import (
     Past,
     cached_chunk_attention,
     chunk_attention,
+    fused_linear,
     gated_add,
     modulated_norm,
     qk_norm_rotary,
@@ -27,6 +29,44 @@ class FreshSlot(NamedTuple):
     k: Tensor  # [B, T, H, D / H], a view into the cache
     v: Tensor
     visible: Past
+
+
+def fuses(x: Tensor, *layers: nn.Module) -> bool:
+    """Whether linear layers may run on `x` as one op with what follows them: on a CPU without grad, with
+    weights as they are (no adapter, no other kind of layer, no part of a divided model, no autocast).
+    """
+    return (
+        type(x) is Tensor
+        and x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and all(
+            type(layer) is nn.Linear
+            and type(layer.weight) is nn.Parameter
+            and layer.weight.dtype == x.dtype
+            and layer.bias is not None
+            and not layer._forward_hooks
+            and not layer._forward_pre_hooks
+            for layer in layers
+        )
+    )
+
+
+def project(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
+    """x [B, T, K] through each of the linear layers -> [B, T, N] each, last dimension contiguous."""
+    if not fuses(x, *layers):
+        return [layer(x) for layer in layers]
+    linears = cast(tuple[nn.Linear, ...], layers)
+    side_by_side = fused_linear(x, [layer.weight for layer in linears], [layer.bias for layer in linears])
+    return side_by_side.split([layer.out_features for layer in linears], dim=-1)
+
+
+def add_projection(x: Tensor, y: Tensor, layer: nn.Module, gate: Tensor | None = None) -> Tensor:
+    """x + layer(y) * gate: x [B, T, D], y [B, T, K], gate [B, F, D] or 1."""
+    if x.dtype == y.dtype and fuses(y, layer):
+        linear = cast(nn.Linear, layer)
+        return fused_linear(y, [linear.weight], [linear.bias], residual=x, gate=gate)
+    return x + layer(y) if gate is None else gated_add(x, layer(y), gate)
 
 
 class RMSScale(nn.Module):
@@ -58,9 +98,6 @@ class Attention(nn.Module):
     def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1))
 
-    def project_out(self, x: Tensor) -> Tensor:
-        return self.to_out[0](x.flatten(2))  # [B, T, H, D / H] -> [B, T, D]
-
 
 class GELUProjection(nn.Module):
     def __init__(self, dim: int, hidden: int) -> None:
@@ -68,6 +105,8 @@ class GELUProjection(nn.Module):
         self.proj = nn.Linear(dim, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
+        if fuses(x, self.proj):
+            return fused_linear(x, [self.proj.weight], [self.proj.bias], gelu=True)
         return functional.gelu(self.proj(x), approximate="tanh")
 
 
@@ -76,9 +115,6 @@ class FeedForward(nn.Module):
         super().__init__()
         # Index 1 is a dropout in diffusers: it has no parameters, but it counts.
         self.net = nn.ModuleList([GELUProjection(dim, hidden), nn.Identity(), nn.Linear(hidden, dim)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](self.net[0](x))
 
 
 class TwoLayers(nn.Module):
@@ -167,9 +203,11 @@ class Block(nn.Module):
         attended = self.self_attention(
             modulated_norm(x, shift1, scale1, eps=self.eps), cos, sin, mask, past, slot
         )
-        x = gated_add(x, attended, gate1)
-        x = x + self.cross_attention(self.cross_norm(x), text_k, text_v)
-        return gated_add(x, self.ffn(modulated_norm(x, shift2, scale2, eps=self.eps)), gate2)
+        x = add_projection(x, attended, self.attn1.to_out[0], gate1)
+        attended = self.cross_attention(self.cross_norm(x), text_k, text_v)
+        x = add_projection(x, attended, self.attn2.to_out[0])
+        hidden = self.ffn.net[0](modulated_norm(x, shift2, scale2, eps=self.eps))
+        return add_projection(x, hidden, self.ffn.net[2], gate2)
 
     def self_attention(
         self,
@@ -180,8 +218,10 @@ class Block(nn.Module):
         past: Past | None,
         slot: FreshSlot | None,
     ) -> Tensor:
+        """h [B, T, D] -> what its heads gathered, [B, T, D], not yet projected."""
         attn = self.attn1
-        q, k, v = attn.to_q(h), attn.to_k(h), attn.split_heads(attn.to_v(h))
+        q, k, v = project(h, attn.to_q, attn.to_k, attn.to_v)
+        v = attn.split_heads(v)
         q, k = qk_norm_rotary(
             q,
             k,
@@ -195,10 +235,10 @@ class Block(nn.Module):
         )
         if slot is not None:
             slot.v.copy_(v)
-            return attn.project_out(cached_chunk_attention(q, None, None, slot.visible))
+            return cached_chunk_attention(q, None, None, slot.visible).flatten(2)
         if mask is not None:
-            return attn.project_out(chunk_attention(q, k, v, mask))
-        return attn.project_out(cached_chunk_attention(q, k, v, past))
+            return chunk_attention(q, k, v, mask).flatten(2)
+        return cached_chunk_attention(q, k, v, past).flatten(2)
 
     def cross_norm(self, x: Tensor) -> Tensor:
         norm = self.norm2
@@ -207,8 +247,10 @@ class Block(nn.Module):
         return norm(x.to(norm.weight.dtype)).to(x.dtype)
 
     def cross_attention(self, h: Tensor, text_k: Tensor, text_v: Tensor) -> Tensor:
+        """h [B, T, D], text_k and text_v [B, L, H, D / H] -> [B, T, D], not yet projected."""
         attn = self.attn2
-        q = attn.split_heads(attn.norm_q.normalise(attn.to_q(h), self.eps))
+        (q,) = project(h, attn.to_q)
+        q = attn.split_heads(attn.norm_q.normalise(q, self.eps))
         # scaled_dot_product_attention wants [B, H, T, D / H]
         q, k, v = q.transpose(1, 2), text_k.transpose(1, 2), text_v.transpose(1, 2)
-        return attn.project_out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2))
+        return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)

@@ -13,7 +13,8 @@ from stream_r1_kernels.attention import Past
 
 EVERY_OP_OF_AN_INSTRUCTION_SET = """
 import torch
-from stream_r1_kernels import ChunkMask, RotaryGrid, chunk_attention, qk_norm_rotary, rms_norm_silu
+from stream_r1_kernels import ChunkMask, RotaryGrid, chunk_attention, qk_norm_rotary
+from stream_r1_kernels import fused_linear, rms_norm_silu
 
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -24,10 +25,12 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for backend in ("cpu", "reference"):
         out = chunk_attention(q, k, v, ChunkMask(5, 3, window_frames=6, sink_frames=1), backend=backend)
         rotated = qk_norm_rotary(x, x, weight, weight, *phases, num_heads=3, backend=backend)
+        with torch.no_grad():
+            linear = fused_linear(x, [x[0, :7]], gelu=True, residual=x[..., :7], backend=backend)
         active = rms_norm_silu(x, weight, x[:, :2], backend=backend)
         loss = active.float().square().sum() + out.float().square().sum()
         loss = loss + rotated[0].float().pow(3).sum() + rotated[1].float().sum()
-        results.append((out, *rotated, active, *torch.autograd.grad(loss, (q, k, v, x, weight))))
+        results.append((out, linear, *rotated, active, *torch.autograd.grad(loss, (q, k, v, x, weight))))
     for a, b in zip(*results):
         unit = torch.finfo(dtype).eps * max(1, b.abs().max().item())
         torch.testing.assert_close(a, b, rtol=4 * unit, atol=8 * unit)
