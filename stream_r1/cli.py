@@ -28,7 +28,7 @@ app = typer.Typer(
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, dotted: optim.lr=1e-4"),
+    typer.Argument(metavar="KEY=VALUE", help="Settings to change, dotted: student.lr=1e-5"),
 ]
 
 

@@ -105,13 +105,15 @@ def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
-    """``["optim.lr=1e-4", "weights.mode=full"]`` as nested data; values are YAML."""
+    """``["student.lr=1e-5", "weighting.mode=full"]`` as nested data; values are YAML."""
     out: dict[str, Any] = {}
     for item in items:
         key, equals, text = item.partition("=")
         parts = key.split(".")
         if not equals or not all(part.isidentifier() for part in parts):
-            raise SettingsError(f"override {item!r}: expected key=value with a dotted key, as optim.lr=1e-4")
+            raise SettingsError(
+                f"override {item!r}: expected key=value with a dotted key, as student.lr=1e-5"
+            )
         value: Any = parse_yaml(text, f"override {item!r}")
         for part in reversed(parts):
             value = {part: value}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import typer
 
 from stream_r1.cli import app
 
+_LIST = re.compile(r"<list\[(.+)\]>")  # of an option that may be given several times
 _HEAD = """# Commands
 
 Each takes `-h`. Errors are one line on stderr and exit code 2; `--debug` shows the traceback. Ctrl-C ends a
@@ -37,12 +39,18 @@ def _section(name: str, command: Any) -> str:
     context = command.context_class(command, info_name=name)
     usage = " ".join(command.get_usage(context).removeprefix("Usage:").split())
     lines = [f"## {name.removeprefix('stream-r1 ')}", "", f"    {usage}", "", command.help.strip(), ""]
-    records = [parameter.get_help_record(context) for parameter in command.params]
-    rows = [(names, text) for names, text in filter(None, records)]
+    rows = [_row(parameter, context) for parameter in command.params]
     if rows:
-        lines += ["| | |", "|---|---|"]
-        lines += [f"| `{names}` | {_cell(text)} |" for names, text in rows]
+        lines += ["| | |", "|---|---|", *rows]
     return "\n".join([*lines, ""])
+
+
+def _row(parameter: Any, context: Any) -> str:
+    names, text = parameter.get_help_record(context)
+    names = _LIST.sub(r"<\1>", names)
+    if parameter.param_type_name == "argument":
+        names = names.split(" <")[0]  # without the type: the text says what it is
+    return f"| `{names}` | {_cell(text)} |"
 
 
 def _cell(text: str) -> str:
