@@ -1,0 +1,184 @@
+"""Proof that the tests of Triton's attention can fail: faults are planted in its source, each must be caught.
+
+As in test_planted_faults.py; docs/planted-faults.md lists them. Blocks are smaller than in `CONFIGS`, so that
+small tensors have several.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from triton_machine import TritonMachine
+
+from ptx_executor import PtxError
+from stream_r1_kernels import ChunkMask
+from stream_r1_kernels.attention import triton_attention, triton_kernels
+from stream_r1_kernels.attention.reference import dense_attention
+
+SOURCE = Path(triton_kernels.__file__)
+PAGE = Path(__file__).parents[2] / "docs/planted-faults.md"
+
+
+@pytest.fixture(scope="module")
+def triton_machine() -> TritonMachine:
+    return TritonMachine()
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("forward", "grad_queries", "grad_keys"):
+        small = {8: triton_attention.Config(32, 32, 2, 2)}
+        monkeypatch.setitem(triton_attention.CONFIGS, (name, 64), small)
+
+
+def cached(machine: TritonMachine, module: ModuleType, seed: int) -> None:
+    """Two samples, a past, and scores that grow: the running maximum moves."""
+    torch.manual_seed(seed)
+    q, k, v, past_k, past_v = (torch.randn(2, n, 3, 64).bfloat16() for n in (40, 50, 50, 70, 70))
+    k *= torch.linspace(0.2, 4, 50)[:, None, None]
+    leaves, up, up_lse = [q, k, v], torch.randn(2, 40, 3, 64).bfloat16(), torch.randn(2, 3, 40)
+    exact = [x.double().requires_grad_() for x in leaves]
+    leaves = [x.requires_grad_() for x in leaves]
+    with machine.running(module, seed=seed):
+        ours = triton_attention.cached_chunk_attention(*leaves, past_k, past_v, 0.2)
+        grads = torch.autograd.grad(ours, leaves, (up, up_lse))
+    keys, values = torch.cat((past_k.double(), exact[1]), 1), torch.cat((past_v.double(), exact[2]), 1)
+    true = dense_attention(exact[0], keys, values, 0.2)
+    torch.testing.assert_close(ours[1].double(), true[1], rtol=1e-5, atol=1e-5)
+    _assert_near([ours[0], *grads], [true[0], *torch.autograd.grad(true, exact, (up.double(), up_lse))])
+
+
+def chunked(machine: TritonMachine, module: ModuleType, seed: int) -> None:
+    torch.manual_seed(seed)
+    mask = ChunkMask(20, 2, window_frames=3, sink_frames=1, first_chunk_frames=1, teacher_forcing=True)
+    leaves = [torch.randn(1, 2 * 6 * 20, 1, 64).bfloat16().requires_grad_() for _ in range(3)]
+    up = torch.randn(1, 2 * 6 * 20, 1, 64).bfloat16()
+    with machine.running(module, seed=seed):
+        out = triton_attention.chunk_attention(*leaves, mask, 0.125)
+        grads = torch.autograd.grad(out, leaves, up)
+    visible = mask.visible(6).repeat_interleave(20, 0).repeat_interleave(20, 1)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    true = dense_attention(*exact, 0.125, visible)[0]
+    _assert_near([out, *grads], [true, *torch.autograd.grad(true, exact, up.double())])
+
+
+def _assert_near(ours: list[torch.Tensor], true: list[torch.Tensor]) -> None:
+    for a, b in zip(ours, true, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=0.01 * b.abs().max().item())
+
+
+Probe = Callable[[TritonMachine, ModuleType, int], None]
+
+
+@dataclass(frozen=True)
+class Fault:
+    name: str
+    probe: Probe
+    old: str
+    new: str
+
+
+FAULTS = [
+    Fault(
+        "one key too many in a range's last tile",
+        cached,
+        "tl.arange(0, BLOCK) < end",
+        "tl.arange(0, BLOCK) <= end",
+    ),
+    Fault(
+        "the weighted sum of values not scaled down",
+        cached,
+        "values_here, sums * shrink[:, None]",
+        "values_here, sums",
+    ),
+    Fault("the sum of the weights not scaled down", cached, "total * shrink +", "total +"),
+    Fault("a log-sum-exp in powers of two", cached, "+ tl.log2(total)) * _LN_2", "+ tl.log2(total))"),
+    Fault("the past read from the fresh keys", cached, "in_past, past_k.data", "in_past, k.data"),
+    Fault(
+        "heads and samples mixed up",
+        cached,
+        "// heads, tl.program_id(1) % heads",
+        "% heads, tl.program_id(1) // heads",
+    ),
+    Fault("the log-sum-exp's gradient left out", cached, "of_row -= tl.load(", "of_row -= 0 * tl.load("),
+    Fault("a gradient of keys without the scale", cached, "sums_k *= scale", "sums_k *= 1.0"),
+    Fault(
+        "gradients of fresh keys written behind as many as the past has",
+        cached,
+        "grad_k.data + _offsets(begin,",
+        "grad_k.data + _offsets(begin + mask.past,",
+    ),
+    Fault("tiles of the last range left out", chunked, "+ tl.cdiv(end2 - begin2, BLOCK)", ""),
+    Fault(
+        "a window that starts a frame late",
+        chunked,
+        "tl.maximum(end - mask.window, 0)",
+        "tl.maximum(end + 1 - mask.window, 0)",
+    ),
+    Fault(
+        "noisy queries see the clean chunk of their own",
+        chunked,
+        "last = tl.where(noisy, start, end)",
+        "last = end",
+    ),
+    Fault(
+        "noisy keys lent to later chunks",
+        chunked,
+        "tl.where(noisy, end, tl.where(always",
+        "tl.where(noisy, mask.frames, tl.where(always",
+    ),
+    Fault(
+        "no gradient from noisy queries to clean keys",
+        chunked,
+        "later = (halves == 2)",
+        "later = (halves == 3)",
+    ),
+    Fault(
+        "no gradient to a sink out of the window",
+        chunked,
+        "noisy | (columns < sink * keys)",
+        "noisy & (columns < sink * keys)",
+    ),
+    Fault(
+        "queries at the end of a key's reach left out",
+        chunked,
+        "mask.keys + mask.window\n",
+        "mask.keys + mask.window - 1\n",
+    ),
+]
+
+
+def broken(fault: Fault, folder: Path) -> ModuleType:
+    """The kernels' module with the fault."""
+    text = SOURCE.read_text()
+    assert text.count(fault.old) == 1, f"{text.count(fault.old)} places {fault.old!r}, expected one"
+    path = folder / SOURCE.name
+    path.write_text(text.replace(fault.old, fault.new))
+    spec = importlib.util.spec_from_file_location(SOURCE.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("probe", [cached, chunked])
+def test_probes_pass_without_a_fault(triton_machine: TritonMachine, probe: Probe) -> None:
+    probe(triton_machine, triton_kernels, 0)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_planted_faults_are_caught(triton_machine: TritonMachine, fault: Fault, tmp_path: Path) -> None:
+    module = broken(fault, tmp_path)
+    with pytest.raises((AssertionError, PtxError)):
+        fault.probe(triton_machine, module, 0)
+
+
+def test_the_list_is_complete() -> None:
+    assert [fault.name for fault in FAULTS if f"| {fault.name} |" not in PAGE.read_text()] == []
