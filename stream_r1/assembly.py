@@ -46,14 +46,18 @@ def load_models(recipe: Recipe, ranks: Ranks | None = None) -> Models:
         SettingsError: models that are missing, all of them, before any is loaded.
     """
     require_models(recipe)
-    paths, device = recipe.models, (ranks or Ranks()).device
+    ranks = ranks or Ranks()
+    paths, device = recipe.models, ranks.device
+    watched = recipe.watch.prompts or ()
+    prompts = [*read_prompts(recipe.prompts), recipe.matching.negative_text, *watched]
+    text = _text_encoder(recipe, prompts, ranks)  # before the others: while it encodes, it needs room
     return Models(
         student=_student(recipe, ranks),
         teacher=_score_model(paths.teacher, _home(recipe, ranks)),
         critic=None if paths.critic is None else _score_model(paths.critic, _home(recipe, ranks)),
         vae=VideoVAE.from_pretrained(locate(paths.vae)).to(device),
-        reward=load_reward(locate(paths.reward), device=device),
-        text=_text_encoder(paths.text, device),
+        reward=load_reward(locate(paths.reward), device=device, **recipe.reward.overrides()),
+        text=text,
     )
 
 
@@ -88,7 +92,8 @@ def make_init_trainer(recipe: InitRecipe, folder: Path | str, ranks: Ranks | Non
             f"pairs.folder: {recipe.pairs.folder}: no pairs-*.safetensors; "
             "stream-r1 data ode-pairs RECIPE makes them"
         )
-    pairs = load_ode_pairs(pairs_folder, _embeddings(recipe, read_prompts(recipe.prompts)))
+    text = _embeddings(recipe, read_prompts(recipe.prompts), ranks or Ranks())
+    pairs = load_ode_pairs(pairs_folder, text)
     schedule = FlowSchedule(recipe.rollout.shift)
     objective: Objective = OdeRegression(pairs)
     if recipe.kind == "teacher-forcing":
@@ -106,10 +111,10 @@ def write_ode_pairs(recipe: InitRecipe, ranks: Ranks | None = None) -> Iterator[
     """
     require_models(recipe)
     ranks, size = ranks or Ranks(), recipe.rollout
+    prompts = read_prompts(recipe.prompts)
+    text = _embeddings(recipe, [*prompts, recipe.pairs.negative_text], ranks)
     teacher = _score_model(recipe.models.teacher, ranks.device).eval()
     channels: int = teacher.config.in_channels  # type: ignore[union-attr, assignment]
-    prompts = read_prompts(recipe.prompts)
-    text = _embeddings(recipe, [*prompts, recipe.pairs.negative_text])
     yield from make_ode_pairs(
         teacher,
         text[:-1],
@@ -160,11 +165,22 @@ def _score_model(path: str, device: torch.device) -> nn.Module:
     return model.to(device)
 
 
-def _text_encoder(spec: str, device: torch.device | str = "cpu") -> TextEncoder:
-    return load_text_encoder(spec if spec == "minilm" else str(locate(spec)), device=device)
+def _text_encoder(recipe: Recipe | InitRecipe, prompts: list[str], ranks: Ranks) -> TextEncoder:
+    """The encoder; with a cache, the prompts are in it, each rank having encoded its share."""
+    spec, chosen = recipe.models.text, recipe.text
+    encoder = load_text_encoder(
+        spec if spec == "minilm" else str(locate(spec)),
+        dtype=getattr(torch, chosen.dtype),
+        device=ranks.device,
+        cache=chosen.cache,
+    )
+    if chosen.cache is not None:
+        encoder.keep(list(dict.fromkeys(prompts))[ranks.rank :: ranks.size])
+        ranks.barrier()
+    return encoder
 
 
-def _embeddings(recipe: InitRecipe, prompts: list[str]) -> Tensor:
-    """[P, L, D], float32, in host memory."""
-    encoder = _text_encoder(recipe.models.text)
-    return torch.cat([encoder.encode([prompt]) for prompt in prompts]).float()
+def _embeddings(recipe: InitRecipe, prompts: list[str], ranks: Ranks) -> Tensor:
+    """[P, L, D], in the encoder's dtype, in host memory."""
+    encoder = _text_encoder(recipe, prompts, ranks)
+    return torch.cat([encoder.encode([prompt]).cpu() for prompt in prompts])

@@ -15,11 +15,19 @@ import yaml
 from pydantic import Field
 
 from stream_r1.config import Settings, SettingsError, build, merge, parse_overrides, read_recipe
-from stream_r1.distill.settings import Count, DistillSettings, InitSettings, NotNegative, RolloutSettings
+from stream_r1.distill.settings import (
+    Count,
+    DistillSettings,
+    InitSettings,
+    NotNegative,
+    Positive,
+    RolloutSettings,
+)
 from stream_r1.models.text import WAN_NEGATIVE_PROMPT
 from stream_r1.watch.settings import WatchSettings
 
 FILM_PROMPTS = "film"
+_PROMPT_COLUMNS = ("prompt", "caption", "text")
 
 
 class ModelPaths(Settings):
@@ -60,13 +68,51 @@ class StreamSettings(Settings):
         return self.model_dump(exclude_none=True)
 
 
+class TextSettings(Settings):
+    """How UMT5 encodes the prompts.
+
+    dtype: of its weights and of the embeddings.
+    cache: folder that keeps embeddings. With one, every prompt is encoded before the training begins, the
+        processes sharing the work, and the encoder's memory is given back. None: it stays in memory.
+    """
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    cache: str | None = None
+
+
+class RewardSettings(Settings):
+    """How the VideoAlign reward is run; None keeps what its folder says. The film's reward has no settings.
+
+    fps: frames a second that it is shown; "checkpoint": as it was trained; "all": every frame. What it is not
+        shown has no saliency.
+    video_fps: frames a second of the student's videos.
+    max_pixels: of a frame that it is shown.
+    dtype: of its weights.
+    gradient_checkpointing: keep a layer's input alone for the backward.
+    samples_at_once: videos that it sees together.
+    """
+
+    fps: Positive | Literal["checkpoint", "all"] | None = None
+    video_fps: Positive | None = None
+    max_pixels: Count | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] | None = None
+    gradient_checkpointing: bool | None = None
+    samples_at_once: Count | None = None
+
+    def overrides(self) -> dict[str, Any]:
+        """What was set."""
+        return self.model_dump(exclude_none=True)
+
+
 class Recipe(DistillSettings):
     """The settings of the distillation, its models, its prompts and where results go.
 
     kind: what the run does.
     models: where the models are.
     stream: how the student streams.
-    prompts: a text file, one prompt a line, or "film": the captions of the tiny world's training shots.
+    reward: how the reward is run.
+    text: how prompts are encoded.
+    prompts: see `read_prompts`.
     out: folder for checkpoints, metrics and the student.
     watch: what is watched, and where it goes.
     """
@@ -74,6 +120,8 @@ class Recipe(DistillSettings):
     kind: Literal["distill"] = "distill"
     models: ModelPaths
     stream: StreamSettings = StreamSettings()
+    reward: RewardSettings = RewardSettings()
+    text: TextSettings = TextSettings()
     prompts: str = FILM_PROMPTS
     out: str = "out/train"
     watch: WatchSettings = WatchSettings()
@@ -137,7 +185,8 @@ class InitRecipe(InitSettings):
     stream: how the student streams.
     rollout: sizes, steps and shift count, the rest does not.
     pairs: the trajectories.
-    prompts: a text file, one prompt a line, or "film": the captions of the tiny world's training shots.
+    text: how prompts are encoded.
+    prompts: see `read_prompts`.
     out: folder for checkpoints, metrics and the student.
     watch: what is watched, and where it goes.
     """
@@ -147,6 +196,7 @@ class InitRecipe(InitSettings):
     stream: StreamSettings = StreamSettings()
     rollout: RolloutSettings = RolloutSettings()
     pairs: PairSettings
+    text: TextSettings = TextSettings()
     prompts: str = FILM_PROMPTS
     out: str = "out/start"
     watch: WatchSettings = WatchSettings()
@@ -210,7 +260,15 @@ def locate(path: str | Path) -> Path:
 
 
 def read_prompts(source: str) -> list[str]:
-    """Prompts of a recipe: one a line of a UTF-8 file, empty lines left out, or the film's captions."""
+    """Prompts of a recipe, empty ones left out.
+
+    Args:
+        source: a UTF-8 text file, one prompt a line; a .parquet file with a column "prompt", "caption" or
+            "text"; or "film": the captions of the tiny world's training shots.
+
+    Raises:
+        SettingsError: no such file, one that can't be read, or no prompt in it.
+    """
     if source == FILM_PROMPTS:
         from stream_r1.data.film import load_shots
 
@@ -218,12 +276,44 @@ def read_prompts(source: str) -> list[str]:
     path = locate(source)
     if not path.is_file():
         raise SettingsError(
-            f'prompts: {source}: no such file; expected a text file, one prompt a line, or "{FILM_PROMPTS}"'
+            f"prompts: {source}: no such file; expected a text file, one prompt a line, a .parquet file or "
+            f'"{FILM_PROMPTS}"'
         )
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if path.suffix == ".parquet":
+        lines = _parquet_prompts(path)
+    else:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise SettingsError(f"prompts: {source}: expected a text file in UTF-8: {error}") from None
+    prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise SettingsError(f"prompts: {source}: expected at least one prompt, got an empty file")
     return prompts
+
+
+def _parquet_prompts(path: Path) -> list[str]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ModuleNotFoundError:
+        raise SettingsError(
+            f"prompts: {path}: a .parquet file needs the package pyarrow: pip install stream-r1[parquet]"
+        ) from None
+    try:
+        names = parquet.read_schema(path).names
+        column = next((name for name in _PROMPT_COLUMNS if name in names), None)
+        if column is None:
+            raise SettingsError(
+                f"prompts: {path}: expected a column {', '.join(_PROMPT_COLUMNS)}, got {', '.join(names)}"
+            )
+        values = parquet.read_table(path, columns=[column])[column].to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise SettingsError(f"prompts: {path}: not a readable .parquet file: {error}") from None
+    other = next((value for value in values if not isinstance(value, str | None)), None)
+    if other is not None:
+        raise SettingsError(f"prompts: {path}: {column}: expected text, got {other!r}")
+    return [value or "" for value in values]
 
 
 def _misfits(recipe: Recipe | InitRecipe) -> list[str]:
@@ -245,6 +335,10 @@ def _misfits(recipe: Recipe | InitRecipe) -> list[str]:
         problems.append(
             f"models.vae: expected {student.get('in_channels')} latent channels as the student's, "
             f"got {vae['z_dim']}"
+        )
+    if isinstance(recipe, Recipe) and reward.get("type") == "film" and recipe.reward.overrides():
+        problems.append(
+            f"reward: expected no settings for the film's reward, got {recipe.reward.overrides()}"
         )
     axes = reward.get("axes") if reward else None
     if (

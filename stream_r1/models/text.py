@@ -124,6 +124,20 @@ class TransformersEncoder(ABC):
         self._known.move_to_end(prompt)
         return self._known[prompt]
 
+    def keep(self, prompts: list[str]) -> None:
+        """Have the prompts in the cache on the disk, and give the model's memory back.
+
+        The model is read only if one of them is not there. Does nothing without a cache.
+        """
+        if self._cache is None:
+            return
+        for prompt in map(clean, prompts):
+            if self._cache.get(prompt) is None:
+                self.load()
+                with torch.no_grad():
+                    self._cache.put(prompt, self._token_states(prompt))
+        self.free()
+
     @abstractmethod
     def _token_states(self, prompt: str) -> Tensor:
         """One prompt -> [tokens <= text_len, dim]."""

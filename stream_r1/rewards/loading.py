@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,15 +12,19 @@ from stream_r1.rewards.base import Reward
 from stream_r1.rewards.film import FilmReward
 
 
-def load_reward(spec: str | Path, *, device: str | torch.device = "cpu") -> Reward:
+def load_reward(spec: str | Path, *, device: str | torch.device = "cpu", **settings: Any) -> Reward:
     """Loads a reward from its folder.
 
     What kind it is stands in the folder's `config.json` as "type": "film" or "videoalign". The published
     VideoReward folder is known by its `model_config.json`.
 
+    Args:
+        settings: of `VideoAlignSettings`, over those of the folder; "film" has none.
+
     Raises:
         FileNotFoundError: no such folder, or no config in it.
-        ValueError: an unknown type, or files that don't fit together (see each reward's `from_pretrained`).
+        ValueError: an unknown type, settings that it does not have, or files that don't fit together (see
+            each reward's `from_pretrained`).
     """
     folder = Path(spec)
     path = folder / "config.json"
@@ -31,10 +36,12 @@ def load_reward(spec: str | Path, *, device: str | torch.device = "cpu") -> Rewa
         )
     kind = json.loads(path.read_text(encoding="utf-8")).get("type") if path.is_file() else None
     if kind == "film":
+        if settings:
+            raise ValueError(f"load_reward: settings: expected none for {path}, got {', '.join(settings)}")
         return FilmReward.from_pretrained(folder).to(device)
     if kind == "videoalign" or (kind is None and published):
         # Here, because transformers' models take a second to import.
         from stream_r1.rewards.videoalign import VideoAlignReward
 
-        return VideoAlignReward.from_pretrained(folder, device=device)
+        return VideoAlignReward.from_pretrained(folder, device=device, **settings)
     raise ValueError(f'load_reward: spec: expected type "film" or "videoalign" in {path}, got {kind!r}')

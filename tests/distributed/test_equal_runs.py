@@ -45,11 +45,18 @@ def alone() -> tuple:
     ("size", "changes"),
     [
         (2, {"accumulation": 2}),
-        (2, {"distributed": {"shard": "full"}, "rollout": {"gradient_checkpointing": True}}),
+        (
+            2,
+            {
+                "accumulation": 2,
+                "distributed": {"shard": "full"},
+                "rollout": {"gradient_checkpointing": True},
+            },
+        ),
         (4, {}),
         (4, {"distributed": {"shard": "hybrid", "replicas": 2}}),
     ],
-    ids=["2-whole-accumulated", "2-sharded-checkpointed", "4-whole", "4-hybrid"],
+    ids=["2-whole-accumulated", "2-sharded-accumulated-checkpointed", "4-whole", "4-hybrid"],
 )
 def test_distillation(alone: tuple, size: int, changes: dict[str, Any]) -> None:
     results = launch(size, train, None, settings(**changes))
@@ -58,6 +65,7 @@ def test_distillation(alone: tuple, size: int, changes: dict[str, Any]) -> None:
         assert all(torch.equal(result[1][key], value) for key, value in results[0][1].items())
     start = everything(distiller(None, None, settings()))
     of_micro_batches = ("inter/min", "inter/max") if "accumulation" in changes else ()
+    # Accumulated or not, the run is that of the whole batch at once.
     assert_same_run(results[0], alone, start, of_micro_batches)
 
 

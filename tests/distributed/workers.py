@@ -29,15 +29,17 @@ PROMPTS = ["a red fox", "bright sky", "rabbit", "red barn", "still lake"]
 
 
 class Processes:
-    """Ranks 0 .. size - 1 of a function `work(*arguments)`, each a process with a launcher's environment."""
+    """Ranks 0 .. size - 1 of a function `work(*arguments)`, each a process with a launcher's environment; of
+    size None, one without.
+    """
 
-    def __init__(self, size: int, work: Callable[..., Any], *arguments: Any) -> None:
+    def __init__(self, size: int | None, work: Callable[..., Any], *arguments: Any) -> None:
         context = multiprocessing.get_context("forkserver")
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = probe.getsockname()[1]
         self.processes, self._ends = [], []
-        for rank in range(size):
+        for rank in range(size or 1):
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(target=_child, args=(rank, size, port, theirs, work, arguments))
             process.start()
@@ -63,7 +65,7 @@ class Processes:
             process.join()
 
 
-def launch(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+def launch(size: int | None, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What every rank's `work` returned; raises what one raised."""
     results = Processes(size, work, *arguments).results()
     for result in results:
@@ -73,17 +75,18 @@ def launch(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
 
 
 def _child(
-    rank: int, size: int, port: int, end: Connection, work: Callable[..., Any], arguments: Any
+    rank: int, size: int | None, port: int, end: Connection, work: Callable[..., Any], arguments: Any
 ) -> None:
     torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "LOCAL_WORLD_SIZE": str(size),
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port),
-    }
+    if size is not None:
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(size),
+            "LOCAL_WORLD_SIZE": str(size),
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(port),
+        }
     try:
         result = work(*arguments)
     except BaseException as error:

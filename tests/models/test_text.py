@@ -130,6 +130,20 @@ def test_embeddings_are_kept_on_disk(wan_folder: Path, tmp_path: Path) -> None:
     assert len(list(kept.iterdir())) == 3
 
 
+def test_prompts_are_kept_before_they_are_needed(wan_folder: Path, tmp_path: Path) -> None:
+    """In shares, as processes do; who encodes them then reads no model."""
+    for share in (PROMPTS[::2], PROMPTS[1::2]):
+        worker = load_text_encoder(wan_folder, dtype=torch.bfloat16, cache=tmp_path)
+        worker.keep(share)
+        assert not worker.loaded
+    later = load_text_encoder(wan_folder, dtype=torch.bfloat16, cache=tmp_path)
+    later.keep(PROMPTS)
+    got = later.encode(PROMPTS)
+    assert not later.loaded
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got, UMT5Encoder(wan_folder, dtype=torch.bfloat16).encode(PROMPTS))
+
+
 def test_kept_embeddings_are_those_of_the_model_and_its_settings(wan_folder: Path, tmp_path: Path) -> None:
     kept, other = tmp_path / "prompts", tmp_path / "other"
     first = UMT5Encoder(wan_folder, 40, cache=kept).encode(["a rabbit"])

@@ -58,6 +58,8 @@ def test_check_shows_a_recipe_and_trains_nothing(world, tmp_path, capsys):
         ("stream.sink_frames=6", "at least 9"),
         ("stream.sink_ema=0.99 stream.sink_frames=0", "sink_frames equal to a chunk"),
         ("prompts=nowhere.txt", "nowhere.txt: no such file"),
+        ("reward.fps=all", "expected no settings for the film's reward, got {'fps': 'all'}"),
+        ("reward.fps=-2", "reward.fps: expected greater than 0"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(world, tmp_path, capsys, override, told):

@@ -1,0 +1,87 @@
+"""What a recipe says reaches the models that it names, in their real formats at small sizes."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from stream_r1 import recipe as recipes
+from stream_r1.assembly import load_models
+from stream_r1.config import SettingsError
+from stream_r1.recipe import read_prompts
+
+TESTS = Path(__file__).resolve().parents[1]
+WAN = TESTS.parent / "recipes" / "wan2.1-1.3b"
+
+
+def module(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def overrides(world, tmp_path_factory):
+    """The published recipes' models are the small world's, VideoReward's and UMT5's folders."""
+    root = tmp_path_factory.mktemp("wan")
+    reward = module(TESTS / "rewards" / "videoalign_folder.py").write_reward(root)
+    module(TESTS / "models" / "test_text.py").save_umt5(root / "umt5", seed=0)
+    folders = {name: world / name for name in ("student", "teacher", "vae")}
+    folders |= {"critic": world / "teacher", "reward": reward.folder, "text": root / "umt5"}
+    named = [f"models.{name}={folder}" for name, folder in folders.items()]
+    return [*named, f"prompts={world / 'prompts.txt'}", f"text.cache={root / 'cache'}"]
+
+
+@pytest.mark.parametrize(("name", "frames"), [("stream-r1", 32), ("reward-forcing", 4)])
+def test_the_reward_looks_at_the_frames_that_the_method_needs(overrides, name, frames):
+    """Every one for saliency (of an odd number the last is left over); 2 a second for scores alone."""
+    models = load_models(recipes.load(WAN / f"{name}.yaml", overrides))
+    video = torch.rand(1, 33, 3, 56, 56, requires_grad=True)
+    models.reward.score(video, ["a fox"]).sum().backward()
+    assert (video.grad.flatten(2).abs().sum(2) > 0).sum() == frames
+
+
+def test_prompts_are_encoded_once_and_the_encoder_is_given_back(overrides):
+    recipe = recipes.load(WAN / "stream-r1.yaml", overrides)
+    text = load_models(recipe).text
+    states = text.encode([*read_prompts(recipe.prompts), recipe.matching.negative_text])
+    assert states.dtype == torch.bfloat16
+    assert not text.loaded
+    text.encode(["a prompt of nobody"])
+    assert text.loaded
+
+
+def test_prompts_from_parquet(tmp_path):
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is one of the test dependencies")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "prompts.parquet"
+    parquet.write_table(pa.table({"id": [1, 2, 3, 4], "prompt": ["a fox ", None, "", "ein Käfer"]}), path)
+    assert read_prompts(str(path)) == ["a fox", "ein Käfer"]
+    parquet.write_table(pa.table({"id": [1], "words": ["a"]}), path)
+    with pytest.raises(SettingsError, match="expected a column prompt, caption, text, got id, words"):
+        read_prompts(str(path))
+    parquet.write_table(pa.table({"text": [1.5]}), path)
+    with pytest.raises(SettingsError, match=r"text: expected text, got 1\.5"):
+        read_prompts(str(path))
+    path.write_bytes(b"PAR1 no more")
+    with pytest.raises(SettingsError, match="not a readable"):
+        read_prompts(str(path))
+
+
+def test_parquet_without_its_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    path = tmp_path / "prompts.parquet"
+    path.write_bytes(b"")
+    with pytest.raises(SettingsError, match=r"needs the package pyarrow: pip install stream-r1\[parquet\]"):
+        read_prompts(str(path))
+
+
+@pytest.mark.parametrize(("content", "told"), [(b"\n \n", "at least one prompt"), (b"\xff\xfe\x00", "UTF-8")])
+def test_prompt_files_of_no_use(tmp_path, content, told):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(content)
+    with pytest.raises(SettingsError, match=f"prompts: .*prompts.txt: .*{told}"):
+        read_prompts(str(path))
