@@ -26,7 +26,7 @@ from torch import Tensor
 from stream_r1.rewards.base import Reward
 from stream_r1_kernels import intra_weights, region_saliency
 
-NOT_FINITE = "reward/not_finite"
+NOT_FINITE = "scores/not_finite"
 """In the log: the share of the batch with a score that is infinite or not a number."""
 _ROUNDING = 1e-5  # relative; of a float32 sum over a frame
 

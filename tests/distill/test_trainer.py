@@ -195,7 +195,7 @@ def test_an_update_that_is_not_finite_is_skipped(mode: str, kind: str, value: fl
     first = run.train_step().scalars
     assert first["student/skipped"] == 1
     assert first["critic/skipped"] == 0
-    assert first["reward/not_finite"] == (kind == "reward")
+    assert first["scores/not_finite"] == (kind == "reward")
     assert all(torch.equal(v, before[k]) for k, v in run.student.state_dict().items())
     second = run.train_step().scalars
     assert second["student/skipped"] == 0

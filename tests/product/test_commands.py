@@ -12,6 +12,7 @@ from rich.console import Console
 from stream_r1.cli import main
 from stream_r1.commands.progress import DistillationDisplay
 from stream_r1.distill.events import StepDone
+from stream_r1.distill.weighting import NOT_FINITE
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
@@ -88,8 +89,13 @@ def test_the_display_counts_skipped_updates_and_draws_only_numbers():
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     with DistillationDisplay(console, "distilling", 3) as display:
         for step, loss in enumerate((1.0, math.nan, math.inf), 1):
-            scalars = {"student/loss": loss, "student/skipped": float(not math.isfinite(loss))}
+            scalars = {
+                "student/loss": loss,
+                "student/skipped": float(not math.isfinite(loss)),
+                NOT_FINITE: 0.0,
+            }
             display.show(StepDone(step, 3, scalars, {}))
             console.print(display._render())
     shown = console.file.getvalue()
     assert "student loss 1.000, 2 updates skipped, not finite" in shown
+    assert "not_finite" not in shown
