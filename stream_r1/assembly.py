@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from stream_r1.config import SettingsError
 from stream_r1.distill.initialise import InitTrainer, Objective
-from stream_r1.distill.ode import OdeRegression, load_ode_pairs, make_ode_pairs
+from stream_r1.distill.ode import OdePairs, OdeRegression, load_ode_pairs, make_ode_pairs
 from stream_r1.distill.ranks import Ranks
 from stream_r1.distill.teacher_forcing import TeacherForcing
-from stream_r1.distill.trainer import DistillTrainer
+from stream_r1.distill.trainer import DistillTrainer, hashed
 from stream_r1.models.checkpoints import load_student
 from stream_r1.models.text import TextEncoder, load_text_encoder
 from stream_r1.models.transformer import CausalWanTransformer
@@ -92,8 +92,13 @@ def make_init_trainer(recipe: InitRecipe, folder: Path | str, ranks: Ranks | Non
             f"pairs.folder: {recipe.pairs.folder}: no pairs-*.safetensors; "
             "stream-r1 data ode-pairs RECIPE makes them"
         )
-    text = _embeddings(recipe, read_prompts(recipe.prompts), ranks or Ranks())
-    pairs = load_ode_pairs(pairs_folder, text)
+    prompts = read_prompts(recipe.prompts)
+    text = _embeddings(recipe, prompts, ranks or Ranks())
+    try:
+        pairs = load_ode_pairs(pairs_folder, text, data=_pairs_data(recipe, prompts))
+    except ValueError as error:
+        raise SettingsError(f"pairs.folder: {error}") from None
+    _require_fitting(recipe, pairs)
     schedule = FlowSchedule(recipe.rollout.shift)
     objective: Objective = OdeRegression(pairs)
     if recipe.kind == "teacher-forcing":
@@ -129,8 +134,41 @@ def write_ode_pairs(recipe: InitRecipe, ranks: Ranks | None = None) -> Iterator[
         order=recipe.pairs.order,
         batch=recipe.pairs.batch,
         seed=recipe.seed,
+        data=_pairs_data(recipe, prompts),
         share=(ranks.rank, ranks.size),
     )
+
+
+def _pairs_data(recipe: InitRecipe, prompts: list[str]) -> str:
+    return hashed([*prompts, recipe.pairs.negative_text])
+
+
+def _require_fitting(recipe: InitRecipe, pairs: OdePairs) -> None:
+    """Refuse trajectories that are not what the recipe would make."""
+    count, _, frames, _, height, width = pairs.trajectories.shape
+    size = recipe.rollout
+    steps = FlowSchedule(size.shift).denoising_steps(size.steps)
+    problems = [
+        f"{name}: expected {got} as in {recipe.pairs.folder}, got {asked}"
+        for name, asked, got in (
+            ("rollout.frames", size.frames, frames),
+            ("rollout.height", size.height, height),
+            ("rollout.width", size.width, width),
+            (
+                "rollout.steps, shifted",
+                [round(t, 1) for t in steps],
+                [round(t, 1) for t in pairs.timesteps.tolist()],
+            ),
+        )
+        if asked != got
+    ]
+    if count < recipe.pairs.count:
+        problems.append(
+            f"pairs.count: {recipe.pairs.folder} has {count} of {recipe.pairs.count} trajectories; "
+            "stream-r1 data ode-pairs RECIPE makes the others"
+        )
+    if problems:
+        raise SettingsError("\n  ".join(problems))
 
 
 def require_models(recipe: Recipe | InitRecipe, *, unused: tuple[str, ...] = ()) -> None:

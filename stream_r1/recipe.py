@@ -15,6 +15,7 @@ import yaml
 from pydantic import Field
 
 from stream_r1.config import Settings, SettingsError, build, merge, parse_overrides, read_recipe
+from stream_r1.data.prompts import read_prompt_file
 from stream_r1.distill.settings import (
     Count,
     DistillSettings,
@@ -27,7 +28,6 @@ from stream_r1.models.text import WAN_NEGATIVE_PROMPT
 from stream_r1.watch.settings import WatchSettings
 
 FILM_PROMPTS = "film"
-_PROMPT_COLUMNS = ("prompt", "caption", "text")
 
 
 class ModelPaths(Settings):
@@ -112,7 +112,8 @@ class Recipe(DistillSettings):
     stream: how the student streams.
     reward: how the reward is run.
     text: how prompts are encoded.
-    prompts: see `read_prompts`.
+    prompts: a text file, one prompt a line, a .parquet file, or "film": the captions of the tiny world's
+        training shots.
     out: folder for checkpoints, metrics and the student.
     watch: what is watched, and where it goes.
     """
@@ -186,7 +187,8 @@ class InitRecipe(InitSettings):
     rollout: sizes, steps and shift count, the rest does not.
     pairs: the trajectories.
     text: how prompts are encoded.
-    prompts: see `read_prompts`.
+    prompts: a text file, one prompt a line, a .parquet file, or "film": the captions of the tiny world's
+        training shots.
     out: folder for checkpoints, metrics and the student.
     watch: what is watched, and where it goes.
     """
@@ -250,24 +252,11 @@ def load_any(path: str | Path, overrides: Sequence[str] = ()) -> Recipe | InitRe
     return recipe
 
 
-def locate(path: str | Path) -> Path:
-    """``path`` where the command runs, else below the project's root if it is there, else unchanged."""
-    path = Path(path)
-    if path.is_absolute() or path.exists():
-        return path
-    below = Path(__file__).resolve().parent.parent / path
-    return below if below.exists() else path
-
-
 def read_prompts(source: str) -> list[str]:
-    """Prompts of a recipe, empty ones left out.
-
-    Args:
-        source: a UTF-8 text file, one prompt a line; a .parquet file with a column "prompt", "caption" or
-            "text"; or "film": the captions of the tiny world's training shots.
+    """Prompts of a recipe: "film", the captions of the tiny world's training shots, or those of a file.
 
     Raises:
-        SettingsError: no such file, one that can't be read, or no prompt in it.
+        SettingsError: no such file, or one of no use; see `read_prompt_file`.
     """
     if source == FILM_PROMPTS:
         from stream_r1.data.film import load_shots
@@ -279,49 +268,40 @@ def read_prompts(source: str) -> list[str]:
             f"prompts: {source}: no such file; expected a text file, one prompt a line, a .parquet file or "
             f'"{FILM_PROMPTS}"'
         )
-    if path.suffix == ".parquet":
-        lines = _parquet_prompts(path)
-    else:
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise SettingsError(f"prompts: {source}: expected a text file in UTF-8: {error}") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise SettingsError(f"prompts: {source}: expected at least one prompt, got an empty file")
-    return prompts
+    return read_prompt_file(path)
 
 
-def _parquet_prompts(path: Path) -> list[str]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ModuleNotFoundError:
-        raise SettingsError(
-            f"prompts: {path}: a .parquet file needs the package pyarrow: pip install stream-r1[parquet]"
-        ) from None
-    try:
-        names = parquet.read_schema(path).names
-        column = next((name for name in _PROMPT_COLUMNS if name in names), None)
-        if column is None:
-            raise SettingsError(
-                f"prompts: {path}: expected a column {', '.join(_PROMPT_COLUMNS)}, got {', '.join(names)}"
-            )
-        values = parquet.read_table(path, columns=[column])[column].to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise SettingsError(f"prompts: {path}: not a readable .parquet file: {error}") from None
-    other = next((value for value in values if not isinstance(value, str | None)), None)
-    if other is not None:
-        raise SettingsError(f"prompts: {path}: {column}: expected text, got {other!r}")
-    return [value or "" for value in values]
+def locate(path: str | Path) -> Path:
+    """``path`` where the command runs, else below the project's root if it is there, else unchanged."""
+    path = Path(path)
+    if path.is_absolute() or path.exists():
+        return path
+    below = Path(__file__).resolve().parent.parent / path
+    return below if below.exists() else path
+
+
+_TRANSFORMERS = ("WanTransformer3DModel", "CausalWanTransformer")
+_CLASSES = {
+    "student": _TRANSFORMERS,
+    "teacher": _TRANSFORMERS[:1],
+    "critic": _TRANSFORMERS[:1],
+    "vae": ("AutoencoderKLWan",),
+}
 
 
 def _misfits(recipe: Recipe | InitRecipe) -> list[str]:
     """Combinations that cannot work, read off the models' configurations; no weight is loaded."""
+    configs = {name: _config(path) for name, path in recipe.models.model_dump(exclude={"text"}).items()}
+    problems = [
+        f"models.{name}: expected {' or '.join(_CLASSES[name])}, got {config['_class_name']}"
+        for name, config in configs.items()
+        if name in _CLASSES and config.get("_class_name", _CLASSES[name][0]) not in _CLASSES[name]
+    ]
+    if problems:
+        return problems
     student, teacher, vae, reward = (
-        _config(getattr(recipe.models, name, None)) for name in ("student", "teacher", "vae", "reward")
+        configs.get(name, {}) for name in ("student", "teacher", "vae", "reward")
     )
-    problems = []
     if student:
         student = student | recipe.stream.overrides()
         problems += _stream_misfits(recipe, student)

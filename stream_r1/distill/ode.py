@@ -7,10 +7,11 @@ predicts the end from such a state. Source: CausVid (2412.07772, section 4.3).
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -109,6 +110,7 @@ def make_ode_pairs(
     batch: int = 16,
     seed: int = 0,
     dtype: torch.dtype = torch.float16,
+    data: str = "",
     share: tuple[int, int] = (0, 1),
 ) -> Iterator[int]:
     """Writes trajectories to `folder`, `batch` to a file, and yields how many there are after each.
@@ -122,23 +124,25 @@ def make_ode_pairs(
         pairs: how many trajectories.
         latent_shape: (F, C, h, w).
         dtype: of the trajectories on disk.
+        data: tells other texts from these.
         share: (which, of how many): write only every so many-th file; processes that share the work make the
             files that one would make.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     device = next(teacher.parameters()).device
-    settings = repr(
-        {
-            "steps": list(map(float, steps)),
-            "solver_steps": solver_steps,
-            "guidance": guidance,
-            "order": order,
-            "seed": seed,
-            "batch": batch,
-            "texts": len(text),
-        }
-    )
+    settings: dict[str, Any] = {
+        "steps": list(map(float, steps)),
+        "solver_steps": solver_steps,
+        "guidance": guidance,
+        "order": order,
+        "seed": seed,
+        "batch": batch,
+        "texts": len(text),
+        "latent_shape": list(latent_shape),
+        "shift": schedule.shift,
+        "data": data,
+    }
     which, shares = share
     for start in range(which * batch, pairs, shares * batch):
         path = folder / f"pairs-{start:06d}.safetensors"
@@ -161,27 +165,43 @@ def make_ode_pairs(
             partial = path.with_suffix(".partial")
             tensors = {"trajectories": found.to("cpu", dtype).contiguous(), "text_index": index % len(text)}
             tensors["timesteps"] = torch.tensor(schedule.denoising_steps(steps))
-            save_file(tensors, partial, metadata={"settings": settings})
+            save_file(tensors, partial, metadata={"settings": json.dumps(settings)})
             os.replace(partial, path)
         yield start + count
 
 
-def _pairs_in(path: Path, settings: str) -> int:
+def _pairs_in(path: Path, settings: dict[str, Any]) -> int:
     """How many pairs a file holds, 0 if it is not there. Raises ValueError if it was made otherwise."""
     if not path.exists():
         return 0
     with safe_open(path, framework="pt") as file:
-        made_with = file.metadata()["settings"]
-        if made_with != settings:
-            raise ValueError(f"make_ode_pairs: {path} was made with {made_with}, expected {settings}")
+        made_with = json.loads(file.metadata()["settings"])
+        differing = [name for name, value in settings.items() if made_with.get(name) != value]
+        if differing:
+            told = [f"{name} = {made_with.get(name)!r}, this is {settings[name]!r}" for name in differing]
+            raise ValueError(
+                f"make_ode_pairs: folder: {path} was made with {'; '.join(told)}: "
+                "name another folder or remove it"
+            )
         return file.get_slice("text_index").get_shape()[0]
 
 
-def load_ode_pairs(folder: Path | str, text: Tensor) -> OdePairs:
-    """Reads what `make_ode_pairs` wrote for the same `text` [P, L, D]."""
-    files = [load_file(path) for path in sorted(Path(folder).glob("pairs-*.safetensors"))]
-    if not files:
+def load_ode_pairs(folder: Path | str, text: Tensor, *, data: str = "") -> OdePairs:
+    """Reads what `make_ode_pairs` wrote for the same `text` [P, L, D], told by the same `data`.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: a file was made of other texts.
+    """
+    paths = sorted(Path(folder).glob("pairs-*.safetensors"))
+    if not paths:
         raise FileNotFoundError(f"load_ode_pairs: no pairs-*.safetensors in {folder}")
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            made_with = json.loads(file.metadata()["settings"])
+        if (made_with["texts"], made_with["data"]) != (len(text), data):
+            raise ValueError(f"load_ode_pairs: folder: {path} was made of other prompts")
+    files = [load_file(path) for path in paths]
     trajectories = torch.cat([file["trajectories"] for file in files])
     index = torch.cat([file["text_index"] for file in files])
     return OdePairs(trajectories, index, text, files[0]["timesteps"])

@@ -245,7 +245,7 @@ class LoopSettings(Settings):
     """
 
     steps: Count = 1000
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     precision: Precision = "float32"
     max_skipped: Annotated[int, Field(ge=0)] = 5
     checkpoint_every: Count = 50

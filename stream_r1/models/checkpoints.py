@@ -142,6 +142,11 @@ def load_student(
         own = dict(config or {})
         head_dim = head_dim or own.get("attention_head_dim", 128)
         own |= infer_config(state, head_dim=head_dim, source=str(path))
+    if own.get("_class_name", "CausalWanTransformer") not in (
+        "CausalWanTransformer",
+        "WanTransformer3DModel",
+    ):
+        raise CheckpointError(f"{path}: expected a WanTransformer3DModel, got {own['_class_name']}")
     if adapter is not None:
         state = merge_adapter(state, adapter)
     own = {name: value for name, value in own.items() if name in known} | settings

@@ -178,6 +178,18 @@ def test_a_start_is_learnt_from_trajectories_that_processes_make_together(
     assert "data ode-pairs RECIPE makes them" in err
     assert [code for code, _, _ in launch(2, command, "data", "ode-pairs", str(path))] == [0, 0]
     assert len(list((tmp_path / "pairs").glob("pairs-*.safetensors"))) == 3
+    for override, told in (
+        ("rollout.height=8", "rollout.height: expected 4 as in"),
+        ("rollout.steps=[1000]", "rollout.steps, shifted: expected [1000.0, 833.3] as in"),
+        ("pairs.count=4", "has 3 of 4 trajectories"),
+        ("pairs.negative_prompt=blurred", "was made of other prompts"),
+    ):
+        code, _, err = command("train", str(path), f"out={tmp_path / 'other'}", override)
+        assert code == 2
+        assert told in err
+    code, _, err = command("data", "ode-pairs", str(path), "rollout.height=8")
+    assert code == 2
+    assert "was made with latent_shape = [6, 4, 4, 6], this is [6, 4, 8, 6]" in err
     begun = load_student(world / "student").state_dict()
     for kind in ("ode-init", "teacher-forcing"):
         out = tmp_path / kind

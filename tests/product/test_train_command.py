@@ -59,12 +59,16 @@ def test_check_shows_a_recipe_and_trains_nothing(world, tmp_path, capsys):
         ("stream.sink_ema=0.99 stream.sink_frames=0", "sink_frames equal to a chunk"),
         ("prompts=nowhere.txt", "nowhere.txt: no such file"),
         ("reward.fps=all", "expected no settings for the film's reward, got {'fps': 'all'}"),
+        ("models.student={world}/vae", "models.student: expected WanTransformer3DModel or Causal"),
+        ("models.vae={world}/student", "models.vae: expected AutoencoderKLWan, got CausalWan"),
+        ("seed=-1", "seed: expected greater than or equal to 0, got -1"),
+        ("seed=99999999999", "seed: expected less than 4294967296, got 99999999999"),
         ("reward.fps=-2", "reward.fps: expected greater than 0"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(world, tmp_path, capsys, override, told):
     out = tmp_path / "out"
-    assert run("train", world / "recipe.yaml", *override.split(), f"out={out}") == 2
+    assert run("train", world / "recipe.yaml", *override.format(world=world).split(), f"out={out}") == 2
     shown = capsys.readouterr()
     assert told in shown.err
     assert "Traceback" not in shown.err
