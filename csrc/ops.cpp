@@ -79,7 +79,7 @@ TORCH_LIBRARY(stream_r1, m) {
       tags);
 
   // [before | silu(RMSNorm(x) * weight)]: what a causal convolution reads. x [B, T, D], weight [D], before
-  // [B, P, D] -> [B, P + T, D]. CPU alone: elsewhere it is torch's ops.
+  // [B, P, D] -> [B, P + T, D].
   m.def("rms_norm_silu(Tensor x, Tensor weight, Tensor? before, float eps) -> Tensor", tags);
 
   // Pixel gradients [M, B, T, 3, H, W] -> [M, B, F, h, w] float32: channel norm, mean over a latent cell's

@@ -24,7 +24,6 @@ _SITUATIONS = {
     "heads of 256": replace(_ATTENTION, head_dim=256),
     "other ops": Call("gated_add", "cpu", torch.bfloat16),
 }
-_NEVER = {"cpu": "renew_sink_", "cuda": "rms_norm_silu"}  # what a backend has no kernel of
 
 
 def describe() -> str:
@@ -61,7 +60,7 @@ def _ops_table() -> list[str]:
             kernels = {"sdpa": ATTENTION_OPS, "reference": OPS, "triton": ATTENTION_OPS}.get(name)
             there = op in have.ops.get(name, ()) if kernels is None else op in kernels
             if kernels is None and name in why:  # not loaded: what it would have
-                there = op != _NEVER[name]
+                there = op != "renew_sink_" or name == "cuda"
             row.append("-" if not there else "no" if name in why else "yes")
         rows.append(row)
     return [*_aligned(rows), *(f"not {name}: {reason}" for name, reason in why.items())]

@@ -28,6 +28,7 @@ from stream_r1_kernels import (
     modulated_norm,
     qk_norm_rotary,
     region_saliency,
+    rms_norm_silu,
 )
 
 COMPILED = Path(__file__).parents[2] / "tests" / "cuda" / "compiled.tsv"
@@ -113,6 +114,7 @@ def _cases() -> list[tuple[str, Callable[[], object], bool]]:
     mask = ChunkMask(FRAME, CHUNK, window_frames=WINDOW - CHUNK, sink_frames=CHUNK)
     pixels = half(3, 1, 1 + 4 * (VIDEO - 1), 3, 480, 832)
     weights = torch.zeros(1, VIDEO, 1, *LATENT)
+    pixel = 480 * 832  # of a frame
     tokens, rows = f"{chunk} tokens", f"{chunk} x {WIDTH}"
     clip = f"{VIDEO} x 16 x {LATENT[0]} x {LATENT[1]}"
     student = latents.clone().requires_grad_()
@@ -126,6 +128,11 @@ def _cases() -> list[tuple[str, Callable[[], object], bool]]:
         (f"{rows}, keys into their slot", lambda: rotary(False, k_out=half(1, chunk, HEADS, HEAD)), False),
         (rows, lambda: norm(False), False),
         (rows, lambda: gate(False), False),
+        (
+            "4 x 480 x 832 of 96 channels, past of 2 frames",
+            lambda: rms_norm_silu(half(1, 4 * pixel, 96), half(96), half(1, 2 * pixel, 96), **cuda),
+            False,
+        ),
         (f"{LAYERS} layers, sink of {chunk} tokens, averaged and moved", renew, False),
         (
             f"{VIDEO * FRAME} tokens, {HEADS} heads of {HEAD}, window of {WINDOW} frames",

@@ -58,7 +58,7 @@ class ChunkWork:
 @contextmanager
 def as_on(device: Device) -> Iterator[None]:
     """Within it ops pick their backends as on that GPU, with the CUDA kernels built and Triton there."""
-    kernels = {"cuda": frozenset(dispatch.OPS) - {"rms_norm_silu"}, "triton": backends.TRITON_OPS}
+    kernels = {"cuda": frozenset(dispatch.OPS), "triton": backends.TRITON_OPS}
     build = dispatch.Build(kernels, DEFAULT_ARCHS.split(";"))
     describe = backends.describe_call
 

@@ -92,6 +92,19 @@ inline void check_norm_modulation(const char* op, const at::Tensor& x, const at:
                     " frames as shift, got ", scale.size(1));
 }
 
+// x [B, T, D], weight [D], before [B, P, D] in x's dtype.
+inline void check_rms_norm_silu(const at::Tensor& x, const at::Tensor& weight,
+                                const std::optional<at::Tensor>& before) {
+  TORCH_CHECK_VALUE(x.dim() == 3, "rms_norm_silu: x: expected shape [B, T, D], got ", x.sizes());
+  TORCH_CHECK_VALUE(weight.dim() == 1 && weight.size(0) == x.size(2),
+                    "rms_norm_silu: weight: expected shape [", x.size(2), "], got ", weight.sizes());
+  if (!before) return;
+  TORCH_CHECK_VALUE(before->dim() == 3 && before->size(0) == x.size(0) && before->size(2) == x.size(2),
+                    "rms_norm_silu: before: expected shape [", x.size(0), ", P, ", x.size(2), "], got ",
+                    before->sizes());
+  check_dtype("rms_norm_silu", "before", *before, "x", x);
+}
+
 // q, k [B, T, H * D], weights [H * D], cos, sin [T, D / 2].
 inline void check_rotary(const at::Tensor& q, const at::Tensor& k, const at::Tensor& q_weight,
                          const at::Tensor& k_weight, const at::Tensor& cos, const at::Tensor& sin,

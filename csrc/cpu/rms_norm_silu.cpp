@@ -2,6 +2,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "common/checks.h"
 #include "cpu/rms_norm_silu_kernel.h"
 #include "cpu/tensors.h"
 
@@ -12,17 +13,8 @@ using at::Tensor;
 
 Tensor rms_norm_silu_cpu(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& before_,
                          double eps) {
-  TORCH_CHECK_VALUE(x_.dim() == 3, "rms_norm_silu: x: expected shape [B, T, D], got ", x_.sizes());
+  check_rms_norm_silu(x_, weight_, before_);
   const int64_t batch = x_.size(0), tokens = x_.size(1), width = x_.size(2);
-  TORCH_CHECK_VALUE(weight_.dim() == 1 && weight_.size(0) == width, "rms_norm_silu: weight: expected shape [",
-                    width, "], got ", weight_.sizes());
-  if (before_) {
-    TORCH_CHECK_VALUE(before_->dim() == 3 && before_->size(0) == batch && before_->size(2) == width,
-                      "rms_norm_silu: before: expected shape [", batch, ", P, ", width, "], got ",
-                      before_->sizes());
-    TORCH_CHECK_TYPE(before_->scalar_type() == x_.scalar_type(), "rms_norm_silu: before: expected ",
-                     x_.scalar_type(), " as x, got ", before_->scalar_type());
-  }
   const Tensor x = with_dense_rows(x_), weight = contiguous_float(weight_);
   const Tensor before = before_ ? with_dense_rows(*before_) : x.narrow(1, 0, 0);
   Tensor out = at::empty({batch, before.size(1) + tokens, width}, x.options());

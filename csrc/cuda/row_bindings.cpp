@@ -1,4 +1,4 @@
-// qk_norm_rotary, modulated_norm and gated_add on CUDA: checks, allocation and registration.
+// qk_norm_rotary, modulated_norm, gated_add and rms_norm_silu on CUDA: checks, allocation and registration.
 
 #include <ATen/ATen.h>
 #include <torch/library.h>
@@ -8,6 +8,7 @@
 #include "cuda/gated_add.h"
 #include "cuda/modulated_norm.h"
 #include "cuda/qk_norm_rotary.h"
+#include "cuda/rms_norm_silu.h"
 #include "cuda/tensors.h"
 
 namespace stream_r1::cuda {
@@ -26,6 +27,11 @@ Tensor add_parts(const char* op, const Tensor& sums, at::IntArrayRef shape, cons
   return out;
 }
 
+// Kernels read weights in float32, bfloat16 and float16.
+Tensor read_by_kernels(const Tensor& weight) {
+  return weight.scalar_type() == at::kDouble ? weight.to(at::kFloat) : weight.contiguous();
+}
+
 // --- qk_norm_rotary ---
 
 // The arguments of a launch, and what they point into.
@@ -36,7 +42,7 @@ struct Rotary {
   Rotary(const Tensor& q, const Tensor& k, const Tensor& q_weight, const Tensor& k_weight, const Tensor& cos_,
          const Tensor& sin_, int64_t heads, double eps)
       : x{with_dense_rows(q), with_dense_rows(k)},
-        weight{floats(q_weight), floats(k_weight)},
+        weight{read_by_kernels(q_weight), read_by_kernels(k_weight)},
         cos(cos_.to(at::kFloat).contiguous()),
         sin(sin_.to(at::kFloat).contiguous()) {
     check_rotary(q, k, q_weight, k_weight, cos, sin, heads);
@@ -55,11 +61,6 @@ struct Rotary {
       side.x_token = x[i].stride(1);
       side.weight = source(weight[i]);
     }
-  }
-
-  // The kernels read float32, bfloat16 and float16.
-  static Tensor floats(const Tensor& weight) {
-    return weight.scalar_type() == at::kDouble ? weight.to(at::kFloat) : weight.contiguous();
   }
 
   void set_heads(int i, const Tensor& y) {
@@ -243,6 +244,34 @@ std::tuple<Tensor, Tensor> gated_add_backward(const Tensor& grad_out_, const Ten
   return {grad_y, add_parts(op, sums, gate.sizes(), gate, device.stream)};
 }
 
+// --- rms_norm_silu ---
+
+Tensor rms_norm_silu(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& before_,
+                     double eps) {
+  check_rms_norm_silu(x_, weight_, before_);
+  const OnDevice device(x_);
+  const Tensor x = with_dense_rows(x_), weight = read_by_kernels(weight_);
+  const Tensor before = before_ ? with_dense_rows(*before_) : x.narrow(1, 0, 0);
+  RmsNormSiluArgs args{};
+  args.x = x.const_data_ptr();
+  args.x_batch = x.stride(0);
+  args.x_token = x.stride(1);
+  args.weight = source(weight);
+  args.before = before.const_data_ptr();
+  args.before_batch = before.stride(0);
+  args.before_token = before.stride(1);
+  args.batch = x.size(0);
+  args.leading = before.size(1);
+  args.tokens = x.size(1);
+  args.width = static_cast<int32_t>(x.size(2));
+  args.eps = static_cast<float>(eps);
+  args.element = element_of(x);
+  Tensor out = at::empty({x.size(0), before.size(1) + x.size(1), x.size(2)}, x.options());
+  args.out = out.mutable_data_ptr();
+  check_launch("rms_norm_silu", launch_rms_norm_silu(args, device.stream));
+  return out;
+}
+
 }  // namespace
 }  // namespace stream_r1::cuda
 
@@ -254,4 +283,5 @@ TORCH_LIBRARY_IMPL(stream_r1, STREAM_R1_CUDA_KEY, m) {
   m.impl("modulated_norm_backward", stream_r1::cuda::modulated_norm_backward);
   m.impl("gated_add", stream_r1::cuda::gated_add);
   m.impl("gated_add_backward", stream_r1::cuda::gated_add_backward);
+  m.impl("rms_norm_silu", stream_r1::cuda::rms_norm_silu);
 }

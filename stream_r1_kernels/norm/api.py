@@ -69,7 +69,7 @@ def rms_norm_silu(
         weight: [D], any floating-point dtype.
         before: [B, P, D] in x's dtype.
         eps: added to the mean square, >= 0.
-        backend: "auto", "cpu" or "reference"; an explicit choice never falls back.
+        backend: "auto", "cpu", "cuda" or "reference"; an explicit choice never falls back.
 
     Returns:
         [B, P + T, D] in x's dtype, contiguous. Differentiable in x, weight and before.

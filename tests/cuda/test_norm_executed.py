@@ -8,7 +8,11 @@ import torch
 from machine import Machine
 from torch import Tensor
 
-from stream_r1_kernels.norm.reference import gated_add_reference, modulated_norm_reference
+from stream_r1_kernels.norm.reference import (
+    gated_add_reference,
+    modulated_norm_reference,
+    rms_norm_silu_reference,
+)
 
 SHAPES = [
     (1, 1, 1, 1),  # one element
@@ -104,6 +108,50 @@ def test_gated_add(
         exact.assert_close(a, b, c)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight_dtype", [None, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("batch", "leading", "tokens", "width"),
+    [
+        (1, 1, 1, 1),
+        (2, 3, 7, 33),  # odd in every way; a row of the past and one to norm in a warp
+        (2, 0, 5, 96),  # Wan's narrowest: two rows a warp
+        (1, 4, 9, 384),  # its widest: more than a pack a lane
+        (2, 2, 20, 8),  # 32 rows a warp
+    ],
+)
+def test_rms_norm_silu(
+    machine: Machine,
+    batch: int,
+    leading: int,
+    tokens: int,
+    width: int,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype | None,
+) -> None:
+    torch.manual_seed(0)
+    x = (3 * torch.randn(batch, tokens, 2 * width)).to(dtype)[:, :, :width]
+    before = torch.randn(batch, leading, width).to(dtype)
+    weight = (1 + torch.randn(width)).to(weight_dtype or dtype)
+    for past in (before, None):
+        out = machine.run("rms_norm_silu", x, weight, past, 1e-6)
+        exact_past = None if past is None else past.double()
+        true = rms_norm_silu_reference(x.double(), weight.double(), exact_past, 1e-6)
+        exact.assert_close(out, true, rms_norm_silu_reference(x, weight, past, 1e-6))
+        if past is not None:
+            assert torch.equal(out[:, :leading], before)
+
+
+def test_rms_norm_silu_keeps_what_is_not_finite_in_its_row(machine: Machine) -> None:
+    x, before = torch.randn(1, 4, 16), torch.randn(1, 2, 16)
+    x[0, 1, 3], x[0, 2], before[0, 0, 5] = float("nan"), 0.0, float("inf")
+    out = machine.run("rms_norm_silu", x, torch.ones(16), before, 1e-24)
+    assert torch.equal(out[:, :2], before)
+    assert out[0, 3].isnan().all()
+    assert torch.equal(out[0, 4], torch.zeros(16))
+    assert out[0, [2, 5]].isfinite().all()
+
+
 def test_no_tokens(machine: Machine) -> None:
     x, scale = torch.randn(2, 0, 8), torch.randn(2, 1, 8)
     out, mean, rstd = machine.run("modulated_norm", x, scale, scale, 1e-6)
@@ -112,6 +160,9 @@ def test_no_tokens(machine: Machine) -> None:
     assert torch.equal(grad_shift, torch.zeros_like(scale))
     assert torch.equal(grad_scale, torch.zeros_like(scale))
     assert torch.equal(machine.run("gated_add_backward", x, x, scale)[1], torch.zeros_like(scale))
+    before = torch.randn(2, 3, 8)
+    assert torch.equal(machine.run("rms_norm_silu", x, scale[0, 0], before, 1e-6), before)
+    assert machine.run("rms_norm_silu", x, scale[0, 0], None, 1e-6).shape == x.shape
 
 
 def test_the_order_of_warps_does_not_matter(machine: Machine) -> None:

@@ -20,7 +20,11 @@ from stream_r1_kernels import ChunkMask, RotaryGrid
 from stream_r1_kernels.attention.reference import dense_attention
 from stream_r1_kernels.cache import renew_sink_
 from stream_r1_kernels.dmd.reference import dmd_loss_reference
-from stream_r1_kernels.norm.reference import gated_add_reference, modulated_norm_reference
+from stream_r1_kernels.norm.reference import (
+    gated_add_reference,
+    modulated_norm_reference,
+    rms_norm_silu_reference,
+)
 from stream_r1_kernels.rotary.reference import norm_rotary
 from stream_r1_kernels.saliency.reference import intra_weights_reference, region_saliency_reference
 
@@ -93,6 +97,15 @@ def norm(machine: Machine, seed: int) -> None:
     out = machine.run("modulated_norm", x, shift, scale, 1e-6, seed=seed)[0]
     true = modulated_norm_reference(x.double(), shift.double(), scale.double(), 1e-6)
     exact.assert_close(out, true, modulated_norm_reference(x, shift, scale, 1e-6))
+
+
+def silu(machine: Machine, seed: int) -> None:
+    torch.manual_seed(seed)
+    x, before = 3 * torch.randn(2, 5, 96).bfloat16(), torch.randn(2, 3, 96).bfloat16()
+    weight = 1 + torch.randn(96)
+    out = machine.run("rms_norm_silu", x, weight, before, 1e-6, seed=seed)
+    true = rms_norm_silu_reference(x.double(), weight.double(), before.double(), 1e-6)
+    exact.assert_close(out, true, rms_norm_silu_reference(x, weight, before, 1e-6))
 
 
 def gate(machine: Machine, seed: int) -> None:
@@ -174,6 +187,7 @@ KERNELS = {
         "norm_rotary_grad_x_fp32", "qk_norm_rotary", "NormRotaryArgs", "norm_rotary_grad_x<float>"
     ),
     norm: kernel("modulated_norm_bf16", "modulated_norm", "ModulatedNormArgs", "modulated_norm<Bf16>"),
+    silu: kernel("rms_norm_silu_bf16", "rms_norm_silu", "RmsNormSiluArgs", "rms_norm_silu<Bf16>"),
     gate: kernel("gated_add_bf16", "gated_add", "GatedAddArgs", "gated_add<Bf16, Bf16>"),
     gate_backward: kernel(
         "gated_add_backward_bf16", "gated_add", "GatedAddArgs", "gated_add_backward<Bf16, Bf16>"
@@ -200,6 +214,7 @@ class Fault:
 
 A, R, C, S, D = (f"cuda/{name}.cuh" for name in ("attention", "rows", "column_sums", "saliency", "dmd"))
 QK, N, G, K = (f"cuda/{name}.cuh" for name in ("qk_norm_rotary", "modulated_norm", "gated_add", "sink"))
+RMS = "cuda/rms_norm_silu.cuh"
 
 FAULTS = [
     Fault(
@@ -279,6 +294,8 @@ FAULTS = [
         "frame = t / (args.tokens / args.frames)",
         "frame = t % args.frames",
     ),
+    Fault("rows without a sum over their lanes", silu, RMS, "int mask = lanes / 2", "int mask = lanes / 4"),
+    Fault("the past taken for rows to norm", silu, RMS, "copied = t < 0", "copied = t < -1"),
     Fault("phases of the wrong head", rotary, QK, "row[(i + 2 * j) % head_dim / 2]", "row[i % head_dim / 2]"),
     Fault("a gradient rotated forwards", rotary_backward, QK, "cos, sin, -1.f)", "cos, sin, 1.f)"),
     Fault("no barrier between the stages of a column sum", gate_backward, C, "__syncthreads();", ""),
