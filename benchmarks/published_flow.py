@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from stream_r1.models.blocks import Block, time_sinusoid
-from stream_r1.models.transformer import CausalWanTransformer, TextContext
+from stream_r1.models.contexts import TextContext
+from stream_r1.models.transformer import CausalWanTransformer
 
 
 class PublishedFlow:

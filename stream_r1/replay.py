@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stream_r1.models.checkpoints import student_from_state
-from stream_r1.models.transformer import CausalWanTransformer, TextContext
+from stream_r1.models.contexts import TextContext
+from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.models.weight_names import normalise
 
 PASSES = 5  # calls a chunk; the last one leaves the keys and values that later chunks see

@@ -80,7 +80,8 @@ class Sharding:
         if isinstance(model, CausalWanTransformer):
             for block in model.blocks:
                 register_fsdp_forward_method(block, "text_keys_values")
-            for method in ("encode_text", "forward_chunk"):
+                register_fsdp_forward_method(block, "modulation")
+            for method in ("encode_text", "encode_time", "forward_chunk"):
                 register_fsdp_forward_method(model, method)
 
 

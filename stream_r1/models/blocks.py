@@ -180,6 +180,10 @@ class Block(nn.Module):
         k = attn.norm_k.normalise(attn.to_k(text), self.eps)
         return attn.split_heads(k), attn.split_heads(attn.to_v(text))
 
+    def modulation(self, time: Tensor) -> Tensor:
+        """The projected time embedding [B, F, 6, D] -> shifts, scales and gates of this block, as it."""
+        return self.scale_shift_table.unsqueeze(0) + time.to(self.scale_shift_table.dtype)
+
     def forward(
         self,
         x: Tensor,
@@ -191,14 +195,18 @@ class Block(nn.Module):
         mask: ChunkMask | None = None,
         past: Past | None = None,
         slot: FreshSlot | None = None,
+        modulated: bool = False,
     ) -> Tensor:
         """`x` [B, T, D], `time` [B, F, 6, D] (F may be 1), rotary phases [T, D / H / 2] -> [B, T, D].
+
+        `modulated`: `time` is what `modulation` made of it.
 
         Self-attention follows `mask` over the sequence, or runs on `slot` (sampling: keys and values are
         written there), or sees `past` and itself (training); with none of them every token sees every token.
         """
-        table = self.scale_shift_table.unsqueeze(0) + time.to(self.scale_shift_table.dtype)
-        shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(2)  # [B, F, D] each
+        # The class's own function: a block of a divided model has its weights now, and would let them go again.
+        time = time if modulated else Block.modulation(self, time)
+        shift1, scale1, gate1, shift2, scale2, gate2 = time.unbind(2)  # [B, F, D] each
 
         attended = self.self_attention(
             modulated_norm(x, shift1, scale1, eps=self.eps), cos, sin, mask, past, slot

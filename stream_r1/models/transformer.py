@@ -8,7 +8,7 @@ ours load there. With one chunk over all frames the two compute the same.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -17,32 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stream_r1.models.blocks import Block, ConditionEmbedder, FreshSlot
+from stream_r1.models.contexts import TextContext, TimeContext
 from stream_r1_kernels import ChunkCache, ChunkMask, RotaryGrid, modulated_norm
 
 # Parts that stay float32 when a model is loaded in half precision, as in diffusers.
 FLOAT32_PARTS = ["time_embedder", "scale_shift_table", "norm2"]
 REPEATED = ["Block"]
-
-
-class TextContext(NamedTuple):
-    """A prompt as the student reads it: cross-attention keys and values of every layer, [B, L, H, D / H]."""
-
-    k: tuple[Tensor, ...]
-    v: tuple[Tensor, ...]
-
-    @property
-    def batch(self) -> int:
-        return self.k[0].shape[0]
-
-    def detach(self) -> TextContext:
-        return TextContext(tuple(k.detach() for k in self.k), tuple(v.detach() for v in self.v))
-
-    def expand(self, batch: int) -> TextContext:
-        """One prompt for `batch` samples, without copying."""
-        return TextContext(
-            tuple(k.expand(batch, -1, -1, -1) for k in self.k),
-            tuple(v.expand(batch, -1, -1, -1) for v in self.v),
-        )
 
 
 class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -155,6 +135,19 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         k, v = zip(*(block.text_keys_values(text) for block in self.blocks), strict=True)
         return TextContext(k, v)
 
+    def encode_time(self, t: Tensor) -> TimeContext:
+        """Timesteps [B, F] or [B], in [0, 1000], as every layer reads them: once for all passes at them.
+
+        Raises:
+            ValueError: another shape.
+        """
+        if t.ndim not in (1, 2):
+            raise ValueError(f"CausalWanTransformer.encode_time: t must be [B] or [B, F], got {t.ndim} dims")
+        t = t if t.ndim == 2 else t.unsqueeze(1)
+        embedding, time = self.condition_embedder.time(t, self.patch_embedding.weight.dtype)
+        blocks = tuple(block.modulation(time) for block in self.blocks)
+        return TimeContext(blocks, self._head_modulation(embedding))
+
     def forward(
         self,
         x: Tensor,
@@ -213,16 +206,23 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             h = self._run(block, h, time, text_k, text_v, cos, sin, mask)
         if clean_x is not None:
             h, embedding = h[:, h.shape[1] // 2 :], embedding[:, frames:]
-        return self._head(h, embedding, rows, columns).to(x.dtype)
+        return self._head(h, self._head_modulation(embedding), rows, columns).to(x.dtype)
 
     def forward_chunk(
-        self, x: Tensor, t: Tensor, text: TextContext | Tensor, cache: ChunkCache, *, write: bool = True
+        self,
+        x: Tensor,
+        t: Tensor | TimeContext,
+        text: TextContext | Tensor,
+        cache: ChunkCache,
+        *,
+        write: bool = True,
     ) -> Tensor:
         """The velocity of the chunk that comes next in a stream.
 
         Args:
             x: noisy latents [B, cache.frames, C, h, w].
-            t: timesteps in [0, 1000], [B, f] or [B] (cheaper where a chunk has one).
+            t: timesteps in [0, 1000], [B, f] or [B] (cheaper where a chunk has one); or what `encode_time`
+                made of them, where many passes share them.
             text: as for `forward`; pass a `TextContext`, so that it is computed once.
             cache: from `new_cache`. `cache.begin_chunk()` runs if it has not; `cache.commit()` is the
                 caller's.
@@ -242,7 +242,7 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return self._chunk(x, t, text, cache, False)
 
     def _chunk(
-        self, x: Tensor, t: Tensor, text: TextContext | Tensor, cache: ChunkCache, write: bool
+        self, x: Tensor, t: Tensor | TimeContext, text: TextContext | Tensor, cache: ChunkCache, write: bool
     ) -> Tensor:
         batch, frames, rows, columns = self._check_latents("forward_chunk", x)
         if (batch, frames, rows, columns) != (cache.batch, cache.frames, cache.rows, cache.columns):
@@ -254,18 +254,24 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         text = self._as_context("forward_chunk", text, batch)
         cos, sin = cache.positions()
         h = self._patchify(x)
-        embedding, time = self.condition_embedder.time(
-            self._per_frame_t("forward_chunk", t, batch, frames), h.dtype
-        )
+        if modulated := isinstance(t, TimeContext):
+            times, head = list(t.blocks), t.head
+            t.check("CausalWanTransformer.forward_chunk", len(self.blocks), batch, frames)
+        else:
+            t = self._per_frame_t("forward_chunk", t, batch, frames)
+            embedding, time = self.condition_embedder.time(t, h.dtype)
+            times, head = [time] * len(self.blocks), self._head_modulation(embedding)
         snapshot = torch.is_grad_enabled()
-        for block, layer, text_k, text_v in zip(self.blocks, cache.layers, text.k, text.v, strict=True):
+        for block, time, layer, text_k, text_v in zip(
+            self.blocks, times, cache.layers, text.k, text.v, strict=True
+        ):
             if write:
                 slot = FreshSlot(*layer.slot(), layer.past(holds_fresh=True))
-                h = block(h, time, text_k, text_v, cos, sin, None, None, slot)
+                h = block(h, time, text_k, text_v, cos, sin, None, None, slot, modulated)
             else:
                 past = layer.past(holds_fresh=False, copy=snapshot)
-                h = self._run(block, h, time, text_k, text_v, cos, sin, None, past)
-        return self._head(h, embedding, rows, columns).to(x.dtype)
+                h = self._run(block, h, time, text_k, text_v, cos, sin, None, past, None, modulated)
+        return self._head(h, head, rows, columns).to(x.dtype)
 
     def new_cache(
         self,
@@ -346,10 +352,14 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         patches = x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)  # [B, T, C * patch]
         return functional.linear(patches, conv.weight.flatten(1), conv.bias)
 
-    def _head(self, h: Tensor, embedding: Tensor, rows: int, columns: int) -> Tensor:
-        """Tokens [B, T, D] and the time embedding [B, F, D] -> [B, F, C, h, w]."""
+    def _head_modulation(self, embedding: Tensor) -> Tensor:
+        """The time embedding [B, F, D] -> shift and scale of the head, [B, F, 2, D]."""
         table = self.scale_shift_table.unsqueeze(0)
-        shift, scale = (table + embedding.unsqueeze(2).to(table.dtype)).unbind(2)
+        return table + embedding.unsqueeze(2).to(table.dtype)
+
+    def _head(self, h: Tensor, modulation: Tensor, rows: int, columns: int) -> Tensor:
+        """Tokens [B, T, D] and the head's modulation [B, F, 2, D] -> [B, F, C, h, w]."""
+        shift, scale = modulation.unbind(2)
         patches = self.proj_out(modulated_norm(h, shift, scale, eps=self.config["eps"]))
         _, patch_rows, patch_columns = self.patch_embedding.kernel_size
         patches = patches.unflatten(2, (patch_rows, patch_columns, -1)).unflatten(1, (-1, rows, columns))
@@ -387,9 +397,4 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def _as_context(self, where: str, text: TextContext | Tensor, batch: int) -> TextContext:
         # The class's own function: a model in parts has its weights already, and would let them go again.
         context = text if isinstance(text, TextContext) else CausalWanTransformer.encode_text(self, text)
-        if len(context.k) != len(self.blocks) or context.batch not in (1, batch):
-            raise ValueError(
-                f"CausalWanTransformer.{where}: text must have {len(self.blocks)} layers and batch 1 or "
-                f"{batch}, got {len(context.k)} layers and batch {context.batch}"
-            )
-        return context if context.batch == batch else context.expand(batch)
+        return context.fitting(f"CausalWanTransformer.{where}", len(self.blocks), batch)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stream_r1.models.transformer import CausalWanTransformer, TextContext
+from stream_r1.models.contexts import TextContext
+from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1_kernels import ChunkCache
 
 Replay = Callable[[], Tensor]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from stream_r1.models.autoencoder import VideoAutoencoder
+from stream_r1.models.contexts import TimeContext
 from stream_r1.models.text import TextEncoder
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.sampling.graphs import PassGraphs, refuse_graphs
@@ -231,6 +232,7 @@ class Stream(Iterator[Chunk]):
         self._batch = len(embeds)
         self._shape = (self._student.config["in_channels"], *size)
         self._decoder = None if sampler.decoder is None else sampler.decoder.stream_decoder(self._batch)
+        self._times: dict[float, TimeContext] = {}  # by timestep: every chunk has the same ones
         self._uncommitted: Tensor | None = None  # the last chunk's x0, until its clean pass
         self._cache_seconds = 0.0  # of clean passes since the last chunk
         max_frames = None
@@ -336,8 +338,10 @@ class Stream(Iterator[Chunk]):
     def _run(self, x: Tensor, t: float) -> Tensor:
         if self._graphs is not None:
             return self._graphs.run(x, t)
-        timestep = torch.full((self._batch,), float(t), device=self._device)
-        return self._student.forward_chunk(x, timestep, self._text, self.cache, write=True)
+        if t not in self._times:
+            timestep = torch.full((self._batch,), float(t), device=self._device)
+            self._times[t] = self._student.encode_time(timestep)
+        return self._student.forward_chunk(x, self._times[t], self._text, self.cache, write=True)
 
     def _since(self, start: float) -> float:
         if self._device.type == "cuda":

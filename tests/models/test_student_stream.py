@@ -282,6 +282,28 @@ def test_positions_have_no_end(settings):
     assert (outputs[11] - outputs[0]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_timesteps_read_once_are_the_same_timesteps(dtype):
+    student = make_student(window_frames=9, sink_frames=3).to(dtype)
+    noisy, _, embeds = make_inputs(1)
+    text, cache = student.encode_text(embeds.to(dtype)), student.new_cache(2, 4, 6)
+    for t in (torch.tensor([700.0, 20.0]), torch.tensor([[700.0, 20.0, 937.5], [0.0, 1.0, 2.0]])):
+        times = student.encode_time(t)
+        for write in (True, False):
+            expected = student.forward_chunk(noisy[0], t, text, cache, write=write)
+            got = student.forward_chunk(noisy[0], times, text, cache, write=write)
+            assert torch.equal(got, expected)
+    got.square().mean().backward()
+    assert student.condition_embedder.time_proj.weight.grad.abs().sum() > 0
+    assert student.scale_shift_table.grad.abs().sum() > 0
+
+    for wrong in (torch.zeros(1), torch.zeros(2, 2)):
+        with pytest.raises(ValueError, match="t must have 2 layers, batch 2 and 1 or 3 frames, got 2 layers"):
+            student.forward_chunk(noisy[0], student.encode_time(wrong), text, cache)
+    with pytest.raises(ValueError, match=r"encode_time: t must be \[B\] or \[B, F\], got 0 dims"):
+        student.encode_time(torch.tensor(3.0))
+
+
 @torch.no_grad()
 def test_compiles_as_one_graph_and_not_again_along_a_stream():
     student = make_student(window_frames=9, sink_frames=3, sink_ema=0.9, positions="window", num_layers=1)
