@@ -1,7 +1,11 @@
 """Triton's attention, forward and backward: what Triton compiles for sm_80 now, run on real tensors, against
-float64."""
+float64. STREAM_R1_EXAMPLES=300 draws that many masks instead of a few.
+"""
 
 from __future__ import annotations
+
+import os
+import random
 
 import exact
 import pytest
@@ -150,11 +154,32 @@ MASKS = [
 
 @pytest.mark.parametrize(("mask", "frames"), MASKS)
 def test_chunk_attention(triton_machine: TritonMachine, mask: ChunkMask, frames: int) -> None:
+    check_mask(triton_machine, mask, frames, heads=2, seed=frames)
+
+
+def draw_mask(draw: random.Random) -> tuple[ChunkMask, int]:
+    """Any mask, and frames for it."""
+    tokens, chunk, first = draw.choice([3, 7, 16, 20, 33]), draw.randint(1, 4), draw.choice([None, 1, 2, 5])
+    window = draw.choice([None, *(max(chunk, first or 0) + more for more in (0, 1, 2, 5))])
+    mask = ChunkMask(tokens, chunk, window, draw.choice([0, 1, 2, 3, 6]), first, draw.random() < 0.5)
+    return mask, draw.randint(1, min(12, 250 // tokens))
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("STREAM_R1_EXAMPLES", "6"))))
+def test_any_mask(triton_machine: TritonMachine, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """In smaller blocks than `CONFIGS`, of which a chunk has several."""
+    for name in ("forward", "grad_queries", "grad_keys"):
+        small = {8: triton_attention.Config(32, 32, 2, 2)}
+        monkeypatch.setitem(triton_attention.CONFIGS, (name, 64), small)
+    check_mask(triton_machine, *draw_mask(random.Random(seed)), heads=1, seed=seed)
+
+
+def check_mask(machine: TritonMachine, mask: ChunkMask, frames: int, *, heads: int, seed: int) -> None:
     torch.manual_seed(0)
     tokens = frames * mask.tokens_per_frame * (2 if mask.teacher_forcing else 1)
-    inputs = fused(1, tokens, 2, 64, BF16)
-    upstream = [torch.randn(1, tokens, 2, 64).to(BF16), torch.zeros(1, 2, tokens)]
-    with triton_machine.running(seed=frames):
+    inputs = fused(1, tokens, heads, 64, BF16)
+    upstream = [torch.randn(1, tokens, heads, 64).to(BF16), torch.zeros(1, heads, tokens)]
+    with machine.running(seed=seed, early_copies=seed % 3 == 2):
         out = triton_attention.chunk_attention(*inputs, mask, 0.125)
         grads = torch.autograd.grad(out, inputs, upstream[0])
     n = mask.tokens_per_frame

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from ptx_executor import Kernel, Module
 from stream_r1_kernels.attention import triton_attention, triton_kernels
+
+CACHE = Path(__file__).parents[2] / "build/triton"
 
 
 class _Driver:
@@ -42,7 +44,9 @@ def target(capability: int) -> Iterator[None]:
     before = config._active
     config.set_active(_Driver(capability))
     try:
-        yield
+        with triton.knobs.cache.scope():
+            triton.knobs.cache.dir = str(CACHE)
+            yield
     finally:
         config._active = before
 
@@ -117,7 +121,3 @@ class TritonMachine:
             **self._options,
         )
         self.launches.append(Launch(executable.name, grid, report.instructions))
-
-
-def rows(x: Tensor) -> triton_kernels.Rows:
-    return triton_kernels.Rows(x, *x.stride()[:3])
