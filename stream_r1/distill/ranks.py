@@ -193,6 +193,13 @@ def _start(settings: DistributedSettings) -> Ranks:
             )
         torch.cuda.set_device(local)
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if os.environ["MASTER_PORT"] == "0":  # torchrun hands it on as it is, and nobody ever listens there
+        if os.environ["RANK"] != "0":
+            raise SystemExit(2)
+        raise ValueError(
+            "MASTER_PORT: expected the port that rank 0 listens at, got 0 (torchrun --standalone finds a "
+            "free one; else name it: --master-port 29500)"
+        )
     timeout = timedelta(minutes=settings.timeout_minutes)
     store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
     dist.init_process_group(

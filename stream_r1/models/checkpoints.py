@@ -15,11 +15,12 @@ from stream_r1.models.transformer import FLOAT32_PARTS, CausalWanTransformer
 from stream_r1.models.weight_files import CheckpointError, read_config, read_tensors, some
 from stream_r1.models.weight_names import BLOCK_NAME, normalise
 
+_TIME = "condition_embedder.time_embedder.linear_1.weight"
 _TELLING = {  # weights that tell sizes, and their dimensions
     "patch_embedding.weight": 5,
     "proj_out.weight": 2,
     "condition_embedder.text_embedder.linear_1.weight": 2,
-    "condition_embedder.time_embedder.linear_1.weight": 2,
+    _TIME: 2,
     "blocks.0.ffn.net.0.proj.weight": 2,
 }
 
@@ -50,6 +51,8 @@ def infer_config(
             got = list(state[name].shape)
             raise CheckpointError(f"{source}: expected {name} with {dims} dimensions, got {got}")
     patches, head, text, time, ffn = (state[name].shape for name in _TELLING)
+    if time[1] % 2:
+        raise CheckpointError(f"{source}: expected {_TIME} with an even width, got {list(time)}")
     dim, in_channels, patch_frames, patch_rows, patch_columns = patches
     if head_dim < 1 or dim % head_dim:
         raise CheckpointError(f"{source}: head_dim must divide the width {dim}, got {head_dim}")
@@ -142,11 +145,6 @@ def load_student(
         own = dict(config or {})
         head_dim = head_dim or own.get("attention_head_dim", 128)
         own |= infer_config(state, head_dim=head_dim, source=str(path))
-    if own.get("_class_name", "CausalWanTransformer") not in (
-        "CausalWanTransformer",
-        "WanTransformer3DModel",
-    ):
-        raise CheckpointError(f"{path}: expected a WanTransformer3DModel, got {own['_class_name']}")
     if adapter is not None:
         state = merge_adapter(state, adapter)
     own = {name: value for name, value in own.items() if name in known} | settings

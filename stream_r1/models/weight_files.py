@@ -20,6 +20,7 @@ from torch import Tensor
 
 NETWORKS = ("generator_ema", "generator", "critic")
 
+_CLASSES = ("CausalWanTransformer", "WanTransformer3DModel")
 _DIFFUSERS = "diffusion_pytorch_model"
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
@@ -60,11 +61,18 @@ def model_folder(path: Path) -> Path:
 
 
 def read_config(path: Path) -> dict[str, Any] | None:
-    """The settings in a model folder's `config.json`; None for a file or a folder without one."""
+    """The settings in a student's `config.json`; None for a file or a folder without one.
+
+    Raises:
+        CheckpointError: it is another kind of model's.
+    """
     file = model_folder(path) / "config.json"
     if not file.is_file():
         return None
     config = json.loads(file.read_text(encoding="utf-8"))
+    kind = config.get("_class_name", _CLASSES[0])
+    if kind not in _CLASSES:
+        raise CheckpointError(f"{file}: expected _class_name {' or '.join(_CLASSES)}, got {kind}")
     return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
@@ -122,7 +130,9 @@ def read_file(path: Path) -> dict[str, Any]:
         # Mapped, not read: of three networks one is wanted. Files of an old torch are no archives.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # torch's own words on what it will not unpickle are advice to run it.
+        torchs = isinstance(error, pickle.UnpicklingError) or not str(error)
+        reason = "damaged, or holds more than tensors" if torchs else str(error).splitlines()[0]
         raise CheckpointError(f"{path}: expected tensors, readable without running code; {reason}") from None
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: expected a state dict, got {type(content).__name__}")

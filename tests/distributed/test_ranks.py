@@ -134,6 +134,19 @@ def test_a_run_ends_with_one_message(what: str, told: str) -> None:
     assert "SystemExit(2)" in str(silent)
 
 
+def _join_at_port_0(chosen: Any) -> None:
+    os.environ["MASTER_PORT"] = "0"
+    with joined(chosen):
+        pass
+
+
+def test_port_0_is_refused_instead_of_waited_at() -> None:
+    """torchrun --master-port 0 gives it to every process."""
+    told = [str(result) for result in Processes(2, _join_at_port_0, settings()).results(timeout=60)]
+    assert sum("MASTER_PORT: expected the port" in each for each in told) == 1
+    assert sum("SystemExit(2)" in each for each in told) == 1
+
+
 def _refuse(chosen: Any) -> None:
     with joined(chosen) as ranks:
         (distiller if isinstance(chosen, DistillSettings) else starter)(ranks, None, chosen)

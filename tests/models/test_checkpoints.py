@@ -313,3 +313,23 @@ def test_unknown_settings_are_refused(student, tmp_path):
     student.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"no such setting: window; .*window_frames"):
         load_student(tmp_path, window=9)
+
+
+def test_what_is_no_file_of_tensors_is_named_without_advice_to_run_it(student, tmp_path):
+    torch.save({"x": print}, tmp_path / "code.pt")
+    (tmp_path / "noise.pt").write_bytes(b"not a checkpoint" * 10)
+    (tmp_path / "empty.pt").write_bytes(b"")
+    for name in ("code.pt", "noise.pt", "empty.pt"):
+        told = (
+            rf"{name}: expected tensors, readable without running code; damaged, or holds more than tensors$"
+        )
+        with pytest.raises(CheckpointError, match=told):
+            load_student(tmp_path / name)
+
+
+def test_an_odd_time_embedding_is_refused(student, tmp_path):
+    state = student.state_dict()
+    name = "condition_embedder.time_embedder.linear_1.weight"
+    torch.save(state | {name: state[name][:, 1:].clone()}, tmp_path / "odd.pt")
+    with pytest.raises(CheckpointError, match=r"odd.pt: expected condition_embedder.* with an even width"):
+        load_student(tmp_path / "odd.pt", head_dim=8)

@@ -59,6 +59,12 @@ def test_a_checkpoint_from_a_picture_in_half_precision(world, tmp_path, capsys):
         (("--size", "30x48"), "multiples of (16, 16)"),
         (("--out", "it.avi"), "ends in .mp4"),
         (("--checkpoint", "nowhere"), "nowhere"),
+        (
+            ("--checkpoint", "{world}/vae"),
+            "_class_name CausalWanTransformer or WanTransformer3DModel, got Auto",
+        ),
+        (("--seconds", "inf"), "--seconds"),
+        (("--seed", str(2**64)), "--seed"),
         (("--preset", "reward"), "reward-forcing"),
         (("--decoder", "tiny"), "taehv:PATH"),
         (("--adapter", "nowhere"), "nowhere"),
@@ -68,6 +74,7 @@ def test_a_checkpoint_from_a_picture_in_half_precision(world, tmp_path, capsys):
     ],
 )
 def test_refuses(world, capsys, arguments, told):
+    arguments = [argument.format(world=world) for argument in arguments]
     assert run("sample", "a rabbit", "--models", world, *arguments) == 2
     shown = capsys.readouterr().err
     assert told in shown
