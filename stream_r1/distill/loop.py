@@ -295,7 +295,7 @@ class TrainingLoop(ABC):
             advice = "look at the reward"
         return (
             f"{what} not finite, at step {self.step + 1} ({told}), max_skipped is {self._loop.max_skipped}: "
-            f"{advice}; the last checkpoint is from before"
+            f"{advice}; the last checkpoint, if any, is from before"
         )
 
 
