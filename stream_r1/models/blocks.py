@@ -204,7 +204,7 @@ class Block(nn.Module):
         Self-attention follows `mask` over the sequence, or runs on `slot` (sampling: keys and values are
         written there), or sees `past` and itself (training); with none of them every token sees every token.
         """
-        # The class's own function: a block of a divided model has its weights now, and would let them go again.
+        # The class's own function: a block of a divided model would let its weights go after the method.
         time = time if modulated else Block.modulation(self, time)
         shift1, scale1, gate1, shift2, scale2, gate2 = time.unbind(2)  # [B, F, D] each
 
