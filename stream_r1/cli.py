@@ -77,6 +77,20 @@ def train(
 
 
 @app.command()
+def estimate(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, as recipes/wan2.1-1.3b/stream-r1.yaml.")],
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(help="How many, on machines of 8.")] = 8,
+    device: Annotated[str, typer.Option(help="a100, h100, h200, rtx4090 or b200.")] = "h100",
+    as_json: Annotated[bool, typer.Option("--json", help="Bytes and seconds as JSON.")] = False,
+) -> None:
+    """Predict the memory and time that a recipe needs, and what to change where it does not fit."""
+    from stream_r1.commands.estimate import run
+
+    run(recipe, overrides or [], gpus=gpus, device=device, as_json=as_json)
+
+
+@app.command()
 def sample(
     prompts: Annotated[
         list[str] | None, typer.Argument(help="One or more prompts; they make one batch.")

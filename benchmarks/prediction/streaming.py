@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from diffusers import AutoencoderKLWan
-from torch import Tensor
 
 from benchmarks.published_flow import PublishedFlow
-from build_support.cuda import DEFAULT_ARCHS
-from stream_r1.estimate import roofline
 from stream_r1.estimate.devices import Device
+from stream_r1.estimate.streaming import ChunkWork, as_on, chunk_work
 from stream_r1.estimate.work import Work, cast, count, fake_tensors
 from stream_r1.models.transformer import CausalWanTransformer
-from stream_r1.models.vae import VideoVAE
-from stream_r1.sampling.sampler import Sampler
-from stream_r1_kernels import backends, dispatch
+from stream_r1_kernels import backends
 
 WAN = {  # Wan 2.1 1.3B, streaming as Reward Forcing and Stream-R1 do
     "num_attention_heads": 12,
@@ -40,54 +33,9 @@ HALF = torch.bfloat16
 STEADY = 3  # chunks until the window is full and rolls
 
 
-@dataclass(frozen=True)
-class ChunkWork:
-    """Of a chunk of a full window: denoising and cache pass, and decoding."""
-
-    student: Sequence[Work]
-    decoder: Sequence[Work]
-
-    def seconds(self, device: Device, *, graph: bool = False) -> tuple[float, float]:
-        """Predicted, of the student and of the decoder. Of the two, graphs replay the student."""
-        return roofline.seconds(self.student, device, graph=graph), roofline.seconds(self.decoder, device)
-
-    def fps(self, device: Device, *, graph: bool = False) -> float:
-        return FRAMES / sum(self.seconds(device, graph=graph))
-
-
-@contextmanager
-def as_on(device: Device) -> Iterator[None]:
-    """Within it ops pick their backends as on that GPU, with the CUDA kernels built and Triton there."""
-    kernels = {"cuda": frozenset(dispatch.OPS), "triton": backends.TRITON_OPS}
-    build = dispatch.Build(kernels, DEFAULT_ARCHS.split(";"))
-    describe = backends.describe_call
-
-    def on_gpu(op: str, *tensors: Tensor | None, pieces: int = 1) -> dispatch.Call:
-        call = describe(op, *tensors, pieces=pieces)  # type: ignore[arg-type]
-        return replace(call, device="cuda", capability=device.capability)
-
-    with (
-        patch.dict(backends._UNAVAILABLE, cpu="counting for a GPU"),
-        patch.object(backends, "build", lambda: build),
-        patch.object(backends, "describe_call", on_gpu),
-    ):
-        yield
-
-
 def ours(device: Device, **settings: Any) -> ChunkWork:
     """This project's sampler and decoder, in bfloat16, on a GPU."""
-    with fake_tensors(), as_on(device):
-        student = cast(CausalWanTransformer(**(WAN | {"sink_ema": 0.999} | settings)), HALF).eval()
-        stream = Sampler(student, steps=STEPS).stream(torch.zeros(1, 512, 4096), latent_size=LATENT)
-        for _ in range(STEADY):  # as if chunks had been made
-            stream.cache.begin_chunk()
-            stream.cache.commit()
-        next(stream)  # its cache pass is the next chunk's
-        work = count(lambda: next(stream))
-        decoder = VideoVAE(cast(AutoencoderKLWan(), HALF)).stream_decoder(1)
-        latents = torch.zeros(1, 3, 16, *LATENT)
-        decoder.decode(latents)
-        return ChunkWork(work, count(lambda: decoder.decode(latents)))
+    return chunk_work(WAN | {"sink_ema": 0.999} | settings, {}, LATENT, STEPS, device)
 
 
 def published(**settings: Any) -> ChunkWork:
@@ -104,7 +52,7 @@ def published(**settings: Any) -> ChunkWork:
 
         for _ in range(STEADY):
             chunk(passes=0)
-        return ChunkWork(count(chunk), diffusers_decoder(3, *LATENT))
+        return ChunkWork(count(chunk), diffusers_decoder(3, *LATENT), FRAMES)
 
 
 def diffusers_decoder(frames: int, height: int, width: int) -> list[Work]:

@@ -96,7 +96,8 @@ def _rate(work: Work, device: Device, assumed: Assumptions) -> float:
         own = work.op.startswith("stream_r1.")
         return peak * (assumed.own_attention if own else assumed.library_attention)[device.capability]
     if work.engine == "convolution":
-        return peak * assumed.convolution
+        # torch lets cuDNN round float32 to TF32, which tensor cores multiply at half the rate
+        return (peak if on_tensor_cores else device.matmul16 / 2) * assumed.convolution
     return peak * assumed.matmul
 
 

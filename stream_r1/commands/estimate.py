@@ -1,0 +1,170 @@
+"""``stream-r1 estimate``: what a recipe needs of some GPUs, before it is run. Predictions, all of it."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from stream_r1.recipe import load_any
+
+
+def run(path: Path, overrides: list[str], *, gpus: int, device: str, as_json: bool) -> None:
+    """Say what a step needs and how long it takes; what to change where it does not fit."""
+    if gpus < 1:
+        raise ValueError(f"--gpus: expected at least 1, got {gpus}")
+    gpu = _device(device)
+    recipe = load_any(path, overrides)
+    from stream_r1.estimate.advice import advise
+    from stream_r1.estimate.training import estimate
+
+    console = Console(stderr=as_json)
+    with console.status("counting"):
+        result = estimate(recipe, gpu, gpus)
+    advice = []
+    if not result.fits:
+        with console.status("it does not fit; trying other settings"):
+            advice = advise(recipe, gpu, gpus, result)
+    if as_json:
+        print(json.dumps(_as_json(result, advice), indent=2))
+    else:
+        _show(Console(), path, result, advice)
+
+
+def _device(name: str) -> Any:
+    from stream_r1.estimate import devices
+
+    try:
+        return devices.find(name)
+    except ValueError:
+        near = difflib.get_close_matches(name.lower(), [d.lower() for d in devices.DEVICES], n=1)
+        known = {d.lower(): d for d in devices.DEVICES}
+        hint = f" (did you mean {known[near[0]]}?)" if near else ""
+        raise ValueError(
+            f"--device: expected one of {', '.join(devices.DEVICES)}, got {name!r}{hint}"
+        ) from None
+
+
+def _show(console: Console, path: Path, result: Any, advice: list[Any]) -> None:
+    from stream_r1.estimate.advice import larger
+
+    group = result.cluster
+    divided = f", models divided among {group.shards}" if group.shards > 1 else ""
+    title = f"{path} on {group.gpus} x {result.device.name}, {result.samples} a GPU at once{divided}"
+    console.print(f"Prediction for {title}", soft_wrap=True, highlight=False)
+    for line in result.assumed:
+        console.print(f"  {line}", style="dim", soft_wrap=True, highlight=False)
+    console.print()
+
+    table = Table(box=None, pad_edge=False)
+    for name, justify in (("memory of one GPU", "left"), ("GB", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for part, size in sorted(result.worst.parts.items(), key=lambda item: -item[1]):
+        table.add_row(part, f"{size / 1e9:.1f}")
+    table.add_row("CUDA, NCCL, allocator (assumed)", f"{result.overhead / 1e9:.1f}")
+    table.add_row(f"in all, at its worst in {result.worst.phase}", f"{result.total / 1e9:.1f}", style="bold")
+    table.add_row(result.device.name, f"{result.device.memory / 1e9:.0f}")
+    console.print(table)
+    console.print()
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for line in _times(result):
+        table.add_row(*line)
+    console.print(table)
+    console.print()
+    console.print(_verdict(result), soft_wrap=True, highlight=False)
+    if result.fits:
+        return
+    for change in advice:
+        what = " ".join(_quoted(override) for override in change.overrides)
+        more = f" --gpus {change.gpus}" if change.gpus != group.gpus else ""
+        console.print(
+            f"  {what}{more}   {change.meaning}: {change.result.total / 1e9:.1f} GB",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
+        )
+    best = advice[-1].result if advice else result
+    if best.fits:
+        console.print("With all of these it fits.")
+        return
+    parts = sorted(best.worst.parts.items(), key=lambda item: -item[1])[:3]
+    told = ", ".join(f"{part} {size / 1e9:.1f} GB" for part, size in parts)
+    console.print(f"It still does not fit. The largest parts: {told}.", soft_wrap=True, highlight=False)
+    names = larger(best.total, result.device)
+    console.print(
+        f"A GPU with the memory: {', '.join(names)}."
+        if names
+        else "No GPU that is known here has the memory: take a smaller teacher (models.teacher), fewer "
+        "frames (rollout.frames) or smaller pictures (rollout.height, rollout.width).",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def _verdict(result: Any) -> str:
+    if result.fits:
+        room = (result.device.memory - result.total) / 1e9
+        return f"Fits, with {room:.1f} GB to spare."
+    over = (result.total - result.device.memory) / 1e9
+    return f"Does not fit: {over:.1f} GB too much. What saves memory, each on top of those before:"
+
+
+def _times(result: Any) -> list[tuple[str, str]]:
+    steps = result.recipe.steps
+    lines = [("student's update", f"{result.student_update:.1f} s")]
+    if result.critic_update is not None:
+        lines.append(("critic's update", f"{result.critic_update:.1f} s"))
+        lines.append((f"a step (one student's in {result.recipe.critic_updates})", f"{result.step:.1f} s"))
+    for count in dict.fromkeys((1000, steps)):
+        lines.append((f"{count} steps", f"{result.days(count):.2f} days"))
+    if result.fps is not None:
+        whole, denoising = result.fps
+        lines.append(("sampling, one stream", f"{whole:.1f} FPS, {denoising:.1f} without decoding"))
+    return lines
+
+
+def _quoted(override: str) -> str:
+    return f"'{override}'" if " " in override else override
+
+
+def _as_json(result: Any, advice: list[Any]) -> dict[str, Any]:
+    """Bytes and seconds."""
+    fps = result.fps or (None, None)
+    return {
+        "prediction": True,
+        "device": result.device.name,
+        "gpus": result.cluster.gpus,
+        "shards": result.cluster.shards,
+        "samples_at_once": result.samples,
+        "assumed": list(result.assumed),
+        "memory": {
+            "fits": result.fits,
+            "available": result.device.memory,
+            "total": result.total,
+            "overhead": result.overhead,
+            "worst_phase": result.worst.phase,
+            "parts": result.worst.parts,
+            "phases": {moment.phase: moment.parts for moment in result.moments},
+        },
+        "seconds": {
+            "student_update": result.student_update,
+            "critic_update": result.critic_update,
+            "step": result.step,
+        },
+        "days_to_1000_steps": result.days(1000),
+        "sampling_fps": {"end_to_end": fps[0], "without_decoding": fps[1]},
+        "advice": [
+            {
+                "overrides": list(change.overrides),
+                "gpus": change.gpus,
+                "total": change.result.total,
+                "fits": change.result.fits,
+            }
+            for change in advice
+        ],
+    }

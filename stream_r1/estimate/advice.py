@@ -1,0 +1,92 @@
+"""What to change in a recipe that needs more memory than there is: settings, tried one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+from stream_r1.config import build, merge, parse_overrides
+from stream_r1.estimate.devices import DEVICES, Device
+from stream_r1.estimate.training import Estimate, estimate
+from stream_r1.recipe import InitRecipe, Recipe
+
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe | InitRecipe)
+MOST_GPUS = 64
+
+
+@dataclass(frozen=True)
+class Change:
+    """Settings, on top of those before, and what is needed then."""
+
+    overrides: tuple[str, ...]
+    meaning: str
+    gpus: int
+    result: Estimate
+
+
+def advise(recipe: AnyRecipe, device: Device, gpus: int, before: Estimate) -> list[Change]:
+    """Changes that save memory, what costs least first, until it fits.
+
+    Then come more GPUs, where settings do not do. Of settings that save nothing none is named.
+    """
+    kept: list[Change] = []
+    best = before
+    for overrides, meaning in _settings(recipe, gpus):
+        tried = changed(recipe, overrides)
+        result = estimate(tried, device, gpus)
+        if result.total < 0.99 * best.total:
+            recipe, best = tried, result
+            kept.append(Change(overrides, meaning, gpus, result))
+        if best.fits:
+            return kept
+    while (gpus := 2 * gpus) <= min(MOST_GPUS, recipe.batch):
+        overrides = _for_more(recipe, gpus)
+        result = estimate(changed(recipe, overrides), device, gpus)
+        if result.fits:
+            return [*kept, Change(overrides, "more GPUs", gpus, result)]
+    return kept
+
+
+def larger(needed: float, device: Device) -> list[str]:
+    """Known GPUs with that much memory, the smallest first."""
+    fitting = [d for d in DEVICES.values() if d.memory >= needed and d.memory > device.memory]
+    return [d.name for d in sorted(fitting, key=lambda d: d.memory)]
+
+
+def changed(recipe: AnyRecipe, overrides: tuple[str, ...]) -> AnyRecipe:
+    """A recipe with other settings. Raises SettingsError."""
+    return build(type(recipe), merge(recipe.model_dump(mode="json"), parse_overrides(overrides)), "recipe")
+
+
+def _settings(recipe: Recipe | InitRecipe, gpus: int) -> Iterator[tuple[tuple[str, ...], str]]:
+    distils = isinstance(recipe, Recipe)
+    owner = recipe.rollout if isinstance(recipe, Recipe) else recipe
+    if not owner.gradient_checkpointing:
+        name = "rollout.gradient_checkpointing" if distils else "gradient_checkpointing"
+        yield (f"{name}=true",), "compute blocks again in the backward"
+    parts = recipe.batch // gpus
+    if recipe.accumulation < parts:
+        yield (f"accumulation={parts}",), "one sample at a time"
+    if recipe.precision == "float32":
+        yield ("precision=bfloat16",), "matrix products in bfloat16"
+    if recipe.distributed.shard != "full" and gpus > 1:
+        yield _shared(recipe), "one copy of the models, divided among all GPUs"
+    if isinstance(recipe, Recipe):
+        if recipe.student.lora is None or recipe.critic.lora is None:
+            yield ("student.lora={rank: 64}", "critic.lora={rank: 64}"), "train adapters alone"
+    elif recipe.lora is None:
+        yield ("lora={rank: 64}",), "train adapters alone"
+
+
+def _shared(recipe: Recipe | InitRecipe) -> tuple[str, ...]:
+    """Sharding over all GPUs, whose weights are gathered in bfloat16 where products are in it."""
+    narrow = ("distributed.param_dtype=bfloat16",) if recipe.precision != "float32" else ()
+    exact = ("precision=bfloat16",) if recipe.precision == "auto" else ()
+    return ("distributed.shard=full", "distributed.replicas=null", *narrow, *exact)
+
+
+def _for_more(recipe: Recipe | InitRecipe, gpus: int) -> tuple[str, ...]:
+    shared = () if recipe.distributed.shard == "full" else _shared(recipe)
+    parts = recipe.batch // gpus
+    return (*shared, f"accumulation={parts}")

@@ -1,0 +1,192 @@
+"""The memory of a training step on one GPU: what is there all the time, and what its phases add.
+
+    weights, optimizer, average, models that look at pixels      all the time, divided by the ranks that share
+    rollout -> decode -> reward -> scores -> backward            what each makes goes to the next, or goes
+    critic's rollout -> forward -> backward
+
+What does not live together is not added up: the peak is that of the worst phase.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stream_r1.config import SettingsError
+from stream_r1.distill.settings import LoopSettings
+from stream_r1.estimate.live import Bytes
+from stream_r1.estimate.networks import (
+    Network,
+    make_reward,
+    make_vae,
+    reward_layers,
+    text_bytes,
+)
+from stream_r1.estimate.phases import Phase, Plan, Role, roles
+from stream_r1.estimate.work import fake_tensors
+from stream_r1.recipe import FILM_PROMPTS, Recipe, locate, read_prompts
+
+MACHINE = 8  # GPUs of one, taken for the default of `replicas`
+PROMPTS, PROMPT_TOKENS = (
+    1024,
+    100,
+)  # remembered embeddings: the most, and the tokens that one is taken to have
+GATHERED = 3  # blocks that exist whole at once: one computes, one is fetched, and the buffer it arrives in
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """How many GPUs, and how many of them divide one copy of the models."""
+
+    gpus: int
+    shards: int
+
+    @property
+    def replicas(self) -> int:
+        return self.gpus // self.shards
+
+
+def cluster(settings: LoopSettings, batch: int, accumulation: int, gpus: int) -> Cluster:
+    """What a recipe makes of so many GPUs. Raises ValueError where they do not fit together."""
+    if gpus < 1:
+        raise ValueError(f"--gpus: expected at least 1, got {gpus}")
+    chosen, shards = settings.distributed, 1
+    if chosen.shard == "full":
+        shards = gpus
+    elif chosen.shard == "hybrid":
+        replicas = chosen.replicas or max(1, gpus // MACHINE)
+        if gpus % replicas:
+            told = "distributed.replicas" if chosen.replicas else "one replica a machine of 8"
+            raise ValueError(f"--gpus: expected a multiple of {replicas} ({told}), got {gpus}")
+        shards = gpus // replicas
+    if batch % (gpus * accumulation):
+        raise SettingsError(
+            f"batch: expected a multiple of {gpus} GPUs x accumulation {accumulation}, got {batch}"
+        )
+    return Cluster(gpus, shards)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers that a network has on a rank."""
+
+    kept: int  # of its weights
+    trained: int  # of those, the ones that learn
+    block: int  # of a whole block
+    block_trained: int
+    outside: int  # of the blocks, whole
+    layers: int
+
+    @property
+    def whole(self) -> int:
+        return self.block * self.layers + self.outside
+
+
+def shard_of(shape: Sequence[int], shards: int) -> int:
+    """Numbers of the first rank's part of a weight, which is divided along its first dimension."""
+    return -(-shape[0] // shards) * math.prod(shape[1:])
+
+
+def sizes(network: Network, shards: int) -> Sizes:
+    """Of a network that so many ranks divide."""
+    named = [(name, p.shape, p.requires_grad) for name, p in network.make(1).named_parameters()]
+    kept = trained = block = block_trained = outside = 0
+    for name, shape, learns in named:
+        inside = name.startswith("blocks.")
+        times = network.layers if inside else 1
+        part = shard_of(shape, shards) * times
+        kept += part
+        trained += part * learns
+        block += math.prod(shape) * inside
+        block_trained += math.prod(shape) * inside * learns
+        outside += math.prod(shape) * (not inside)
+    return Sizes(kept, trained, block, block_trained, outside, network.layers)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Bytes by part when a phase needs most."""
+
+    phase: str
+    parts: Bytes
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+def resident(plan: Plan, networks: Mapping[Role, Sizes]) -> Bytes:
+    """What is there all the time."""
+    recipe, parts = plan.recipe, Counter[str]()
+    for role, size in networks.items():
+        parts["weights"] += 4 * size.kept
+        if role != "teacher":
+            parts["optimizer"] += 8 * size.trained
+    parts["average"] = 4 * networks["student"].trained
+    if isinstance(recipe, Recipe):
+        named = plan.networks
+        config, layers = named.reward or {}, reward_layers(named.reward or {})
+        if config["type"] == "film":
+            parts["reward"] = _module_bytes(make_reward(config, layers, plan.on_gpu)) + text_bytes(None)
+        with fake_tensors():
+            if config["type"] != "film":
+                parts["reward"] = _module_bytes(make_reward(config, layers, plan.on_gpu))
+            parts["autoencoder"] = _module_bytes(make_vae(named.vae or {}))
+        width = named.student.config.get("text_dim", 4096)
+        prompts = PROMPTS
+        if recipe.prompts == FILM_PROMPTS or locate(recipe.prompts).is_file():
+            prompts = min(PROMPTS, len(read_prompts(recipe.prompts)) + 1)
+        tokens = min(PROMPT_TOKENS, named.student.config.get("text_len", 512))
+        parts["text encoder"] = text_bytes(named.text) + prompts * tokens * width * 4
+    return dict(parts)
+
+
+def _module_bytes(module: Any) -> int:
+    return sum(x.numel() * x.element_size() for x in (*module.parameters(), *module.buffers()))
+
+
+def moments(plan: Plan, phases: Sequence[Phase], shards: int) -> list[Moment]:
+    """The memory of every phase of a step."""
+    networks = {role: sizes(network, shards) for role, network in roles(plan).items()}
+    always = Counter[str](resident(plan, networks))
+    accumulation = plan.recipe.accumulation
+    shown: Counter[str] = Counter()  # what the student's update leaves: the video, its weights
+    for phase in phases:
+        if phase.shown:
+            shown.update(phase.after)
+    out, live, before = [], Counter(shown) if accumulation > 1 else Counter[str](), "student"
+    for phase in phases:
+        if phase.learns != before:
+            live, before = Counter(shown), phase.learns
+        owner = networks[phase.learns]
+        gradients = 4 * owner.trained
+        now = Counter(always)
+        now.update(live)
+        now.update(phase.peak)
+        if accumulation > 1 or (phase.backward and not plan.keeps_gradients):
+            now["gradients"] = gradients
+        if phase.role and shards > 1:
+            now["working weights"] += _gathered(networks[phase.role], plan.narrow, phase.backward)
+        out.append(Moment(phase.name, {part: size for part, size in now.items() if size}))
+        live.update(phase.after)
+        if phase is phases[-1] or phases[phases.index(phase) + 1].learns != phase.learns:
+            now = Counter(always)
+            now.update(shown)
+            now["gradients"] = gradients
+            out.append(
+                Moment(f"{phase.learns}: optimizer", {part: size for part, size in now.items() if size})
+            )
+    return out
+
+
+def _gathered(size: Sizes, narrow: bool, backward: bool) -> int:
+    """Whole weights of a few blocks, and in the backward their gradients on the way to their ranks."""
+    width = 2 if narrow else 4
+    blocks = min(GATHERED, size.layers + 1)
+    bytes_ = width * (blocks * size.block + size.outside)
+    if backward:
+        bytes_ += (width + 2 * 4) * size.block_trained
+    return bytes_

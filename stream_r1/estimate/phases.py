@@ -1,0 +1,431 @@
+"""The phases of a training step, run on fake tensors: the memory that each needs, and its work.
+
+What runs is the project's own code, of networks with one and two layers; a phase's bytes and calls grow by
+the same amount with every layer, so those of the real depth follow.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+
+from stream_r1.distill.dmd import DistributionMatching
+from stream_r1.distill.long_rollout import long_rollout
+from stream_r1.distill.rollout import Rollout, self_rollout
+from stream_r1.distill.settings import DistillSettings
+from stream_r1.distill.weighting import StreamR1Weights
+from stream_r1.estimate.devices import Device
+from stream_r1.estimate.live import Bytes, LiveBytes, ShapeNumbers
+from stream_r1.estimate.networks import Network, Networks, make_reward, make_vae, reward_layers
+from stream_r1.estimate.streaming import as_on
+from stream_r1.estimate.work import Work, count, fake_tensors
+from stream_r1.models.transformer import CausalWanTransformer
+from stream_r1.recipe import InitRecipe, Recipe
+from stream_r1.schedule import FlowSchedule
+from stream_r1_kernels import dmd_loss
+
+Role = Literal["student", "teacher", "critic"]
+T = TypeVar("T")
+SHALLOW = (1, 2)  # layers
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Bytes by part, over what there was when it began, and calls of ops.
+
+    Attributes:
+        role: the network whose layers it runs through.
+        passes: forward passes of it, each of which gathers the weights where they are divided.
+        backward: whether it makes gradients.
+        learns: the network whose update it belongs to.
+        shown: what it leaves stays until the step is done.
+    """
+
+    name: str
+    role: Role | None
+    peak: Bytes
+    after: Bytes
+    work: tuple[Work, ...]
+    passes: int = 0
+    backward: bool = False
+    learns: Role = "student"
+    shown: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one GPU does.
+
+    Attributes:
+        samples: that it sees at once.
+        half: matrix products are in bfloat16.
+        narrow: weights are gathered in bfloat16.
+        keeps_gradients: they stay whole, and come as the graph goes; else they are counted elsewhere.
+        device: the GPU; None: a CPU, without what ops need on a GPU alone.
+    """
+
+    recipe: Recipe | InitRecipe
+    networks: Networks
+    samples: int
+    half: bool
+    narrow: bool
+    keeps_gradients: bool
+    device: Device | None
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device is not None
+
+    @property
+    def settings(self) -> DistillSettings:
+        assert isinstance(self.recipe, Recipe)
+        return self.recipe
+
+    @property
+    def latents(self) -> tuple[int, int, int, int, int]:
+        size = self.recipe.rollout
+        channels = self.networks.student.config.get("in_channels", 16)
+        return (self.samples, size.frames, channels, size.height, size.width)
+
+    @property
+    def chunks(self) -> int:
+        """Of a rollout that is learnt from."""
+        config, frames = self.networks.student.config, self.recipe.rollout.frames
+        chunk = config.get("frames_per_chunk", 3)
+        return 1 + (frames - (config.get("first_chunk_frames") or chunk)) // chunk
+
+
+def training_phases(plan: Plan) -> list[Phase]:
+    """Of one micro-batch, in their order: the student's update, then the critic's; or of a start's step."""
+    steps = _distillation if isinstance(plan.recipe, Recipe) else _start
+    whole = {role: network.layers for role, network in roles(plan).items()}
+    if max(whole.values()) <= SHALLOW[1]:
+        phases = steps(plan, 0)
+    else:
+        shallow, deeper = (steps(plan, depth) for depth in SHALLOW)
+        phases = [
+            _grown(a, a, b, whole[a.role] - SHALLOW[0]) if a.role else a
+            for a, b in zip(shallow, deeper, strict=True)
+        ]
+    if isinstance(plan.recipe, Recipe):
+        at = next(i for i, phase in enumerate(phases) if phase.role == "teacher")
+        phases[at:at] = _pixels(plan)
+    return phases
+
+
+def roles(plan: Plan) -> dict[Role, Network]:
+    """The transformers of a step."""
+    n = plan.networks
+    roles: dict[Role, Network | None] = {"student": n.student, "teacher": n.teacher, "critic": n.critic}
+    return {role: network for role, network in roles.items() if network is not None}
+
+
+def _grown(onto: Phase, a: Phase, b: Phase, times: int) -> Phase:
+    """A phase and so many times what b has more than a."""
+    return replace(
+        onto,
+        peak=_line(onto.peak, a.peak, b.peak, times),
+        after=_line(onto.after, a.after, b.after, times),
+        work=_grown_work(onto.work, a.work, b.work, times),
+    )
+
+
+def _line(onto: Bytes, a: Bytes, b: Bytes, times: int) -> Bytes:
+    parts = sorted(onto.keys() | a.keys() | b.keys())
+    return {part: onto.get(part, 0) + (b.get(part, 0) - a.get(part, 0)) * times for part in parts}
+
+
+def _grown_work(onto: Iterable[Work], a: Iterable[Work], b: Iterable[Work], times: int) -> tuple[Work, ...]:
+    calls: Counter[Work] = Counter()
+    for factor, work in ((1, onto), (-times, a), (times, b)):
+        for w in work:
+            calls[replace(w, calls=1)] += factor * w.calls
+    return tuple(w.times(n) for w, n in calls.items() if n > 0)
+
+
+class _Run:
+    """Phases as they run, one after the other, within fake tensors."""
+
+    def __init__(self, plan: Plan, stack: ExitStack) -> None:
+        self.plan = plan
+        self.phases: list[Phase] = []
+        self.fake = stack.enter_context(fake_tensors())
+        stack.enter_context(ShapeNumbers())
+        if plan.device is not None:
+            stack.enter_context(as_on(plan.device))
+        # A GPU does not have oneDNN's convolutions, and neither do fake tensors.
+        with warnings.catch_warnings(action="ignore"):  # of GPUs by Intel
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        self.live = LiveBytes(scratch=plan.on_gpu)
+        self._stack = stack
+
+    def begin(self, *modules: Any) -> None:
+        """Follows memory from here on; the modules' weights are counted elsewhere."""
+        for module in modules:
+            for tensor in (*module.parameters(), *module.buffers()):
+                self.live.ignore(tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor))
+        self._stack.enter_context(self.live)
+
+    def phase(
+        self, name: str, role: Role | None, run: Callable[[], T], part: str = "activations", **more: Any
+    ) -> T:
+        results: list[T] = []
+        work, reading = self.live.read(lambda: count(lambda: results.append(run())), part)
+        self.phases.append(Phase(name, role, reading.peak, reading.after, tuple(work), **more))
+        return results.pop()
+
+    def precision(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.plan.half)
+
+
+def _network(run: _Run, network: Network, depth: int, *, checkpointing: bool) -> nn.Module:
+    plan = run.plan
+    with unset_fake_temporarily():  # peft moves what it makes, which fake tensors do not let it
+        model = network.make(depth or network.layers)
+    for part in model.modules():
+        for name, p in part._parameters.items():
+            if p is not None:
+                fake = torch.empty(p.shape, dtype=torch.bfloat16 if plan.narrow else p.dtype)
+                part._parameters[name] = nn.Parameter(fake, p.requires_grad)
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(partial(_count_gradient, run))
+    if checkpointing:
+        model.enable_gradient_checkpointing()  # type: ignore[operator]
+    return model.train()
+
+
+def _count_gradient(run: _Run, p: Tensor) -> None:
+    assert p.grad is not None
+    if run.plan.keeps_gradients:
+        run.live.move(p.grad, "gradients")
+    else:
+        p.grad = None
+
+
+def _distillation(plan: Plan, depth: int) -> list[Phase]:
+    """All phases but those that look at pixels."""
+    settings, networks = plan.settings, plan.networks
+    with ExitStack() as stack:
+        run = _Run(plan, stack)
+        checkpointing = settings.rollout.gradient_checkpointing
+        student = _network(run, networks.student, depth, checkpointing=checkpointing)
+        assert isinstance(student, CausalWanTransformer)
+        assert networks.teacher is not None
+        assert networks.critic is not None
+        teacher = _network(run, networks.teacher, depth, checkpointing=False).eval().requires_grad_(False)
+        critic = _network(run, networks.critic, depth, checkpointing=checkpointing)
+        codec = [make_vae(networks.vae or {})] if settings.rollout.bounds[1] > settings.rollout.frames else []
+        run.begin(student, teacher, critic, *codec)
+        passes = _count_passes(plan)
+
+        schedule = FlowSchedule(settings.rollout.shift)
+        text = _text(plan)
+        x = run.phase(
+            "student: rollout",
+            "student",
+            lambda: _rollout(run, student, text, schedule, codec),
+            passes=passes,
+        )
+        matching = DistributionMatching(
+            teacher,
+            critic,
+            torch.zeros_like(text[:1]),
+            schedule=schedule,
+            guidance=settings.matching.guidance,
+        )
+        t = torch.full((plan.samples,), 500.0)
+
+        def real() -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
+            with torch.no_grad(), run.precision():
+                x_t = schedule.add_noise(x.detach(), torch.zeros_like(x), schedule.sigma(t))
+                return x_t, matching.real_x0(x_t, t, text)
+
+        scores = [run.phase("student: teacher's scores", "teacher", real, passes=1)]
+
+        def loss() -> Tensor:
+            x_t, (cond, uncond) = scores[0]
+            with run.precision():
+                with torch.no_grad():
+                    fake = matching._x0(critic, x_t, t, text)
+                ones = torch.ones_like(x[:, :, :1])
+                weights = torch.ones_like(x[:, 0, 0, 0, 0])
+                return dmd_loss(
+                    x, fake, cond, uncond, guidance=matching.guidance, w_inter=weights, w_intra=ones
+                )
+
+        value = run.phase("student: critic's scores", "critic", loss, passes=1)
+        scores.clear()
+        run.phase("student: backward", "student", value.backward, backward=True, passes=plan.chunks)
+        del x, value
+        student.zero_grad()
+
+        x = run.phase(
+            "critic: rollout",
+            "student",
+            partial(_rollout, run, student, text, schedule, codec, grad=False)
+            if codec
+            else partial(_last_chunk, run, student, text, schedule),
+            passes=passes,
+            learns="critic",
+        )
+        rollout = run.phases[0]
+        run.phases[-1] = replace(run.phases[-1], work=rollout.work)  # of all chunks
+
+        def critic_loss() -> Tensor:
+            with run.precision():
+                return matching.critic_loss(x, text, t, torch.zeros_like(x))
+
+        value = run.phase("critic: forward", "critic", critic_loss, passes=1, learns="critic")
+        run.phase("critic: backward", "critic", value.backward, backward=True, passes=1, learns="critic")
+    return run.phases
+
+
+def _count_passes(plan: Plan) -> int:
+    """Of a rollout whose chunks leave at the first step: one of a chunk, and one that leaves it behind."""
+    low, high = plan.recipe.rollout.bounds
+    chunk = plan.networks.student.config.get("frames_per_chunk", 3)
+    return 2 * (plan.chunks + ((low + high) // 2 - plan.recipe.rollout.frames) // chunk)
+
+
+def _text(plan: Plan) -> Tensor:
+    config = plan.networks.student.config
+    return torch.zeros(plan.samples, config.get("text_len", 512), config.get("text_dim", 4096))
+
+
+def _begin_rollout(run: _Run, student: CausalWanTransformer, text: Tensor, schedule: FlowSchedule) -> Rollout:
+    size, (batch, frames, _, height, width) = run.plan.recipe.rollout, run.plan.latents
+    rollout = Rollout(
+        student,
+        student.encode_text(text),
+        (batch, height, width),
+        max_frames=frames,
+        schedule=schedule,
+        steps=schedule.denoising_steps(size.steps),
+        exit_step=0,
+        context_noise=size.context_noise,
+    )
+    run.live.move(rollout.cache.storage, "cache")
+    return rollout
+
+
+def _rollout(
+    run: _Run,
+    student: CausalWanTransformer,
+    text: Tensor,
+    schedule: FlowSchedule,
+    codec: list[Any],
+    *,
+    grad: bool = True,
+) -> Tensor:
+    batch, frames, channels, height, width = run.plan.latents
+
+    def noise(frames: int) -> Tensor:
+        return torch.zeros(batch, frames, channels, height, width)
+
+    with run.precision(), torch.set_grad_enabled(grad):
+        rollout = _begin_rollout(run, student, text, schedule)
+        length = run.plan.recipe.rollout.bounds[1]
+        if length == frames:
+            return self_rollout(rollout, noise(frames), grad=grad)
+        return long_rollout(rollout, noise, length=length, frames=frames, codec=codec[0], grad=grad).x
+
+
+@torch.no_grad()
+def _last_chunk(run: _Run, student: CausalWanTransformer, text: Tensor, schedule: FlowSchedule) -> Tensor:
+    """Without a graph no chunk needs more memory than the last one."""
+    x = torch.zeros(run.plan.latents)
+    with run.precision():
+        rollout = _begin_rollout(run, student, text, schedule)
+        for _ in range(run.plan.chunks - 1):
+            rollout.cache.begin_chunk()
+            rollout.cache.commit()
+        last = x[:, -rollout.cache.frames_per_chunk :]
+        last.copy_(rollout.chunk(torch.zeros_like(last), grad=False))
+    return x
+
+
+# --- what looks at pixels ---
+
+
+def _pixels(plan: Plan) -> list[Phase]:
+    """Decoding a rollout, and the reward of it with its gradients."""
+    config = plan.networks.reward
+    assert config is not None
+    layers = reward_layers(config)
+    shallow = {name: min(SHALLOW[0], depth) for name, depth in layers.items()}
+    base = _look(plan, shallow)
+    look = base
+    for name, depth in layers.items():
+        if depth > shallow[name]:
+            deeper = _look(plan, shallow | {name: shallow[name] + 1})
+            look = _grown(look, base, deeper, depth - shallow[name])
+    return [_decode(plan), look]
+
+
+def _decode(plan: Plan) -> Phase:
+    with ExitStack() as stack:
+        run = _Run(plan, stack)
+        vae = make_vae(plan.networks.vae or {})
+        run.begin(vae)
+        x = torch.zeros(plan.latents)
+        with torch.no_grad():
+            run.phase("student: decode", None, lambda: vae.decode(x), "autoencoder", shown=True)
+    return run.phases[0]
+
+
+def _look(plan: Plan, layers: dict[str, int]) -> Phase:
+    config = plan.networks.reward
+    assert config is not None
+    batch, frames, _, height, width = plan.latents
+    with ExitStack() as stack:
+        if config["type"] == "film":  # of real weights
+            reward = make_reward(config, layers, plan.on_gpu)
+        run = _Run(plan, stack)
+        if config["type"] != "film":
+            reward = make_reward(config, layers, plan.on_gpu)
+        vae = make_vae(plan.networks.vae or {})
+        run.begin(reward)
+        pixels = 1 + vae.temporal_factor * (frames - 1)
+        video = torch.zeros(batch, pixels, 3, height * vae.spatial_factor, width * vae.spatial_factor)
+        weights = StreamR1Weights(reward, **plan.settings.weighting.model_dump())
+        look = partial(weights._look, video, ["a prompt"] * batch, (frames, height, width))
+        run.phase("student: reward", None, look, "reward", shown=True)
+    return run.phases[0]
+
+
+# --- a student's start ---
+
+
+def _start(plan: Plan, depth: int) -> list[Phase]:
+    """ODE regression or teacher forcing: all chunks of a clip at once, under the causal mask."""
+    recipe = plan.recipe
+    assert isinstance(recipe, InitRecipe)
+    with ExitStack() as stack:
+        run = _Run(plan, stack)
+        student = _network(run, plan.networks.student, depth, checkpointing=recipe.gradient_checkpointing)
+        run.begin(student)
+        text = _text(plan)
+
+        def forward() -> Tensor:
+            x = torch.zeros(plan.latents)
+            t = torch.full(x.shape[:2], 500.0)
+            clean = x if recipe.kind == "teacher-forcing" else None
+            with run.precision():
+                return (student(x, t, text, mask="causal", clean_x=clean) - x).square().mean()
+
+        loss = run.phase("student: forward", "student", forward, passes=1)
+        run.phase("student: backward", "student", loss.backward, backward=True, passes=1)
+    return run.phases

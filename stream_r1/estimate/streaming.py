@@ -1,0 +1,101 @@
+"""The work of a stream's steady chunk, counted from the code that streams, as a GPU would run it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from stream_r1.estimate import roofline
+from stream_r1.estimate.devices import DEVICES, Device
+from stream_r1.estimate.work import Work, cast, count, fake_tensors
+from stream_r1.models.transformer import CausalWanTransformer
+from stream_r1.models.vae import VideoVAE
+from stream_r1.sampling.sampler import Sampler
+from stream_r1_kernels import backends, dispatch
+
+
+@dataclass(frozen=True)
+class ChunkWork:
+    """Of a chunk of a full window: denoising and cache pass, and decoding.
+
+    `frames` are those of the video that it makes.
+    """
+
+    student: Sequence[Work]
+    decoder: Sequence[Work]
+    frames: int
+
+    def seconds(self, device: Device, *, graph: bool = False) -> tuple[float, float]:
+        """Predicted, of the student and of the decoder. Of the two, graphs replay the student."""
+        return roofline.seconds(self.student, device, graph=graph), roofline.seconds(self.decoder, device)
+
+    def fps(self, device: Device, *, graph: bool = False) -> float:
+        """Predicted frames a second of one stream."""
+        return self.frames / sum(self.seconds(device, graph=graph))
+
+
+@contextmanager
+def as_on(device: Device) -> Iterator[None]:
+    """Within it ops pick their backends as on that GPU, with the CUDA kernels built and Triton there."""
+    kernels = {"cuda": frozenset(dispatch.OPS), "triton": dispatch.TRITON_OPS}
+    known = sorted(DEVICES.values(), key=lambda known: known.capability)
+    archs = dict.fromkeys(each.architecture.removeprefix("sm_") for each in known)
+    build = dispatch.Build(kernels, tuple(archs))
+    describe = backends.describe_call
+
+    def on_gpu(op: str, *tensors: Tensor | None, pieces: int = 1) -> dispatch.Call:
+        call = describe(op, *tensors, pieces=pieces)  # type: ignore[arg-type]
+        return replace(call, device="cuda", capability=device.capability)
+
+    with (
+        patch.dict(backends._UNAVAILABLE, cpu="counting for a GPU"),
+        patch.object(backends, "build", lambda: build),
+        patch.object(backends, "describe_call", on_gpu),
+    ):
+        yield
+
+
+def chunk_work(
+    student: Mapping[str, Any],
+    autoencoder: Mapping[str, Any],
+    latent: tuple[int, int],
+    steps: Sequence[float],
+    device: Device,
+) -> ChunkWork:
+    """One stream's, all in bfloat16.
+
+    Args:
+        student, autoencoder: configurations; the student's has a window.
+        latent: height and width of the latents.
+        steps: timesteps of the denoising passes, before the shift.
+        device: whose backends are counted.
+
+    Raises:
+        ValueError: a student without a window, whose chunks are never alike.
+    """
+    if student.get("window_frames") is None:
+        raise ValueError("chunk_work: expected a student with window_frames, got one that sees everything")
+    with fake_tensors(), as_on(device):
+        model = cast(CausalWanTransformer(**student), torch.bfloat16).eval()
+        config: Any = model.config
+        text = torch.zeros(1, config.text_len, config.text_dim)
+        stream = Sampler(model, steps=steps).stream(text, latent_size=latent)
+        for _ in range(-(-config.window_frames // config.frames_per_chunk)):  # as if chunks had been made
+            stream.cache.begin_chunk()
+            stream.cache.commit()
+        next(stream)  # its cache pass is the next chunk's
+        work = count(lambda: next(stream))
+        network: Any = AutoencoderKLWan(**autoencoder)
+        vae = VideoVAE(cast(network, torch.bfloat16))
+        decoder = vae.stream_decoder(1)
+        latents = torch.zeros(1, config.frames_per_chunk, config.in_channels, *latent)
+        decoder.decode(latents)
+        decoding = count(lambda: decoder.decode(latents))
+        return ChunkWork(work, decoding, vae.temporal_factor * config.frames_per_chunk)

@@ -1,0 +1,167 @@
+"""What a recipe needs of some GPUs: memory by part, time, frames a second, and what to change.
+
+Everything here is a prediction: memory from a model that is checked against what a CPU allocates, time from
+datasheets (`roofline.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stream_r1.estimate import roofline
+from stream_r1.estimate.devices import Device
+from stream_r1.estimate.memory import Cluster, Moment, Sizes, cluster, moments, sizes
+from stream_r1.estimate.networks import read_networks
+from stream_r1.estimate.phases import Phase, Plan, Role, roles, training_phases
+from stream_r1.estimate.streaming import chunk_work
+from stream_r1.recipe import InitRecipe, Recipe
+
+CONTEXT = 1.5e9  # bytes of CUDA's context, libraries' workspaces and NCCL's buffers
+SLACK = 0.05  # of what is allocated, lost between the allocator's blocks
+LINK = 0.7  # of the links' rate, by collectives
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A prediction for one GPU of a run. Bytes and seconds.
+
+    Attributes:
+        moments: every phase of a step when it needs most.
+        assumed: models that were not there, and what they were taken for.
+        student_update, critic_update: None where a step has none.
+        step: the mean one.
+        fps: of a stream of the student, all in bfloat16, end to end and without decoding; None without a
+            window, whose chunks are never alike, and for starts.
+    """
+
+    recipe: Recipe | InitRecipe
+    device: Device
+    cluster: Cluster
+    samples: int
+    moments: tuple[Moment, ...]
+    assumed: tuple[str, ...]
+    student_update: float
+    critic_update: float | None
+    step: float
+    fps: tuple[float, float] | None
+
+    @property
+    def worst(self) -> Moment:
+        return max(self.moments, key=lambda moment: moment.total)
+
+    @property
+    def overhead(self) -> float:
+        return CONTEXT + SLACK * self.worst.total
+
+    @property
+    def total(self) -> float:
+        return self.worst.total + self.overhead
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.device.memory
+
+    def days(self, steps: int) -> float:
+        return steps * self.step / 86400
+
+
+def estimate(recipe: Recipe | InitRecipe, device: Device, gpus: int) -> Estimate:
+    """Predicts a run of a recipe.
+
+    Raises:
+        ValueError: GPUs that the recipe's batch or sharding can't be divided among.
+        SettingsError: sizes of a model that can't be known.
+    """
+    group = cluster(recipe, recipe.batch, recipe.accumulation, gpus)
+    narrow = group.shards > 1 and recipe.distributed.param_dtype == "bfloat16"
+    plan = Plan(
+        recipe,
+        read_networks(recipe),
+        samples=recipe.batch // (gpus * recipe.accumulation),
+        half=recipe.precision != "float32",
+        narrow=narrow,
+        keeps_gradients=group.shards == 1 and recipe.accumulation == 1,
+        device=device,
+    )
+    phases = _phases(plan)
+    times = _Times(plan, group, device)
+    student, critic = times.update(phases, "student"), times.update(phases, "critic")
+    step = student
+    if isinstance(recipe, Recipe):
+        updates = -(-(recipe.steps - recipe.critic_warmup) // recipe.critic_updates)
+        step = critic + student * updates / recipe.steps
+    return Estimate(
+        recipe,
+        device,
+        group,
+        plan.samples,
+        tuple(moments(plan, phases, group.shards)),
+        plan.networks.assumed,
+        student,
+        critic if isinstance(recipe, Recipe) else None,
+        step,
+        _fps(plan, device),
+    )
+
+
+_known: dict[str, list[Phase]] = {}  # by all that they depend on: advice asks for the same ones again
+
+
+def _phases(plan: Plan) -> list[Phase]:
+    apart = {"batch", "accumulation", "distributed", "steps", "prompts", "out", "watch"}
+    asked = (plan.samples, plan.narrow, plan.keeps_gradients, plan.device)
+    key = f"{plan.recipe.model_dump(exclude=apart)} {asked}"
+    if key not in _known:
+        _known[key] = training_phases(plan)
+    return _known[key]
+
+
+def _fps(plan: Plan, device: Device) -> tuple[float, float] | None:
+    student, size = plan.networks.student.config, plan.recipe.rollout
+    if plan.networks.vae is None or student.get("window_frames") is None:
+        return None
+    work = chunk_work(student, plan.networks.vae, (size.height, size.width), size.steps, device)
+    denoising, _ = work.seconds(device)
+    return work.fps(device), work.frames / denoising
+
+
+@dataclass(frozen=True)
+class _Times:
+    plan: Plan
+    cluster: Cluster
+    device: Device
+
+    def update(self, phases: Sequence[Phase], role: Role) -> float:
+        """One update, all of its micro-batches."""
+        own = [phase for phase in phases if phase.learns == role]
+        if not own:
+            return 0.0
+        size = sizes(roles(self.plan)[role], self.cluster.shards)
+        seconds = sum(map(self._phase, own)) * self.plan.recipe.accumulation
+        optimizer = 7 * 4 * size.trained / (self.device.bandwidth * roofline.ASSUMED.memory)  # p, g, m, v
+        return seconds + optimizer
+
+    def _phase(self, phase: Phase) -> float:
+        """The longer of what it computes and what it fetches: the two go on at once."""
+        busy, times = roofline.seconds(phase.work, self.device), 1.0
+        if phase.name.endswith(": rollout"):
+            times = self._rollout_passes() / phase.passes
+        fetched = 0.0
+        if phase.role is not None:
+            fetched = self._fetched(sizes(roles(self.plan)[phase.role], self.cluster.shards), phase.backward)
+        return max(busy * times, fetched * phase.passes * times)
+
+    def _rollout_passes(self) -> float:
+        """The mean of exits: as many passes before it as not; and one that leaves a chunk's keys behind."""
+        size, config = self.plan.recipe.rollout, self.plan.networks.student.config
+        low, high = size.bounds
+        chunks = self.plan.chunks + ((low + high) / 2 - size.frames) / config.get("frames_per_chunk", 3)
+        return chunks * (1 + (len(size.steps) + 1) / 2) - 1
+
+    def _fetched(self, size: Sizes, backward: bool) -> float:
+        """Seconds in which a pass's weights come from the other ranks, and gradients go to them."""
+        shards = self.cluster.shards
+        width = 2 if self.plan.narrow else 4
+        numbers = size.whole * (width + 4 * backward)
+        return numbers * (shards - 1) / shards / (self.device.link / 2 * LINK)

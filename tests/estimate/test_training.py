@@ -1,0 +1,117 @@
+"""Whole estimates: the published setting, a GPU that is too small, and what the command says."""
+
+import json
+from typing import Any
+
+import pytest
+
+from stream_r1 import recipe
+from stream_r1.cli import main
+from stream_r1.estimate.advice import advise, changed, larger
+from stream_r1.estimate.devices import DEVICES
+from stream_r1.estimate.training import Estimate, estimate
+
+WAN = "recipes/wan2.1-1.3b/stream-r1.yaml"
+STUDENT, TEACHER = 1.42e9, 14.3e9  # weights of Wan 2.1 1.3B and 14B
+
+
+@pytest.fixture(scope="module")
+def published() -> Estimate:
+    return estimate(recipe.load(WAN), DEVICES["A100"], 8)
+
+
+def test_the_published_setting_fits_eight_gpus_of_80_gb(published: Estimate) -> None:
+    assert published.fits
+    assert published.samples == 1
+    parts = published.worst.parts
+    assert parts["weights"] == pytest.approx((2 * STUDENT + TEACHER) * 4 / 8, rel=0.02)
+    assert parts["optimizer"] == pytest.approx(2 * STUDENT * 8 / 8, rel=0.02)
+    assert parts["average"] == pytest.approx(STUDENT * 4 / 8, rel=0.02)
+
+
+def test_time_is_at_least_what_the_teacher_takes_at_full_rate(published: Estimate) -> None:
+    tokens, layers, dim, ffn = 21 * 30 * 52, 40, 5120, 13824
+    pass_flops = layers * tokens * (2 * (6 * dim**2 + 2 * dim * ffn) + 4 * tokens * dim)
+    assert published.critic_update is not None
+    at_peak = 8 * 2 * pass_flops / DEVICES["A100"].matmul16  # 8 samples, with and without the text
+    assert at_peak < published.student_update < 4 * at_peak
+    assert published.step == pytest.approx(published.critic_update + published.student_update / 5)
+    assert published.days(1000) == pytest.approx(1000 * published.step / 86400)
+
+
+def test_frames_a_second_are_those_of_the_page_on_gpus(published: Estimate) -> None:
+    assert published.fps is not None
+    shown = [f"{fps:.1f}" for fps in published.fps]
+    with open("docs/gpu.md", encoding="utf-8") as page:
+        row = next(line for line in page if line.startswith("| A100 |"))
+    assert row.split(" | ")[-2:] == [shown[0], f"{shown[1]} |\n"]
+
+
+def test_one_gpu_of_24_gb_does_not_and_hears_what_to_change() -> None:
+    short = recipe.load(WAN, ["rollout={frames: 3, height: 16, width: 16}", "batch=2", "accumulation=2"])
+    device = DEVICES["RTX 4090"]
+    before = estimate(short, device, 1)
+    assert not before.fits
+    changes = advise(short, device, 1, before)
+    named = {override.partition("=")[0] for change in changes for override in change.overrides}
+    assert {"student.lora", "critic.lora"} <= named
+    totals = [before.total, *(change.result.total for change in changes)]
+    assert totals == sorted(totals, reverse=True)
+    assert larger(90e9, device) == ["H200", "B200"]
+
+
+def test_a_change_that_is_named_can_be_made() -> None:
+    tiny = recipe.load("recipes/tiny/stream-r1.yaml", ["rollout.gradient_checkpointing=false"])
+    tried = changed(tiny, ("rollout.gradient_checkpointing=true", "student.lora={rank: 8}"))
+    assert tried.rollout.gradient_checkpointing
+    assert tried.student.lora is not None
+    assert tried.student.lora.rank == 8
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stopped:
+        main(["estimate", *arguments])
+    out, err = capsys.readouterr()
+    return int(stopped.value.code or 0), out, err
+
+
+def test_command(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["recipes/tiny/stream-r1.yaml", "rollout.frames=3", "batch=1", "--gpus", "1"]
+    code, out, _ = run(capsys, *small, "--device", "rtx4090")
+    assert code == 0
+    assert out.startswith("Prediction for recipes/tiny/stream-r1.yaml on 1 x RTX 4090")
+    for words in ("activations", "optimizer", "critic's update", "1000 steps", "FPS", "Fits, with"):
+        assert words in out
+    code, out, _ = run(capsys, *small, "--json")
+    said: dict[str, Any] = json.loads(out)
+    assert code == 0
+    assert (said["prediction"], said["device"], said["memory"]["fits"]) == (True, "H100", True)
+    parts = sum(said["memory"]["parts"].values())
+    assert said["memory"]["total"] == pytest.approx(parts + said["memory"]["overhead"])
+    assert max(sum(phase.values()) for phase in said["memory"]["phases"].values()) == pytest.approx(parts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            [WAN, "--device", "h10"],
+            "--device: expected one of A100, H100, H200, RTX 4090, B200, got 'h10' (did",
+        ),
+        ([WAN, "--gpus", "0"], "--gpus: expected at least 1, got 0"),
+        ([WAN, "--gpus", "12"], "batch: expected a multiple of 12 GPUs x accumulation 8, got 64"),
+        (
+            [WAN, "distributed={shard: hybrid, replicas: 3}", "--gpus", "8"],
+            "--gpus: expected a multiple of 3 (distributed.replicas), got 8",
+        ),
+        ([WAN, "weighting.mode=ful"], "did you mean 'full'?"),
+        (
+            [WAN, "models.teacher=weights/big"],
+            "models.teacher: weights/big: expected a folder with a config.json",
+        ),
+    ],
+)
+def test_mistakes(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    code, _, err = run(capsys, *arguments)
+    assert code == 2
+    assert message in err.replace("\n", " ")
