@@ -20,7 +20,7 @@ TRITON_OPS = frozenset(ATTENTION_OPS)
 OPS = (
     *ATTENTION_OPS,
     *("renew_sink_", "qk_norm_rotary", "modulated_norm", "gated_add", "rms_norm_silu"),
-    *("region_saliency", "intra_weights", "dmd_loss", "dmd_gradient_"),
+    *("region_saliency", "intra_weights", "dmd_loss", "dmd_gradient_", "fused_linear"),
 )
 FORWARD_ONLY = ("fused_linear",)  # compiled without a backward
 WIDEST_HEAD = 128  # of the attention kernels on GPUs

@@ -25,6 +25,8 @@ _SITUATIONS = {
     "other ops": Call("gated_add", "cpu", torch.bfloat16),
 }
 
+_NEVER = {"cpu": "renew_sink_", "cuda": "fused_linear"}  # what a backend has no kernel of
+
 
 def describe() -> str:
     """The report as text."""
@@ -60,7 +62,7 @@ def _ops_table() -> list[str]:
             kernels = {"sdpa": ATTENTION_OPS, "reference": OPS, "triton": ATTENTION_OPS}.get(name)
             there = op in have.ops.get(name, ()) if kernels is None else op in kernels
             if kernels is None and name in why:  # not loaded: what it would have
-                there = op != "renew_sink_" or name == "cuda"
+                there = op != _NEVER[name]
             row.append("-" if not there else "no" if name in why else "yes")
         rows.append(row)
     return [*_aligned(rows), *(f"not {name}: {reason}" for name, reason in why.items())]

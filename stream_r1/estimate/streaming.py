@@ -44,7 +44,7 @@ class ChunkWork:
 @contextmanager
 def as_on(device: Device) -> Iterator[None]:
     """Within it ops pick their backends as on that GPU, with the CUDA kernels built and Triton there."""
-    kernels = {"cuda": frozenset(dispatch.OPS), "triton": dispatch.TRITON_OPS}
+    kernels = {"cuda": frozenset(dispatch.OPS) - {"fused_linear"}, "triton": dispatch.TRITON_OPS}
     known = sorted(DEVICES.values(), key=lambda known: known.capability)
     archs = dict.fromkeys(each.architecture.removeprefix("sm_") for each in known)
     build = dispatch.Build(kernels, tuple(archs))
@@ -90,7 +90,8 @@ def chunk_work(
         for _ in range(-(-config.window_frames // config.frames_per_chunk)):  # as if chunks had been made
             stream.cache.begin_chunk()
             stream.cache.commit()
-        next(stream)  # its cache pass is the next chunk's
+        for _ in range(2):  # each timestep has been read by then; a cache pass is the next chunk's
+            next(stream)
         work = count(lambda: next(stream))
         network: Any = AutoencoderKLWan(**autoencoder)
         vae = VideoVAE(cast(network, torch.bfloat16))

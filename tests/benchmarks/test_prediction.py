@@ -28,9 +28,8 @@ def test_a_chunk_does_the_flops_of_five_passes(on_h100: streaming.ChunkWork) -> 
     assert total_flops([w for w in on_h100.student if w.engine == "attention"]) == attended
     blocks = 5 * layers * 2 * tokens * (6 * dim**2 + 2 * dim * ffn)  # q, k, v, out; q, out; up, down
     patches = 5 * 2 * 2 * tokens * 16 * 4 * dim
-    time = 5 * 2 * (256 * dim + 7 * dim**2)
     matmuls = total_flops([w for w in on_h100.student if w.engine == "matmul"])
-    assert matmuls == blocks + patches + time
+    assert matmuls == blocks + patches  # timesteps were read before
     assert 38e12 < total_flops(on_h100.decoder) < 40e12  # Wan's decoder, folded upsampling
 
 
@@ -111,7 +110,7 @@ def test_every_op_with_cuda_kernels_is_on_the_page() -> None:
     for op in found:
         assert f"| `{op.op}`, {op.size} | {op.work.bytes / 1e6:.1f} |" in PAGE
     names = {op.op.removesuffix("_backward").removesuffix("_into") for op in found}
-    assert names == set(dispatch.OPS)
+    assert names == set(dispatch.OPS) - {"fused_linear"}
 
 
 def test_the_page_is_what_the_command_writes(on_h100: streaming.ChunkWork) -> None:

@@ -18,6 +18,7 @@ from stream_r1_kernels import (
     chunk_attention,
     dmd_gradient_,
     dmd_loss,
+    fused_linear,
     gated_add,
     intra_weights,
     modulated_norm,
@@ -66,6 +67,10 @@ def _rotary(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, *, backend
     ]
     phases = [phase.to(q.device) for phase in phases]
     return qk_norm_rotary(q, k, q_weight, k_weight, *phases, num_heads=heads, backend=backend)
+
+
+def _linear(x: Tensor, one: Tensor, other: Tensor, *biases: Tensor, backend: str) -> Tensor:
+    return fused_linear(x, [one, other], biases, gelu=True, backend=backend)
 
 
 def _gradient(buffer: Tensor, x: Tensor, fake: Tensor, cond: Tensor, *, backend: str) -> Tensor:
@@ -117,7 +122,8 @@ def row_cases() -> list[OpCase]:
             OpCase("qk_norm_rotary", f"{width} wide", rotary, [x, x, weight, weight], 4),
             OpCase("rms_norm_silu", f"{width} wide", rms_norm_silu, [x, weight, (2, 5, width)], 3),
         ]
-    return found
+    shapes = [(2, 12, 48), (20, 48), (30, 48), (20,), (30,)]
+    return [*found, OpCase("fused_linear", "two side by side", _linear, shapes)]
 
 
 def distill_cases() -> list[OpCase]:
