@@ -24,7 +24,16 @@ from stream_r1.distill.loop import TrainingLoop
 from stream_r1.distill.trainer import DistillTrainer
 from stream_r1.maps import frame_strip, heat_strip, unit_range
 from stream_r1.watch.settings import WatchSettings
-from stream_r1.watch.writers import EVENTS, FolderWriter, Picture, TensorBoardWriter, WandbWriter, Writer
+from stream_r1.watch.writers import (
+    EVENTS,
+    METRICS,
+    FolderWriter,
+    Picture,
+    TensorBoardWriter,
+    WandbWriter,
+    Writer,
+    read_metrics,
+)
 
 _GIB = 2**30
 _MAP_COLUMNS = 7  # frames that maps are shown over, at most
@@ -75,6 +84,10 @@ class Watcher:
         self.folder.mkdir(parents=True, exist_ok=True)
         with _undisturbed():
             self._files = FolderWriter(self.folder, trainer.step)
+            begun = trainer.step // settings.every * settings.every  # steps after it are summarised together
+            for row in read_metrics(self.folder / METRICS):
+                if row.pop("step") > begun:
+                    self._window.append(row)
             self._open(config or {})
 
     def _open(self, config: dict[str, Any]) -> None:
@@ -126,7 +139,7 @@ class Watcher:
         self._window.append(values)
         assert self._files is not None
         self._try("metrics.csv", self._files.scalars, event.step, values)
-        if event.step % self.settings.every == 0:
+        if event.step % self.settings.every == 0 or event.step == event.steps:
             summary = summarise(self._window)
             self._window = []
             for name, writer in self._others.items():

@@ -10,10 +10,10 @@ import io
 import os
 import shutil
 import struct
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,15 +23,13 @@ from torch import Tensor
 from stream_r1.maps import png
 from stream_r1.watch.settings import WandbSettings
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
 Picture = NDArray[np.uint8]
 """[H, W, 3 or 4]."""
 
 METRICS = "metrics.csv"
 SAMPLES = "samples"
 EVENTS = "tensorboard"
+_EVENT_FILE = "events.out.tfevents."
 _GIF_WIDTH = 320  # pixels, at most: event files grow by every sample
 
 
@@ -150,9 +148,11 @@ def _append(path: Path, data: bytes) -> None:
 
 
 class TensorBoardWriter:
-    """Event files in a folder, by `torch.utils.tensorboard`.
+    """An event file in a folder, behind those of earlier parts of the run.
 
-    After a failure, as on a full disk, it goes on in a new file; what failed is only in metrics.csv.
+    Readers take a run's files in the order of their names. `SummaryWriter` names them by the second, and
+    within one by a number of any length: here a later file has a later name whatever the clock says, and an
+    event is whole on the disk when a call returns, or not there at all.
 
     Args:
         folder: is made.
@@ -161,72 +161,73 @@ class TensorBoardWriter:
     """
 
     def __init__(self, folder: Path, done: int = 0, texts: dict[str, str] | None = None) -> None:
-        self._folder = folder
-        self._open: SummaryWriter | None = None
-        for file in folder.glob("events.out.tfevents.*"):
+        from tensorboard.compat.proto.event_pb2 import Event
+        from torch.utils.tensorboard.summary import text as text_summary
+
+        folder.mkdir(parents=True, exist_ok=True)
+        number = int(time.time())
+        for file in folder.glob(_EVENT_FILE + "*"):
             if done:
                 cut_events(file, done)
+                second = file.name.removeprefix(_EVENT_FILE).partition(".")[0]
+                number = max(number, int(second) + 1) if second.isdecimal() else number
             else:
                 file.unlink()
-        with self._writing() as writer:
-            for name, text in (texts or {}).items() if not done else ():
-                writer.add_text(name, text, 0)
-
-    @contextmanager
-    def _writing(self) -> Iterator[SummaryWriter]:
-        """What is told in the context is on the disk behind it."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        if self._open is None:
-            self._open = SummaryWriter(str(self._folder), max_queue=1000)
-        try:
-            yield self._open
-            self._open.flush()
-        except OSError:  # its thread is dead
-            with suppress(Exception):
-                self._open.close()
-            self._open = None
-            for file in self._folder.glob("events.out.tfevents.*"):
-                cut_events(file)
-            raise
+        self._path = folder / f"{_EVENT_FILE}{number:010d}.stream-r1"
+        _append(self._path, _record(Event(wall_time=time.time(), file_version="brain.Event:2")))
+        for name, text in (texts or {}).items() if not done else ():
+            self._add(0, text_summary(name, text).value)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        with self._writing() as writer:
-            for name, value in values.items():
-                writer.add_scalar(name, value, step)
-
-    def pictures(self, step: int, pictures: dict[str, Picture]) -> None:
-        with self._writing() as writer:
-            for name, picture in pictures.items():
-                writer.add_image(name, picture, step, dataformats="HWC")
-
-    def video(self, step: int, name: str, frames: Tensor, fps: float) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        # SummaryWriter.add_video does this, by way of another package.
-        image = Summary.Image(
-            height=frames.shape[2], width=frames.shape[3], colorspace=3, encoded_image_string=gif(frames, fps)
-        )
-        with self._writing() as writer:
-            files: Any = writer.file_writer
-            files.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+        self._add(step, [Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+
+    def pictures(self, step: int, pictures: dict[str, Picture]) -> None:
+        self._add(step, [_image(name, p.shape[:2], png(p), p.shape[2]) for name, p in pictures.items()])
+
+    def video(self, step: int, name: str, frames: Tensor, fps: float) -> None:
+        self._add(step, [_image(name, frames.shape[2:], gif(frames, fps), 3)])
 
     def close(self) -> None:
-        if self._open is not None:
-            self._open.close()
+        """Nothing waits."""
+
+    def _add(self, step: int, values: Iterable[Any]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        event = Event(wall_time=time.time(), step=step, summary=Summary(value=values))
+        _append(self._path, _record(event))
 
 
-def cut_events(path: Path, step: int | None = None) -> None:
+def _image(name: str, size: Sequence[int], encoded: bytes, channels: int) -> Any:
+    """A picture as an event's value; an animated one plays."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    image = Summary.Image(height=size[0], width=size[1], colorspace=channels, encoded_image_string=encoded)
+    return Summary.Value(tag=name, image=image)
+
+
+def _record(event: Any) -> bytes:
+    """An event as it is in a file: its length, that one's checksum, the event, its checksum."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    out = io.BytesIO()
+    RecordWriter(out).write(event.SerializeToString())
+    return out.getvalue()
+
+
+def cut_events(path: Path, step: int) -> None:
     """Cuts an event file off before the first event of a later step, or one that is not whole."""
     from tensorboard.compat.proto.event_pb2 import Event
 
     data, at = path.read_bytes(), 0
     while at + 12 <= len(data):
-        (length,) = struct.unpack_from("<Q", data, at)  # then its checksum, the event, and its checksum
+        (length,) = struct.unpack_from("<Q", data, at)  # see _record
         end = at + 12 + length + 4
         if end > len(data):
             break
-        if step is not None and Event.FromString(data[at + 12 : end - 4]).step > step:
+        if Event.FromString(data[at + 12 : end - 4]).step > step:
             break
         at = end
     os.truncate(path, at)
@@ -259,6 +260,8 @@ class WandbWriter:
     def __init__(self, settings: WandbSettings, folder: Path, done: int, config: dict[str, Any]) -> None:
         import wandb
 
+        # Its service is a process of its own, which a busy machine starts slowly; wandb gives it 30 seconds.
+        os.environ.setdefault("WANDB__SERVICE_WAIT", "300")
         self._wandb = wandb
         kept = folder / "wandb-id.txt"
         known = kept.read_text(encoding="utf-8").strip() if done and kept.is_file() else None
