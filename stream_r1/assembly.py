@@ -11,7 +11,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
 from stream_r1.config import SettingsError
-from stream_r1.distill.initialise import InitTrainer, Objective
+from stream_r1.distill.initialise import InitTrainer, Objective, Samples
 from stream_r1.distill.ode import OdePairs, OdeRegression, load_ode_pairs, make_ode_pairs
 from stream_r1.distill.ranks import Ranks
 from stream_r1.distill.teacher_forcing import TeacherForcing
@@ -92,10 +92,12 @@ def make_init_trainer(recipe: InitRecipe, folder: Path | str, ranks: Ranks | Non
             f"pairs.folder: {recipe.pairs.folder}: no pairs-*.safetensors; "
             "stream-r1 data ode-pairs RECIPE makes them"
         )
+    ranks = ranks or Ranks()
     prompts = read_prompts(recipe.prompts)
-    text = _embeddings(recipe, prompts, ranks or Ranks())
+    shown = list(recipe.watch.prompts or prompts[:2]) if recipe.models.vae is not None else []
+    text = _embeddings(recipe, [*prompts, *shown], ranks)
     try:
-        pairs = load_ode_pairs(pairs_folder, text, data=_pairs_data(recipe, prompts))
+        pairs = load_ode_pairs(pairs_folder, text[: len(prompts)], data=_pairs_data(recipe, prompts))
     except ValueError as error:
         raise SettingsError(f"pairs.folder: {error}") from None
     _require_fitting(recipe, pairs)
@@ -106,7 +108,14 @@ def make_init_trainer(recipe: InitRecipe, folder: Path | str, ranks: Ranks | Non
         objective = TeacherForcing(
             videos, pairs.text, pairs.text_index, schedule=schedule, steps=recipe.rollout.steps
         )
-    return InitTrainer(recipe.training(), _student(recipe, ranks), objective, folder=folder, ranks=ranks)
+    samples = None
+    if recipe.models.vae is not None:
+        vae = VideoVAE.from_pretrained(locate(recipe.models.vae)).to(ranks.device)
+        texts = dict(zip(shown, text[len(prompts) :].split(1), strict=True))
+        samples = Samples(vae, texts, recipe.rollout)
+    return InitTrainer(
+        recipe.training(), _student(recipe, ranks), objective, folder=folder, ranks=ranks, samples=samples
+    )
 
 
 def write_ode_pairs(recipe: InitRecipe, ranks: Ranks | None = None) -> Iterator[int]:

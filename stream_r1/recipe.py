@@ -141,11 +141,13 @@ class InitModelPaths(Settings):
 
     student: the weights that it starts from.
     teacher: the model that makes the trajectories.
+    vae: Wan's autoencoder, which decodes sample videos; None: there are none.
     text: "minilm", or a folder with UMT5 and its tokenizer.
     """
 
     student: str
     teacher: str
+    vae: str | None = None
     text: str = "minilm"
 
 
@@ -316,6 +318,8 @@ def _misfits(recipe: Recipe | InitRecipe) -> list[str]:
             f"models.vae: expected {student.get('in_channels')} latent channels as the student's, "
             f"got {vae['z_dim']}"
         )
+    if recipe.watch.prompts and recipe.models.vae is None:
+        problems.append("watch.prompts: expected models.vae too, which decodes sample videos, got none")
     if isinstance(recipe, Recipe) and reward.get("type") == "film" and recipe.reward.overrides():
         problems.append(
             f"reward: expected no settings for the film's reward, got {recipe.reward.overrides()}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +17,8 @@ from stream_r1.distill.noise import SampleNoise
 from stream_r1.distill.order import ShuffledOrder
 from stream_r1.distill.precision import computing_in
 from stream_r1.distill.ranks import Ranks
-from stream_r1.distill.settings import InitSettings
+from stream_r1.distill.rollout import Rollout, self_rollout
+from stream_r1.distill.settings import InitSettings, RolloutSettings
 from stream_r1.distill.sharding import export_adapter, export_student
 from stream_r1.distill.state import (
     Ema,
@@ -24,7 +27,9 @@ from stream_r1.distill.state import (
     optimizer_tensors,
     trained_state,
 )
+from stream_r1.distill.trainer import Decoder
 from stream_r1.models.transformer import CausalWanTransformer
+from stream_r1.schedule import FlowSchedule
 
 
 class Objective(Protocol):
@@ -34,9 +39,28 @@ class Objective(Protocol):
         """How many samples there are."""
         ...
 
+    @property
+    def latent_shape(self) -> torch.Size:
+        """[F, C, h, w] of a sample."""
+        ...
+
     def loss(self, student: CausalWanTransformer, indices: list[int], noise: SampleNoise) -> Tensor:
         """A scalar, the mean over the samples named; what is random comes from `noise`, a stream a sample."""
         ...
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What sample videos of a start are made with.
+
+    vae: decodes them.
+    texts: [1, L, D] of every prompt.
+    rollout: their size, the student's steps and the shift.
+    """
+
+    vae: Decoder
+    texts: dict[str, Tensor]
+    rollout: RolloutSettings
 
 
 class InitTrainer(TrainingLoop):
@@ -51,6 +75,7 @@ class InitTrainer(TrainingLoop):
         objective: `OdeRegression` or `TeacherForcing`.
         folder: where checkpoints go and come from; None keeps none.
         ranks: see `DistillTrainer`.
+        samples: for sample videos; None: there are none.
     """
 
     def __init__(
@@ -61,6 +86,7 @@ class InitTrainer(TrainingLoop):
         *,
         folder: Path | str | None = None,
         ranks: Ranks | None = None,
+        samples: Samples | None = None,
     ) -> None:
         super().__init__(settings, folder, ranks)
         self.settings = settings
@@ -70,6 +96,9 @@ class InitTrainer(TrainingLoop):
         if settings.gradient_checkpointing:
             student.enable_gradient_checkpointing()
         self.objective = objective
+        self.samples = samples
+        self.vae = samples.vae if samples is not None else None
+        self.prompts = list(samples.texts) if samples is not None else []
         self.device = next(student.parameters()).device
         self.order = ShuffledOrder(len(objective), settings.seed)
         self.random = torch.Generator().manual_seed(settings.seed)
@@ -97,8 +126,45 @@ class InitTrainer(TrainingLoop):
             self._descend("student", self.optimizer, losses, self.settings.optimizer.clip, scalars)
             if not scalars["student/skipped"]:
                 self.ema.update(self.step)
+        config: Any = self.student.config
+        frames, _, height, width = self.objective.latent_shape
+        patches = frames * height * width // math.prod(config.patch_size)
+        scalars["tokens"] = float(self.settings.batch * patches)
         self.step += 1
         return StepDone(self.step, self.settings.steps, scalars, clock.whole())
+
+    @torch.no_grad()
+    def sample(self, prompts: list[str], seeds: list[int]) -> Tensor:
+        """Latents [B, F, C, h, w] as the exported student would make them, of prompts in `samples`; a seed a
+        sample. Trains nothing and draws from no stream of the training. Of models in parts, every rank must
+        ask.
+        """
+        if self.samples is None:
+            raise ValueError("InitTrainer.sample: the trainer was made without samples")
+        size, training, config = self.samples.rollout, self.student.training, self.student.config
+        channels: int = config.in_channels  # type: ignore[attr-defined]
+        schedule = FlowSchedule(size.shift)
+        steps = schedule.denoising_steps(size.steps)
+        text = torch.cat([self.samples.texts[prompt] for prompt in prompts]).to(self.device, torch.float32)
+        noise = SampleNoise(seeds, self.device)
+        self.student.eval()
+        try:
+            with self.ema.applied(), computing_in(self.settings.precision, self.device):
+                rollout = Rollout(
+                    self.student,
+                    self.student.encode_text(text),
+                    (len(noise), size.height, size.width),
+                    max_frames=size.frames,
+                    schedule=schedule,
+                    steps=steps,
+                    exit_step=len(steps) - 1,
+                    renoise=noise.randn_like,
+                    context_noise=size.context_noise,
+                )
+                latents = noise.randn(size.frames, channels, size.height, size.width)
+                return self_rollout(rollout, latents, grad=False)
+        finally:
+            self.student.train(training)
 
     def export(self, folder: Path | str, *, ema: bool = True) -> None:
         """Writes the student as a diffusers folder, with its averaged weights if `ema` and there are some;

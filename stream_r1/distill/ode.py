@@ -222,6 +222,11 @@ class OdeRegression:
     def __len__(self) -> int:
         return len(self.pairs.trajectories)
 
+    @property
+    def latent_shape(self) -> torch.Size:
+        """[F, C, h, w] of a sample."""
+        return self.pairs.trajectories.shape[2:]
+
     def loss(self, student: CausalWanTransformer, indices: list[int], noise: SampleNoise) -> Tensor:
         """mean (x0 predicted - x0 of the teacher)^2, every chunk from a random state of the trajectory."""
         pairs, device = self.pairs, noise.device

@@ -52,6 +52,11 @@ class TeacherForcing:
     def __len__(self) -> int:
         return len(self.latents)
 
+    @property
+    def latent_shape(self) -> torch.Size:
+        """[F, C, h, w] of a sample."""
+        return self.latents.shape[1:]
+
     def loss(self, student: CausalWanTransformer, indices: list[int], noise: SampleNoise) -> Tensor:
         """mean (v - (eps - x0))^2 with a random timestep a chunk."""
         x0 = self.latents[indices].to(noise.device, torch.float32)

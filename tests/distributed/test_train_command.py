@@ -19,6 +19,7 @@ from stream_r1.cli import main
 from stream_r1.config import SettingsError
 from stream_r1.models.checkpoints import load_student
 from stream_r1.recipe import InitRecipe, Recipe, load, load_any, load_start
+from stream_r1.sampling.video import read_video
 from stream_r1.watch.writers import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -163,13 +164,14 @@ def test_a_start_is_learnt_from_trajectories_that_processes_make_together(
     recipe = yaml.safe_load((world / "recipe.yaml").read_text())
     start = {
         "kind": "ode-init",
-        "models": {name: recipe["models"][name] for name in ("student", "teacher")},
+        "models": {name: recipe["models"][name] for name in ("student", "teacher", "vae")},
         "prompts": recipe["prompts"],
         "rollout": recipe["rollout"] | {"steps": [1000, 500]},
         "pairs": {"folder": str(tmp_path / "pairs"), "count": 3, "solver_steps": 2, "batch": 1},
         "steps": 2,
         "batch": 2,
         "optimizer": {"lr": 1e-3},
+        "watch": {"prompts": ["a lake that no trajectory shows"]},
     }
     path = tmp_path / "start.yaml"
     path.write_text(yaml.safe_dump(start))
@@ -182,6 +184,7 @@ def test_a_start_is_learnt_from_trajectories_that_processes_make_together(
         ("rollout.height=8", "rollout.height: expected 4 as in"),
         ("rollout.steps=[1000]", "rollout.steps, shifted: expected [1000.0, 833.3] as in"),
         ("pairs.count=4", "has 3 of 4 trajectories"),
+        ("models.vae=null", "watch.prompts: expected models.vae too"),
         ("pairs.negative_prompt=blurred", "was made of other prompts"),
     ):
         code, _, err = command("train", str(path), f"out={tmp_path / 'other'}", override)
@@ -196,6 +199,9 @@ def test_a_start_is_learnt_from_trajectories_that_processes_make_together(
         results = launch(2, command, "train", str(path), f"out={out}", f"kind={kind}")
         assert [code for code, _, _ in results] == [0, 0]
         assert any(not torch.equal(value, begun[name]) for name, value in weights(out).items())
+        shown = sorted((out / "samples").glob("*/*"))
+        assert [path.parent.name[-1] for path in shown] == ["0", "2"]
+        assert all(len(read_video(path)[0]) > 1 for path in shown)
 
 
 @pytest.mark.parametrize(
