@@ -14,6 +14,9 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +111,37 @@ def _ops_of(key: str) -> frozenset[str]:
 _OPS = {"cpu": _ops_of("CPU"), "cuda": _ops_of("CUDA"), "triton": TRITON_OPS}
 
 
+@dataclass(frozen=True)
+class _Gpu:
+    capability: tuple[int, int]
+    build: Build
+
+
+_counted_for: _Gpu | None = None
+
+
+@contextmanager
+def picking_for(capability: tuple[int, int], build: Build) -> Iterator[None]:
+    """Within it all tensors count as those of a GPU of this capability, with this build.
+
+    For counting, on fake tensors, what a GPU would run. No kernel runs there that would not otherwise.
+    """
+    global _counted_for
+    before, _counted_for = _counted_for, _Gpu(capability, build)
+    try:
+        yield
+    finally:
+        _counted_for = before
+
+
+def device_type(tensor: Tensor) -> str:
+    """ "cpu", "cuda", ...: what code that differs by device goes by."""
+    return tensor.device.type if _counted_for is None else "cuda"
+
+
 def build() -> Build:
     """What "auto" picks from on this machine."""
-    return Build(_OPS, _CUDA_ARCHS, _UNAVAILABLE)
+    return Build(_OPS, _CUDA_ARCHS, _UNAVAILABLE) if _counted_for is None else _counted_for.build
 
 
 def unavailable() -> dict[str, str]:
@@ -130,19 +161,21 @@ def unavailable() -> dict[str, str]:
 @torch.compiler.assume_constant_result
 def _capability(index: int | None) -> tuple[int, int] | None:
     """Of a GPU; None where torch finds none: fake tensors may say that they are on one."""
+    if _counted_for is not None:
+        return _counted_for.capability
     return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else None
 
 
 def describe_call(op: str, tensor: Tensor, *others: Tensor | None, pieces: int = 1) -> Call:
     """What a backend is picked by, of a call with these tensors; `tensor` gives dtype, device and width."""
     tensors = [tensor, *(x for x in others if x is not None)]
-    device = tensor.device
+    device = device_type(tensor)
     return Call(
         op,
-        device.type,
+        device,
         tensor.dtype,
         head_dim=tensor.shape[-1] if op in ATTENTION_OPS else None,
-        capability=_capability(device.index) if device.type == "cuda" else None,
+        capability=_capability(tensor.device.index) if device == "cuda" else None,
         needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in tensors),
         pieces=pieces,
         dense=all(x.stride(-1) == 1 for x in tensors if x.dim()),
@@ -174,7 +207,7 @@ def resolve(backend: str, op: str, tensor: Tensor, *others: Tensor | None, piece
         return backend
     if backend == "auto":
         if (
-            tensor.device.type == "cpu"
+            device_type(tensor) == "cpu"
             and tensor.dtype in DTYPES
             and "cpu" not in _UNAVAILABLE
             and not (op in FORWARD_ONLY and torch.is_grad_enabled())

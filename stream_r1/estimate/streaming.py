@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from diffusers import AutoencoderKLWan
-from torch import Tensor
 
 from stream_r1.estimate import roofline
 from stream_r1.estimate.devices import DEVICES, Device
@@ -41,25 +39,12 @@ class ChunkWork:
         return self.frames / sum(self.seconds(device, graph=graph))
 
 
-@contextmanager
-def as_on(device: Device) -> Iterator[None]:
+def as_on(device: Device) -> AbstractContextManager[None]:
     """Within it ops pick their backends as on that GPU, with the CUDA kernels built and Triton there."""
     kernels = {"cuda": frozenset(dispatch.OPS) - {"fused_linear"}, "triton": dispatch.TRITON_OPS}
     known = sorted(DEVICES.values(), key=lambda known: known.capability)
     archs = dict.fromkeys(each.architecture.removeprefix("sm_") for each in known)
-    build = dispatch.Build(kernels, tuple(archs))
-    describe = backends.describe_call
-
-    def on_gpu(op: str, *tensors: Tensor | None, pieces: int = 1) -> dispatch.Call:
-        call = describe(op, *tensors, pieces=pieces)  # type: ignore[arg-type]
-        return replace(call, device="cuda", capability=device.capability)
-
-    with (
-        patch.dict(backends._UNAVAILABLE, cpu="counting for a GPU"),
-        patch.object(backends, "build", lambda: build),
-        patch.object(backends, "describe_call", on_gpu),
-    ):
-        yield
+    return backends.picking_for(device.capability, dispatch.Build(kernels, tuple(archs)))
 
 
 def chunk_work(

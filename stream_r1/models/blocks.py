@@ -21,6 +21,7 @@ from stream_r1_kernels import (
     modulated_norm,
     qk_norm_rotary,
 )
+from stream_r1_kernels.backends import device_type
 
 
 class FreshSlot(NamedTuple):
@@ -259,7 +260,7 @@ class Block(nn.Module):
         attn = self.attn2
         (q,) = project(h, attn.to_q)
         q = attn.split_heads(attn.norm_q.normalise(q, self.eps))
-        if q.device.type == "cpu" and q.dtype == text_k.dtype:  # on GPUs torch's own is the faster one
+        if device_type(q) == "cpu" and q.dtype == text_k.dtype:  # on GPUs torch's own is the faster one
             return cached_chunk_attention(q, text_k, text_v, None).flatten(2)
         # scaled_dot_product_attention wants [B, H, T, D / H]
         q, k, v = q.transpose(1, 2), text_k.transpose(1, 2), text_v.transpose(1, 2)
