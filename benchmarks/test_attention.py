@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
+from stream_r1.estimate.work import attention_flops, visible_pairs
 from stream_r1_kernels import ChunkMask, Past, cached_chunk_attention, chunk_attention
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -71,12 +72,17 @@ def heads_together(x: Tensor) -> Tensor:
     return x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(x.requires_grad)
 
 
-def check_and_time(benchmark: Callable, plain: Callable, timed: Callable, dtype: torch.dtype) -> None:
-    """Refuses to time an implementation that disagrees with the plain one."""
+def check_and_time(
+    benchmark: Callable, plain: Callable, timed: Callable, dtype: torch.dtype, q: Tensor, flops: int
+) -> None:
+    """Refuses to time an implementation that disagrees with the plain one; `flops`: what can't be avoided."""
     tolerance = 32 * torch.finfo(dtype).eps
     for a, b in zip(*((x,) if isinstance(x, Tensor) else x for x in (timed(), plain())), strict=True):
         scale = b.float().abs().max().item()
         torch.testing.assert_close(a.float(), b.float(), rtol=tolerance, atol=tolerance * max(scale, 1.0))
+    benchmark.extra_info.update(  # type: ignore[attr-defined]
+        dtype=str(dtype).removeprefix("torch."), shape=list(q.shape), flops=flops
+    )
     benchmark(timed)
 
 
@@ -101,7 +107,8 @@ def test_sampling_attention(benchmark: Callable, size: str, dtype: str, implemen
         "sdpa": partial(sdpa, *(heads_together(x) for x in (q, past.k, past.v))),
     }
     with torch.no_grad():
-        check_and_time(benchmark, rivals["sdpa"], rivals[implementation], DTYPES[dtype])
+        flops = attention_flops(batch, heads, queries * keys, width)
+        check_and_time(benchmark, rivals["sdpa"], rivals[implementation], DTYPES[dtype], q, flops)
 
 
 @pytest.mark.parametrize("implementation", ["ours", "reference", "sdpa"])
@@ -122,7 +129,11 @@ def test_training_attention(benchmark: Callable, size: str, dtype: str, implemen
         return with_grads(sdpa(q, torch.cat([past.k, k], 1), torch.cat([past.v, v], 1)), [q, k, v])
 
     timed = {"ours": partial(run, "cpu"), "reference": partial(run, "reference"), "sdpa": rival}
-    check_and_time(benchmark, rival, timed[implementation], DTYPES[dtype])
+    flops = (  # forward 2 products, backward 5, of which the past, which has no gradient, needs 3
+        attention_flops(batch, heads, queries * keys, width, 2 + 3)
+        + attention_flops(batch, heads, queries * queries, width, 2)
+    )
+    check_and_time(benchmark, rival, timed[implementation], DTYPES[dtype], q, flops)
 
 
 # FlexAttention has no backward on a CPU. The two that know the mask are slow: at the large size alone.
@@ -182,4 +193,5 @@ def test_chunk_attention(
         timed[implementation] = partial(sdpa, q, k, v, attn_mask=every)
     if implementation == "compiled flex_attention":
         timed[implementation] = compiled_flex(q, k, v, visible, mask.tokens_per_frame)
-    check_and_time(benchmark, timed["sdpa of each chunk"], timed[implementation], DTYPES[dtype])
+    flops = attention_flops(batch, heads, visible_pairs(q.shape[1], mask), width, 2 + 5 if train else 2)
+    check_and_time(benchmark, timed["sdpa of each chunk"], timed[implementation], DTYPES[dtype], q, flops)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.published_flow import PublishedFlow
+from stream_r1.estimate.work import count, total_flops
 from stream_r1.models.transformer import CausalWanTransformer
 
 WIDTHS = {  # heads, head width, ffn, layers, latent channels, text width, text length, latent rows, columns
@@ -103,6 +104,8 @@ def test_pass_over_a_full_window(
     benchmark.group = f"student pass {size} {positions} {dtype}"  # type: ignore[attr-defined]
     runs, text = checked_runs(size, dtype, positions)
     x = chunk(size, DTYPES[dtype], 100)
+    arithmetic = count(lambda: runs["ours"].forward_chunk(x, times(625.0), text, last=False))
+    benchmark.extra_info.update(dtype=dtype, shape=list(x.shape), flops=total_flops(arithmetic))  # type: ignore[attr-defined]
     benchmark.pedantic(
         runs[implementation].forward_chunk,
         args=(x, times(625.0), text),
