@@ -82,6 +82,9 @@ TORCH_LIBRARY(stream_r1, m) {
   // [B, P, D] -> [B, P + T, D].
   m.def("rms_norm_silu(Tensor x, Tensor weight, Tensor? before, float eps) -> Tensor", tags);
 
+  // RMSNorm(x) * weight, the same without the activation. CPU alone, without a backward.
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", tags);
+
   // Pixel gradients [M, B, T, 3, H, W] -> [M, B, F, h, w] float32: channel norm, mean over a latent cell's
   // own pixels.
   m.def("region_saliency(Tensor pixel_grads, int frames, int rows, int columns) -> Tensor", tags);

@@ -8,6 +8,7 @@ Attention (`[B, T, H, D]`):
 Around the matmuls (`[B, T, D]`):
     modulated_norm, gated_add              AdaLN with a modulation per frame
     fused_linear                           linear layers with their activation or gated residual
+    rms_norm                               norm of queries that are not rotated
     rms_norm_silu                          norm and activation before an autoencoder's causal convolution
 Distillation (`[B, F, C, h, w]`):
     region_saliency, intra_weights         from a reward's pixel gradients to the weights of the latent cells
@@ -21,7 +22,7 @@ from .attention import ChunkMask, Past, cached_chunk_attention, chunk_attention
 from .cache import ChunkCache, LayerCache
 from .dmd import dmd_gradient_, dmd_loss
 from .linear import fused_linear
-from .norm import gated_add, modulated_norm, rms_norm_silu
+from .norm import gated_add, modulated_norm, rms_norm, rms_norm_silu
 from .rotary import RotaryGrid, apply_rotary, qk_norm_rotary
 from .saliency import intra_weights, region_saliency
 
@@ -42,5 +43,6 @@ __all__ = [
     "modulated_norm",
     "qk_norm_rotary",
     "region_saliency",
+    "rms_norm",
     "rms_norm_silu",
 ]

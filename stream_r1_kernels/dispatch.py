@@ -17,12 +17,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the compiled kerne
 TENSOR_CORE_DTYPES = (torch.bfloat16, torch.float16)
 ATTENTION_OPS = ("cached_chunk_attention", "chunk_attention")
 TRITON_OPS = frozenset(ATTENTION_OPS)
+FORWARD_ONLY = ("fused_linear", "rms_norm")  # compiled without a backward, and for CPUs alone
 OPS = (
     *ATTENTION_OPS,
     *("renew_sink_", "qk_norm_rotary", "modulated_norm", "gated_add", "rms_norm_silu"),
-    *("region_saliency", "intra_weights", "dmd_loss", "dmd_gradient_", "fused_linear"),
+    *("region_saliency", "intra_weights", "dmd_loss", "dmd_gradient_"),
+    *FORWARD_ONLY,
 )
-FORWARD_ONLY = ("fused_linear",)  # compiled without a backward
 WIDEST_HEAD = 128  # of the attention kernels on GPUs
 
 Refusal = tuple[type[Exception], str]

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from .backends import EXTENSION_PROBLEM, build, read_build_record, unavailable
-from .dispatch import ATTENTION_OPS, BACKENDS, OPS, Build, Call, choose
+from .dispatch import ATTENTION_OPS, BACKENDS, FORWARD_ONLY, OPS, Build, Call, choose
 
 _GPUS = ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0))
 _ATTENTION = Call(ATTENTION_OPS[0], "cpu", torch.bfloat16, head_dim=128)
@@ -25,7 +25,7 @@ _SITUATIONS = {
     "other ops": Call("gated_add", "cpu", torch.bfloat16),
 }
 
-_NEVER = {"cpu": "renew_sink_", "cuda": "fused_linear"}  # what a backend has no kernel of
+_NEVER = {"cpu": ("renew_sink_",), "cuda": FORWARD_ONLY}  # what a backend has no kernel of
 
 
 def describe() -> str:
@@ -62,7 +62,7 @@ def _ops_table() -> list[str]:
             kernels = {"sdpa": ATTENTION_OPS, "reference": OPS, "triton": ATTENTION_OPS}.get(name)
             there = op in have.ops.get(name, ()) if kernels is None else op in kernels
             if kernels is None and name in why:  # not loaded: what it would have
-                there = op != _NEVER[name]
+                there = op not in _NEVER[name]
             row.append("-" if not there else "no" if name in why else "yes")
         rows.append(row)
     return [*_aligned(rows), *(f"not {name}: {reason}" for name, reason in why.items())]

@@ -93,11 +93,15 @@ inline void check_norm_modulation(const char* op, const at::Tensor& x, const at:
 }
 
 // x [B, T, D], weight [D], before [B, P, D] in x's dtype.
+inline void check_rms_norm(const char* op, const at::Tensor& x, const at::Tensor& weight) {
+  TORCH_CHECK_VALUE(x.dim() == 3, op, ": x: expected shape [B, T, D], got ", x.sizes());
+  TORCH_CHECK_VALUE(weight.dim() == 1 && weight.size(0) == x.size(2), op, ": weight: expected shape [",
+                    x.size(2), "], got ", weight.sizes());
+}
+
 inline void check_rms_norm_silu(const at::Tensor& x, const at::Tensor& weight,
                                 const std::optional<at::Tensor>& before) {
-  TORCH_CHECK_VALUE(x.dim() == 3, "rms_norm_silu: x: expected shape [B, T, D], got ", x.sizes());
-  TORCH_CHECK_VALUE(weight.dim() == 1 && weight.size(0) == x.size(2),
-                    "rms_norm_silu: weight: expected shape [", x.size(2), "], got ", weight.sizes());
+  check_rms_norm("rms_norm_silu", x, weight);
   if (!before) return;
   TORCH_CHECK_VALUE(before->dim() == 3 && before->size(0) == x.size(0) && before->size(2) == x.size(2),
                     "rms_norm_silu: before: expected shape [", x.size(0), ", P, ", x.size(2), "], got ",

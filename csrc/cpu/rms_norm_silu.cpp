@@ -1,4 +1,5 @@
 #include <ATen/Parallel.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -11,9 +12,8 @@ namespace {
 
 using at::Tensor;
 
-Tensor rms_norm_silu_cpu(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& before_,
-                         double eps) {
-  check_rms_norm_silu(x_, weight_, before_);
+Tensor norm(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& before_, double eps,
+            bool silu) {
   const int64_t batch = x_.size(0), tokens = x_.size(1), width = x_.size(2);
   const Tensor x = with_dense_rows(x_), weight = contiguous_float(weight_);
   const Tensor before = before_ ? with_dense_rows(*before_) : x.narrow(1, 0, 0);
@@ -30,11 +30,23 @@ Tensor rms_norm_silu_cpu(const Tensor& x_, const Tensor& weight_, const std::opt
                              before.size(1),
                              tokens,
                              width,
-                             static_cast<float>(eps)};
+                             static_cast<float>(eps),
+                             silu};
   at::parallel_for(
       0, batch * out.size(1), grain(width),
       [&, kernel = pick_rms_norm_silu()](int64_t begin, int64_t end) { kernel(args, begin, end); });
   return out;
+}
+
+Tensor rms_norm_silu_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& before,
+                         double eps) {
+  check_rms_norm_silu(x, weight, before);
+  return norm(x, weight, before, eps, true);
+}
+
+Tensor rms_norm_cpu(const Tensor& x, const Tensor& weight, double eps) {
+  check_rms_norm("rms_norm", x, weight);
+  return norm(x, weight, std::nullopt, eps, false);
 }
 
 Tensor forward_below_autograd(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& before,
@@ -89,6 +101,12 @@ Tensor rms_norm_silu_autograd(const Tensor& x, const Tensor& weight, const std::
 }  // namespace
 }  // namespace stream_r1
 
-TORCH_LIBRARY_IMPL(stream_r1, CPU, m) { m.impl("rms_norm_silu", stream_r1::rms_norm_silu_cpu); }
+TORCH_LIBRARY_IMPL(stream_r1, CPU, m) {
+  m.impl("rms_norm_silu", stream_r1::rms_norm_silu_cpu);
+  m.impl("rms_norm", stream_r1::rms_norm_cpu);
+}
 
-TORCH_LIBRARY_IMPL(stream_r1, Autograd, m) { m.impl("rms_norm_silu", stream_r1::rms_norm_silu_autograd); }
+TORCH_LIBRARY_IMPL(stream_r1, Autograd, m) {
+  m.impl("rms_norm_silu", stream_r1::rms_norm_silu_autograd);
+  m.impl("rms_norm", torch::autograd::autogradNotImplementedFallback());
+}

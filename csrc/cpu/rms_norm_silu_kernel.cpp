@@ -23,7 +23,7 @@ float sum_of_squares(const Stored<kElement>* x, int64_t width) {
   return sum_parts(squares);
 }
 
-template <Element kElement>
+template <Element kElement, bool kSilu>
 void forward(const RmsNormSiluArgs& args, int64_t begin, int64_t end) {
   const int64_t width = args.width, rows = args.leading + args.tokens;
   const float inverse_width = 1 / static_cast<float>(width);
@@ -46,7 +46,10 @@ void forward(const RmsNormSiluArgs& args, int64_t begin, int64_t end) {
       const float scale = scales[r];
       for_each_vector(width, [&](int64_t i, auto lanes) STREAM_R1_INLINE {
         const Vec n = load<kElement>(x + i, lanes) * scale * load(args.weight + i, lanes);
-        store<kElement>(out + i, times_sigmoid(n, n), lanes, args.past_cache);
+        if constexpr (kSilu)
+          store<kElement>(out + i, times_sigmoid(n, n), lanes, args.past_cache);
+        else
+          store<kElement>(out + i, n, lanes, args.past_cache);
       });
     }
     row += count;
@@ -56,7 +59,12 @@ void forward(const RmsNormSiluArgs& args, int64_t begin, int64_t end) {
 }  // namespace
 
 void rms_norm_silu(const RmsNormSiluArgs& args, int64_t begin, int64_t end) {
-  with_element(args.x.element, [&](auto element) { forward<element()>(args, begin, end); });
+  with_element(args.x.element, [&](auto element) {
+    if (args.silu)
+      forward<element(), true>(args, begin, end);
+    else
+      forward<element(), false>(args, begin, end);
+  });
   end_streaming(args.past_cache);
 }
 

@@ -15,6 +15,7 @@ struct RmsNormSiluArgs {
   bool past_cache;  // see goes_past_cache()
   int64_t leading, tokens, width;
   float eps;
+  bool silu;
 };
 
 // Rows begin .. end of the B * (P + T) rows of out.

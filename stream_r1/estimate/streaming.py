@@ -41,7 +41,7 @@ class ChunkWork:
 
 def as_on(device: Device) -> AbstractContextManager[None]:
     """Within it ops pick their backends as on that GPU, with the CUDA kernels built and Triton there."""
-    kernels = {"cuda": frozenset(dispatch.OPS) - {"fused_linear"}, "triton": dispatch.TRITON_OPS}
+    kernels = {"cuda": frozenset(dispatch.OPS) - {*dispatch.FORWARD_ONLY}, "triton": dispatch.TRITON_OPS}
     known = sorted(DEVICES.values(), key=lambda known: known.capability)
     archs = dict.fromkeys(each.architecture.removeprefix("sm_") for each in known)
     return backends.picking_for(device.capability, dispatch.Build(kernels, tuple(archs)))

@@ -20,6 +20,7 @@ from stream_r1_kernels import (
     gated_add,
     modulated_norm,
     qk_norm_rotary,
+    rms_norm,
 )
 from stream_r1_kernels.backends import device_type
 
@@ -79,8 +80,7 @@ class RMSScale(nn.Module):
 
     def normalise(self, x: Tensor, eps: float) -> Tensor:
         """For cross-attention, where nothing is rotated: [B, T, D], in float32 inside, in x's dtype."""
-        wide = x if x.dtype == self.weight.dtype else x.to(self.weight.dtype)  # under autocast they differ
-        return functional.rms_norm(wide, x.shape[-1:], self.weight, eps).to(x.dtype)
+        return rms_norm(x, self.weight, eps=eps)
 
 
 class Attention(nn.Module):

@@ -2,8 +2,13 @@ import torch
 from torch import Tensor
 
 from ..backends import resolve
-from .reference import gated_add_reference, modulated_norm_reference, rms_norm_silu_reference
-from .validation import check_gated_add, check_modulated_norm, check_rms_norm_silu
+from .reference import (
+    gated_add_reference,
+    modulated_norm_reference,
+    rms_norm_reference,
+    rms_norm_silu_reference,
+)
+from .validation import check_gated_add, check_modulated_norm, check_rms_norm, check_rms_norm_silu
 
 
 def modulated_norm(
@@ -53,6 +58,31 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor, *, backend: str = "auto") -> T
     if resolve(backend, "gated_add", x) == "reference":
         return gated_add_reference(x, y, gate)
     return torch.ops.stream_r1.gated_add(x, y, gate)
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, backend: str = "auto") -> Tensor:
+    """x / rms(x) * weight, the root mean square over the last dimension: of queries that are not rotated.
+
+    In float32 whatever the dtypes (float64 for float64 x), rounded once.
+
+    Args:
+        x: [B, T, D]; float32, bfloat16, float16 or float64.
+        weight: [D], any floating-point dtype.
+        eps: added to the mean square, >= 0.
+        backend: "auto", "cpu" or "reference" (torch's own); an explicit choice never falls back. The compiled
+            op has no backward: where autograd records, auto takes the reference.
+
+    Returns:
+        [B, T, D] in x's dtype. Differentiable in x and weight.
+
+    Raises:
+        ValueError: a shape or eps that does not fit, or grad for a backend without.
+        TypeError: a dtype that is not allowed.
+    """
+    check_rms_norm("rms_norm", x, weight, eps)
+    if resolve(backend, "rms_norm", x, weight) == "reference":
+        return rms_norm_reference(x, weight, eps)
+    return torch.ops.stream_r1.rms_norm(x, weight, eps)
 
 
 def rms_norm_silu(

@@ -27,6 +27,11 @@ def _(grad_out: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     return y.new_empty(y.shape), gate.new_empty(gate.shape)
 
 
+@torch.library.register_fake("stream_r1::rms_norm")
+def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 @torch.library.register_fake("stream_r1::rms_norm_silu")
 def _(x: Tensor, weight: Tensor, before: Tensor | None, eps: float) -> Tensor:
     leading = 0 if before is None else before.shape[1]

@@ -1,4 +1,4 @@
-"""Plain torch: what `modulated_norm`, `gated_add` and `rms_norm_silu` mean."""
+"""Plain torch: what the ops of this folder mean."""
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,12 @@ def gated_add_reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     y = y.unflatten(1, (gate.shape[1], y.shape[1] // gate.shape[1]))  # [B, F, T/F, D]
     return (x + (y.to(dtype) * gate.to(dtype).unsqueeze(2)).flatten(1, 2)).to(x.dtype)
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [B, T, D], weight [D]: x / rms(x) * weight, in the wider of their dtypes, in float32 inside."""
+    wide = x if x.dtype == weight.dtype else x.to(torch.promote_types(x.dtype, weight.dtype))
+    return F.rms_norm(wide, x.shape[-1:], weight.to(wide.dtype), eps).to(x.dtype)
 
 
 def rms_norm_silu_reference(x: Tensor, weight: Tensor, before: Tensor | None, eps: float) -> Tensor:

@@ -52,22 +52,28 @@ def check_gated_add(x: Tensor, y: Tensor, gate: Tensor) -> None:
         raise TypeError(f"{op}: gate: expected {y.dtype} as y, or float32, got {gate.dtype}")
 
 
-def check_rms_norm_silu(x: Tensor, weight: Tensor, before: Tensor | None, eps: float) -> None:
-    op = "rms_norm_silu"
+def check_rms_norm(op: str, x: Tensor, weight: Tensor, eps: float) -> None:
     _check_tokens(op, x)
-    batch, _, width = x.shape
+    width = x.shape[2]
     if weight.shape != (width,):
         raise ValueError(f"{op}: weight: expected shape [{width}], got {list(weight.shape)}")
     if weight.dtype not in FLOATS:
         raise TypeError(f"{op}: weight: expected a floating-point dtype, got {weight.dtype}")
+    if weight.device != x.device:
+        raise ValueError(f"{op}: weight: expected device {x.device} as x, got {weight.device}")
+    if not eps >= 0:
+        raise ValueError(f"{op}: eps: expected a number >= 0, got {eps}")
+
+
+def check_rms_norm_silu(x: Tensor, weight: Tensor, before: Tensor | None, eps: float) -> None:
+    op = "rms_norm_silu"
+    check_rms_norm(op, x, weight, eps)
+    batch, _, width = x.shape
     if before is not None:
         if before.dim() != 3 or before.shape[0] != batch or before.shape[2] != width:
             expected = f"[{batch}, P, {width}]"
             raise ValueError(f"{op}: before: expected shape {expected}, got {list(before.shape)}")
         if before.dtype != x.dtype:
             raise TypeError(f"{op}: before: expected {x.dtype} as x, got {before.dtype}")
-    for name, value in (("weight", weight), ("before", before)):
-        if value is not None and value.device != x.device:
-            raise ValueError(f"{op}: {name}: expected device {x.device} as x, got {value.device}")
-    if not eps >= 0:
-        raise ValueError(f"{op}: eps: expected a number >= 0, got {eps}")
+        if before.device != x.device:
+            raise ValueError(f"{op}: before: expected device {x.device} as x, got {before.device}")

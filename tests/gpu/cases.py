@@ -24,6 +24,7 @@ from stream_r1_kernels import (
     modulated_norm,
     qk_norm_rotary,
     region_saliency,
+    rms_norm,
     rms_norm_silu,
 )
 
@@ -120,6 +121,7 @@ def row_cases() -> list[OpCase]:
             OpCase("modulated_norm", f"{width} wide", modulated_norm, [x, modulation, modulation], 3),
             OpCase("gated_add", f"{width} wide", gated_add, [x, x, modulation], 3),
             OpCase("qk_norm_rotary", f"{width} wide", rotary, [x, x, weight, weight], 4),
+            OpCase("rms_norm", f"{width} wide", rms_norm, [x, weight]),
             OpCase("rms_norm_silu", f"{width} wide", rms_norm_silu, [x, weight, (2, 5, width)], 3),
         ]
     shapes = [(2, 12, 48), (20, 48), (30, 48), (20,), (30,)]

@@ -14,7 +14,7 @@ from stream_r1_kernels.attention import Past
 EVERY_OP_OF_AN_INSTRUCTION_SET = """
 import torch
 from stream_r1_kernels import ChunkMask, RotaryGrid, chunk_attention, qk_norm_rotary
-from stream_r1_kernels import fused_linear, rms_norm_silu
+from stream_r1_kernels import fused_linear, rms_norm, rms_norm_silu
 
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -27,10 +27,12 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         rotated = qk_norm_rotary(x, x, weight, weight, *phases, num_heads=3, backend=backend)
         with torch.no_grad():
             linear = fused_linear(x, [x[0, :7]], gelu=True, residual=x[..., :7], backend=backend)
+            normed = rms_norm(x, weight, backend=backend)
         active = rms_norm_silu(x, weight, x[:, :2], backend=backend)
         loss = active.float().square().sum() + out.float().square().sum()
         loss = loss + rotated[0].float().pow(3).sum() + rotated[1].float().sum()
-        results.append((out, linear, *rotated, active, *torch.autograd.grad(loss, (q, k, v, x, weight))))
+        outs = (out, linear, normed, *rotated, active)
+        results.append((*outs, *torch.autograd.grad(loss, (q, k, v, x, weight))))
     for a, b in zip(*results):
         unit = torch.finfo(dtype).eps * max(1, b.abs().max().item())
         torch.testing.assert_close(a, b, rtol=4 * unit, atol=8 * unit)
@@ -69,7 +71,7 @@ def test_info_says_what_is_built_and_what_is_left_out() -> None:
     assert rows["cached_chunk_attention"][3:] == ["yes", "yes"]
     assert rows["gated_add"] == ["yes", rows["gated_add"][1], "-", "-", "yes"]
     assert rows["renew_sink_"][0] == "-"  # in plain torch on CPUs
-    assert rows["fused_linear"] == ["yes", "-", "-", "-", "yes"]
+    assert rows["fused_linear"] == rows["rms_norm"] == ["yes", "-", "-", "-", "yes"]
     missing = backends.unavailable()
     for name in ("cuda", "triton"):
         assert (f"not {name}: {missing.get(name)}" in report) == (name in missing)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stream_r1_kernels import gated_add, modulated_norm, rms_norm_silu
+from stream_r1_kernels import backends, gated_add, modulated_norm, rms_norm, rms_norm_silu
 
 SIZES = [(2, 84, 3, 256), (1, 130, 1, 64), (3, 10, 5, 33), (1, 4, 4, 5), (2, 0, 2, 8), (0, 6, 2, 8)]
 DTYPES = [
@@ -97,6 +97,33 @@ def test_rms_norm_silu_and_its_gradients(batch, tokens, leading, width, dtype, w
     weight = torch.randn(width).to(weight_dtype)
     check_against_float64(rms_norm_silu, silu_formula, [x, weight, before], backend)
     check_against_float64(rms_norm_silu, silu_formula, [x, weight], backend)
+
+
+def rms_formula(x, weight):
+    return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight
+
+
+@pytest.mark.parametrize(("dtype", "weight_dtype"), DTYPES)
+@pytest.mark.parametrize(("batch", "tokens", "leading", "width"), SIZES)
+def test_rms_norm_and_its_gradients(batch, tokens, leading, width, dtype, weight_dtype):
+    torch.manual_seed(0)
+    wide = torch.randn(batch, tokens, width + leading).to(dtype) * 3
+    x, weight = wide[..., leading:], torch.randn(width).to(weight_dtype)
+    check_against_float64(rms_norm, rms_formula, [x, weight], "reference")
+    exact = rms_formula(x.double(), weight.double())
+    unit = torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        rms_norm(x, weight, backend="cpu").double(), exact, rtol=4e-7 + unit / 2, atol=unit * 1e-4
+    )
+
+
+def test_rms_norm_is_torchs_where_autograd_records():
+    x, weight = torch.randn(1, 3, 8, requires_grad=True), torch.ones(8)
+    assert rms_norm(x, weight).requires_grad
+    with pytest.raises(ValueError, match=r"'cpu' has no backward of rms_norm: use it under torch.no_grad"):
+        rms_norm(x, weight, backend="cpu")
+    with torch.no_grad():
+        assert backends.resolve("auto", "rms_norm", x) == "cpu"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -240,6 +267,7 @@ def test_opcheck():
     before, weight = torch.randn(2, 3, 8, requires_grad=True), torch.randn(8, requires_grad=True)
     torch.library.opcheck(torch.ops.stream_r1.rms_norm_silu, (x, weight, before, 1e-6))
     torch.library.opcheck(torch.ops.stream_r1.rms_norm_silu, (x, weight, None, 1e-6))
+    torch.library.opcheck(torch.ops.stream_r1.rms_norm, (x.detach(), weight.detach(), 1e-6))
     statistics = torch.randn(2, 6)
     plain = [value.detach() for value in (x, x, scale)]
     torch.library.opcheck(torch.ops.stream_r1.modulated_norm_backward, (*plain, statistics, statistics))
@@ -308,6 +336,13 @@ WEIGHT = torch.ones(8)
             r"gate: expected shape \[2, F, 8\], got \[2, 3, 4\]",
         ),
         (lambda: gated_add(X, Y, GATE.double()), TypeError, "gate: expected torch.float32"),
+        (lambda: rms_norm(X[0], WEIGHT), ValueError, r"rms_norm: x: expected shape \[B, T, D\]"),
+        (lambda: rms_norm(X, WEIGHT[:5]), ValueError, r"rms_norm: weight: expected shape \[8\], got \[5\]"),
+        (
+            lambda: torch.ops.stream_r1.rms_norm(X, WEIGHT[:5], 1e-6),
+            ValueError,
+            r"rms_norm: weight: expected shape \[8\]",
+        ),
         (
             lambda: rms_norm_silu(X[0], WEIGHT),
             ValueError,
