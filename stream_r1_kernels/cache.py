@@ -103,6 +103,7 @@ class ChunkCache:
         self.storage = torch.zeros(shape, dtype=dtype, device=device)
         self._sink_k, self._sink_v = self._allocate_sink()
         self._pinned: tuple[Tensor, Tensor] | None = None
+        self._views: dict[int, tuple[Tensor, Tensor, Past]] = {}  # by layer, of the chunk under way
         self.reset()
 
     def _allocate_sink(self) -> tuple[Tensor | None, Tensor | None]:
@@ -186,6 +187,7 @@ class ChunkCache:
         self._phases: tuple[Tensor, Tensor] | None = None
         self._slot_start = self._slot_tokens = 0
         self._visible_start = self._visible_stop = 0
+        self._views.clear()
 
     def begin_chunk(self) -> None:
         """Make room for the next chunk: choose its slot, evict what was there, move or average the sink.
@@ -216,6 +218,7 @@ class ChunkCache:
         self._slot_start, self._slot_tokens = slot * tokens, frames * tokens
         self._visible_start = 0 if evicts else self._lead * tokens
         self._visible_stop = self.capacity * tokens if evicts else (slot + frames) * tokens
+        self._views.clear()
         if evicts and self._sink_k is not None:
             self._renew_sink(start)
         phases = self.rotary.phases(start, frames, self.rows, self.columns, self.storage.device)
@@ -322,12 +325,23 @@ class LayerCache:
 
     def slot(self) -> tuple[Tensor, Tensor]:
         """Where the fresh chunk's keys and values go: views [B, T, H, D] into the buffer."""
-        cache, layer = self._cache, self._layer
-        stop = cache._slot_start + cache._slot_tokens
-        return (
-            cache.storage[layer, 0, :, cache._slot_start : stop],
-            cache.storage[layer, 1, :, cache._slot_start : stop],
-        )
+        return self._chunk_views()[:2]
+
+    def _chunk_views(self) -> tuple[Tensor, Tensor, Past]:
+        """The slot and what is visible with it: made once a chunk, for a small model's pass would notice."""
+        if torch.compiler.is_compiling():  # in a graph they cost nothing, and it keeps one input, not many
+            return self._make_views()
+        views = self._cache._views.get(self._layer)
+        if views is None:
+            views = self._cache._views[self._layer] = self._make_views()
+        return views
+
+    def _make_views(self) -> tuple[Tensor, Tensor, Past]:
+        cache = self._cache
+        k, v = cache.storage[self._layer, 0], cache.storage[self._layer, 1]
+        slot = slice(cache._slot_start, cache._slot_start + cache._slot_tokens)
+        visible = slice(cache._visible_start, cache._visible_stop)
+        return k[:, slot], v[:, slot], Past(k[:, visible], v[:, visible], True)
 
     @overload
     def past(self, holds_fresh: Literal[True], copy: bool = ...) -> Past: ...
@@ -349,11 +363,11 @@ class LayerCache:
             `Past` with keys and values [B, Tp, H, D], or None where there is no past (first chunk,
             holds_fresh=False).
         """
+        if holds_fresh:
+            return self._chunk_views()[2]
         cache = self._cache
         k, v = cache.storage[self._layer, 0], cache.storage[self._layer, 1]
         start, stop = cache._visible_start, cache._visible_stop
-        if holds_fresh:
-            return Past(k[:, start:stop], v[:, start:stop], True)
 
         fresh_start = cache._slot_start
         fresh_stop = fresh_start + cache._slot_tokens
