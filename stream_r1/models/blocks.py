@@ -5,7 +5,7 @@ Shapes: B batch, F latent frames, T tokens (T = F * rows * columns), D width, H 
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,41 +33,44 @@ class FreshSlot(NamedTuple):
     visible: Past
 
 
-def fuses(x: Tensor, *layers: nn.Module) -> bool:
-    """Whether linear layers may run on `x` as one op with what follows them: on a CPU without grad, with
-    weights as they are (no adapter, no other kind of layer, no part of a divided model, no autocast).
+def plain_linears(x: Tensor, *layers: nn.Module) -> tuple[list[Tensor], list[Tensor]] | None:
+    """Weights and biases of linear layers that may run on `x` as one op with what follows them, else None.
+
+    They may on a CPU without grad, with weights as they are: no adapter, no other kind of layer, no part of
+    a divided model, no autocast.
     """
-    return (
-        type(x) is Tensor
-        and x.device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and all(
-            type(layer) is nn.Linear
-            and type(layer.weight) is nn.Parameter
-            and layer.weight.dtype == x.dtype
-            and layer.bias is not None
-            and not layer._forward_hooks
-            and not layer._forward_pre_hooks
-            for layer in layers
-        )
-    )
+    if (
+        type(x) is not Tensor
+        or x.device.type != "cpu"
+        or torch.is_grad_enabled()
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return None
+    weights: list[Tensor] = []  # torch.compile does not trace list[Tensor]()
+    biases: list[Tensor] = []
+    for layer in layers:
+        if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+            return None
+        weight, bias = layer.weight, layer.bias  # once: a module looks them up slowly
+        if type(weight) is not nn.Parameter or weight.dtype != x.dtype or bias is None:
+            return None
+        weights.append(weight)
+        biases.append(bias)
+    return weights, biases
 
 
 def project(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
     """x [B, T, K] through each of the linear layers -> [B, T, N] each, last dimension contiguous."""
-    if not fuses(x, *layers):
+    if (plain := plain_linears(x, *layers)) is None:
         return [layer(x) for layer in layers]
-    linears = cast(tuple[nn.Linear, ...], layers)
-    side_by_side = fused_linear(x, [layer.weight for layer in linears], [layer.bias for layer in linears])
-    return side_by_side.split([layer.out_features for layer in linears], dim=-1)
+    side_by_side = fused_linear(x, *plain)
+    return side_by_side.split([weight.shape[0] for weight in plain[0]], dim=-1)
 
 
 def add_projection(x: Tensor, y: Tensor, layer: nn.Module, gate: Tensor | None = None) -> Tensor:
     """x + layer(y) * gate: x [B, T, D], y [B, T, K], gate [B, F, D] or 1."""
-    if x.dtype == y.dtype and fuses(y, layer):
-        linear = cast(nn.Linear, layer)
-        return fused_linear(y, [linear.weight], [linear.bias], residual=x, gate=gate)
+    if x.dtype == y.dtype and (plain := plain_linears(y, layer)) is not None:
+        return fused_linear(y, *plain, residual=x, gate=gate)
     return x + layer(y) if gate is None else gated_add(x, layer(y), gate)
 
 
@@ -106,8 +109,8 @@ class GELUProjection(nn.Module):
         self.proj = nn.Linear(dim, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        if fuses(x, self.proj):
-            return fused_linear(x, [self.proj.weight], [self.proj.bias], gelu=True)
+        if (plain := plain_linears(x, self.proj)) is not None:
+            return fused_linear(x, *plain, gelu=True)
         return functional.gelu(self.proj(x), approximate="tanh")
 
 

@@ -45,16 +45,12 @@ def check_fused_linear(
             raise ValueError(f"{_OP}: gate: expected frames that divide {tokens} tokens, got {gate.shape[1]}")
         if gate.dtype not in (x.dtype, torch.float32):
             raise TypeError(f"{_OP}: gate: expected {x.dtype} as x, or float32, got {gate.dtype}")
-    for name, values in (("weights", weights), ("biases", biases), ("residual", (residual,))):
+    groups = ("weights", weights), ("biases", biases), ("residual", (residual,)), ("gate", (gate,))
+    for name, values in groups:
         for value in values:
-            if value is not None and value.dtype != x.dtype:
-                raise TypeError(f"{_OP}: {name}: expected {x.dtype} as x, got {value.dtype}")
-    for name, values in (
-        ("weights", weights),
-        ("biases", biases),
-        ("residual", (residual,)),
-        ("gate", (gate,)),
-    ):
-        for value in values:
-            if value is not None and value.device != x.device:
+            if value is None:
+                continue
+            if value.device != x.device:
                 raise ValueError(f"{_OP}: {name}: expected device {x.device} as x, got {value.device}")
+            if value.dtype != x.dtype and value is not gate:
+                raise TypeError(f"{_OP}: {name}: expected {x.dtype} as x, got {value.dtype}")
