@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import wandb
 from distill_models import LetterEncoder, StretchDecoder, tiny_student, tiny_teacher
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
@@ -357,6 +358,7 @@ def test_wandb_keeps_a_run_offline(tmp_path: Path) -> None:
             watcher.see(event)
             numbers[event.step] = event.scalars
     assert told == []
+    wandb.teardown()  # waits for the service's end: it writes beside us, also after a run was finished
     (kept,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     records = list(wandb_records(kept))
     began = next(record.run for record in records if record.HasField("run"))
