@@ -17,14 +17,15 @@ moving average of the sink of Reward Forcing (2512.04678).
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from .attention.past import Past
 from .backends import resolve
-from .rotary import RotaryGrid, apply_rotary
+from .rotary import RotaryGrid
+from .sink import renew_sink_
 
 POSITIONS = ("absolute", "window")
 
@@ -186,13 +187,24 @@ class ChunkCache:
         self._next_frame = 0
         self._phases: tuple[Tensor, Tensor] | None = None
         self._slot_start = self._slot_tokens = 0
+        self._renewal: tuple[Any, ...] | None = None
         self._visible_start = self._visible_stop = 0
         self._views.clear()
 
-    def begin_chunk(self) -> None:
+    @property
+    def keeps_last(self) -> bool:
+        """Whether a chunk still lies in the buffer, its phases too, while the next one is written."""
+        ring = self.capacity - self.sink_frames
+        return self._pinned is None and (self.window_frames is None or ring > self.frames_per_chunk)
+
+    def begin_chunk(self, *, renew_sink: bool = True) -> None:
         """Make room for the next chunk: choose its slot, evict what was there, move or average the sink.
 
         Does nothing where a chunk is under way already.
+
+        Args:
+            renew_sink: False: each layer's `LayerCache.renew_sink` is the caller's, once, before this chunk
+                writes to the layer: until then the layer is as the chunk before saw it.
 
         Raises:
             ValueError: a stream without a window is at its `max_frames`.
@@ -219,8 +231,9 @@ class ChunkCache:
         self._visible_start = 0 if evicts else self._lead * tokens
         self._visible_stop = self.capacity * tokens if evicts else (slot + frames) * tokens
         self._views.clear()
-        if evicts and self._sink_k is not None:
-            self._renew_sink(start)
+        self._renewal = self._plan_renewal(start) if evicts and self._sink_k is not None else None
+        if renew_sink:
+            self._renew_sink(slice(None))
         phases = self.rotary.phases(start, frames, self.rows, self.columns, self.storage.device)
         if self._pinned is not None and frames == self.frames_per_chunk:
             for pinned, value in zip(self._pinned, phases, strict=True):
@@ -246,72 +259,26 @@ class ChunkCache:
             assert self._phases is not None
         return self._phases
 
-    @torch.no_grad()
-    def _renew_sink(self, start: int) -> None:
-        """Average the chunk to be evicted into the sink, then write the sink's copy that this chunk sees."""
-        assert self._sink_k is not None
+    def _plan_renewal(self, start: int) -> tuple[Any, ...]:
+        """What `renew_sink_` is told about the chunk from frame `start` on, whatever the layer."""
         ring = self.capacity - self.sink_frames
         device = self.storage.device
         to_window: tuple[Tensor | None, Tensor | None] = (None, None)
         if self.moves_sink:
             to_window = self.rotary.temporal_shift(start + self.frames - self.capacity, device)
+        first = start == self.capacity  # the first eviction
+        evicted = self.rotary.temporal_shift(-(start - ring), device)
+        return self._slot_start, self.ema, first, *evicted, *to_window
+
+    @torch.no_grad()
+    def _renew_sink(self, layers: slice) -> None:
+        """Average the chunk to be evicted into the sink, then write the sink's copy that this chunk sees."""
+        if self._renewal is None or self._sink_k is None:
+            return
+        sink_v = None if self._sink_v is None else self._sink_v[layers]
         compiled = resolve("auto", "renew_sink_", self.storage) != "reference"
         renew = torch.ops.stream_r1.renew_sink_ if compiled else renew_sink_
-        renew(
-            self.storage,
-            self._sink_k,
-            self._sink_v,
-            self._slot_start,
-            self.ema,
-            start == self.capacity,  # the first eviction
-            *self.rotary.temporal_shift(-(start - ring), device),
-            *to_window,
-        )
-
-
-def renew_sink_(
-    storage: Tensor,
-    sink_k: Tensor,
-    sink_v: Tensor | None,
-    slot: int,
-    ema: float | None,
-    first: bool,
-    evicted_cos: Tensor,
-    evicted_sin: Tensor,
-    window_cos: Tensor | None,
-    window_sin: Tensor | None,
-) -> None:
-    """Average an evicted chunk into the kept sink, then write the sink that is seen next; in plain torch.
-
-    Args:
-        storage: keys and values [L, 2, B, T, H, D]; tokens [0, S) are the sink that is seen.
-        sink_k, sink_v: the sink at its own frames, [L, B, S, H, D]; values are kept where they are averaged.
-        slot: first token of the evicted chunk.
-        ema: share of the kept sink in the average; None: nothing is averaged.
-        first: the sink's frames still lie in `storage` alone.
-        evicted_cos, evicted_sin: [D / 2], turn the evicted keys to the sink's frames.
-        window_cos, window_sin: [D / 2], turn the sink's keys to the window; None: they stay.
-    """
-    tokens = sink_k.shape[2]
-    for layer in range(len(storage)):  # a layer at a time: the float32 temporaries stay small
-        k, v = storage[layer, 0], storage[layer, 1]
-        kept_k, visible_k = sink_k[layer], k[:, :tokens]
-        if first:
-            kept_k.copy_(visible_k)
-        if sink_v is not None and ema is not None:
-            kept_v, visible_v = sink_v[layer], v[:, :tokens]
-            if first:
-                kept_v.copy_(visible_v)
-            evicted_k = apply_rotary(k[:, slot : slot + tokens].to(kept_k.dtype), evicted_cos, evicted_sin)
-            kept_k.mul_(ema).add_(evicted_k, alpha=1 - ema)
-            kept_v.mul_(ema).add_(v[:, slot : slot + tokens], alpha=1 - ema)
-            visible_v.copy_(kept_v)
-        # Always from the kept sink, not from the last copy: a thousand small turns in bfloat16 would wear
-        # it out.
-        if window_cos is not None and window_sin is not None:
-            visible_k.copy_(apply_rotary(kept_k, window_cos, window_sin))
-        else:
-            visible_k.copy_(kept_k)
+        renew(self.storage[layers], self._sink_k[layers], sink_v, *self._renewal)
 
 
 class LayerCache:
@@ -326,6 +293,10 @@ class LayerCache:
     def slot(self) -> tuple[Tensor, Tensor]:
         """Where the fresh chunk's keys and values go: views [B, T, H, D] into the buffer."""
         return self._chunk_views()[:2]
+
+    def renew_sink(self) -> None:
+        """This layer's sink as the chunk under way sees it, after `begin_chunk(renew_sink=False)`."""
+        self._cache._renew_sink(slice(self._layer, self._layer + 1))
 
     def _chunk_views(self) -> tuple[Tensor, Tensor, Past]:
         """The slot and what is visible with it: made once a chunk, for a small model's pass would notice."""

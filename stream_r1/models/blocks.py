@@ -5,12 +5,12 @@ Shapes: B batch, F latent frames, T tokens (T = F * rows * columns), D width, H 
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from stream_r1.models.slots import FreshSlot
 from stream_r1_kernels import (
     ChunkMask,
     Past,
@@ -23,14 +23,6 @@ from stream_r1_kernels import (
     rms_norm,
 )
 from stream_r1_kernels.backends import device_type
-
-
-class FreshSlot(NamedTuple):
-    """Where a chunk's keys and values go while it is sampled, and what it sees there: itself included."""
-
-    k: Tensor  # [B, T, H, D / H], a view into the cache
-    v: Tensor
-    visible: Past
 
 
 def plain_linears(x: Tensor, *layers: nn.Module) -> tuple[list[Tensor], list[Tensor]] | None:
@@ -198,23 +190,28 @@ class Block(nn.Module):
         sin: Tensor,
         mask: ChunkMask | None = None,
         past: Past | None = None,
-        slot: FreshSlot | None = None,
+        slots: Sequence[FreshSlot] = (),
         modulated: bool = False,
     ) -> Tensor:
         """`x` [B, T, D], `time` [B, F, 6, D] (F may be 1), rotary phases [T, D / H / 2] -> [B, T, D].
 
         `modulated`: `time` is what `modulation` made of it.
 
-        Self-attention follows `mask` over the sequence, or runs on `slot` (sampling: keys and values are
-        written there), or sees `past` and itself (training); with none of them every token sees every token.
+        Self-attention follows `mask` over the sequence, or runs on `slots` (sampling: the chunks of `x` one
+        after the other, whose keys and values are written there), or sees `past` and itself (training); with
+        none of them every token sees every token. Tokens of slots that nobody asks for end there.
         """
         # The class's own function: a block of a divided model would let its weights go after the method.
         time = time if modulated else Block.modulation(self, time)
         shift1, scale1, gate1, shift2, scale2, gate2 = time.unbind(2)  # [B, F, D] each
 
         attended = self.self_attention(
-            modulated_norm(x, shift1, scale1, eps=self.eps), cos, sin, mask, past, slot
+            modulated_norm(x, shift1, scale1, eps=self.eps), cos, sin, mask, past, slots
         )
+        if attended.shape[1] < x.shape[1]:
+            kept, frames = attended.shape[1], max(1, time.shape[1] * attended.shape[1] // x.shape[1])
+            x = x[:, -kept:]
+            gate1, shift2, scale2, gate2 = (part[:, -frames:] for part in (gate1, shift2, scale2, gate2))
         x = add_projection(x, attended, self.attn1.to_out[0], gate1)
         attended = self.cross_attention(self.cross_norm(x), text_k, text_v)
         x = add_projection(x, attended, self.attn2.to_out[0])
@@ -228,29 +225,43 @@ class Block(nn.Module):
         sin: Tensor,
         mask: ChunkMask | None,
         past: Past | None,
-        slot: FreshSlot | None,
+        slots: Sequence[FreshSlot],
     ) -> Tensor:
-        """h [B, T, D] -> what its heads gathered, [B, T, D], not yet projected."""
+        """h [B, T, D] -> what its heads gathered, [B, T, D], not yet projected; of slots, the asked for."""
         attn = self.attn1
         q, k, v = project(h, attn.to_q, attn.to_k, attn.to_v)
         v = attn.split_heads(v)
-        q, k = qk_norm_rotary(
-            q,
-            k,
-            attn.norm_q.weight,
-            attn.norm_k.weight,
-            cos,
-            sin,
-            num_heads=self.num_heads,
-            eps=self.eps,
-            k_out=None if slot is None else slot.k,
-        )
-        if slot is not None:
-            slot.v.copy_(v)
-            return cached_chunk_attention(q, None, None, slot.visible).flatten(2)
+        if slots:
+            return self.attend_in_slots(q, k, v, cos, sin, slots)
+        q, k = self.rotate(q, k, cos, sin)
         if mask is not None:
             return chunk_attention(q, k, v, mask).flatten(2)
         return cached_chunk_attention(q, k, v, past).flatten(2)
+
+    def attend_in_slots(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Sequence[FreshSlot]
+    ) -> Tensor:
+        """q and k [B, T, D], v [B, T, H, D / H] -> [B, T, D] of the chunks that are asked for."""
+        chunks = [(q, k, v, cos, sin)]
+        if len(slots) > 1:
+            tokens = [slot.k.shape[1] for slot in slots]
+            parts = (*(part.split(tokens, 1) for part in (q, k, v)), cos.split(tokens), sin.split(tokens))
+            chunks = list(zip(*parts, strict=True))
+        attended = []
+        for slot, (q, k, v, cos, sin) in zip(slots, chunks, strict=True):
+            if slot.open is not None:
+                slot.open()
+            q, _ = self.rotate(q, k, cos, sin, slot.k)
+            slot.v.copy_(v)
+            if slot.asked:
+                attended.append(cached_chunk_attention(q, None, None, slot.visible).flatten(2))
+        return attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
+
+    def rotate(
+        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, k_out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        weights = self.attn1.norm_q.weight, self.attn1.norm_k.weight
+        return qk_norm_rotary(q, k, *weights, cos, sin, num_heads=self.num_heads, eps=self.eps, k_out=k_out)
 
     def cross_norm(self, x: Tensor) -> Tensor:
         norm = self.norm2

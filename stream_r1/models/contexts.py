@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -42,6 +43,15 @@ class TimeContext(NamedTuple):
 
     blocks: tuple[Tensor, ...]  # of every layer, [B, F, 6, D]; F may be 1
     head: Tensor  # shift and scale, [B, F, 2, D]
+
+    def beside(self, frames: int, other: TimeContext, other_frames: int) -> TimeContext:
+        """Of a chunk of `frames` with this one, followed by a chunk of `other_frames` with the other."""
+
+        def join(mine: Tensor, theirs: Tensor) -> Tensor:
+            return torch.cat((mine.expand(-1, frames, -1, -1), theirs.expand(-1, other_frames, -1, -1)), 1)
+
+        blocks = tuple(join(*pair) for pair in zip(self.blocks, other.blocks, strict=True))
+        return TimeContext(blocks, join(self.head, other.head))
 
     def check(self, where: str, layers: int, batch: int, frames: int) -> None:
         """Raises ValueError, beginning with `where`, if this is for another model or chunk."""

@@ -16,8 +16,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stream_r1.models.blocks import Block, ConditionEmbedder, FreshSlot
+from stream_r1.models.blocks import Block, ConditionEmbedder
 from stream_r1.models.contexts import TextContext, TimeContext
+from stream_r1.models.slots import take_slots
 from stream_r1_kernels import ChunkCache, ChunkMask, RotaryGrid, modulated_norm
 
 # Parts that stay float32 when a model is loaded in half precision, as in diffusers.
@@ -216,6 +217,7 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         cache: ChunkCache,
         *,
         write: bool = True,
+        clean: Tensor | None = None,
     ) -> Tensor:
         """The velocity of the chunk that comes next in a stream.
 
@@ -229,49 +231,65 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             write: True (sampling, clean pass): no grad, the fresh keys and values go into their slot. False
                 (a step with grad): they stay arguments, the cache is only read, and gradients reach nothing
                 before this chunk.
+            clean: latents [B, f', C, h, w] of the chunk under way, at the first f' timesteps of `t`: their
+                pass, `cache.commit()` and the pass over `x` run as one, exactly as one after the other. Needs
+                `write`, `t` [B, f' + f] and `cache.keeps_last`.
 
         Returns:
             v [B, f, C, h, w], in the dtype of `x`.
 
         Raises:
-            ValueError: shapes that do not fit the cache.
+            ValueError: shapes that do not fit the cache, or a cache that `clean` can't be used with.
         """
+        if clean is not None and not (write and cache.keeps_last):
+            raise ValueError(
+                "CausalWanTransformer.forward_chunk: clean needs write=True and a cache that keeps the last "
+                f"chunk beside the next, got write={write} and a window of {cache.window_frames} frames"
+            )
         if write:
             with torch.no_grad():
-                return self._chunk(x, t, text, cache, True)
-        return self._chunk(x, t, text, cache, False)
+                return self._chunk([x] if clean is None else [clean, x], t, text, cache, True)
+        return self._chunk([x], t, text, cache, False)
 
     def _chunk(
-        self, x: Tensor, t: Tensor | TimeContext, text: TextContext | Tensor, cache: ChunkCache, write: bool
+        self,
+        chunks: list[Tensor],
+        t: Tensor | TimeContext,
+        text: TextContext | Tensor,
+        cache: ChunkCache,
+        write: bool,
     ) -> Tensor:
-        batch, frames, rows, columns = self._check_latents("forward_chunk", x)
-        if (batch, frames, rows, columns) != (cache.batch, cache.frames, cache.rows, cache.columns):
-            raise ValueError(
-                "CausalWanTransformer.forward_chunk: the cache expects "
-                f"(batch, frames, rows, columns) = {(cache.batch, cache.frames, cache.rows, cache.columns)} "
-                f"of the next chunk, got {(batch, frames, rows, columns)} from x {list(x.shape)}"
-            )
+        for place, x in enumerate(chunks):
+            shape = self._check_latents("forward_chunk", x)
+            length = cache.frames_per_chunk if place > 0 else cache.frames
+            if shape != (expected := (cache.batch, length, cache.rows, cache.columns)):
+                raise ValueError(
+                    "CausalWanTransformer.forward_chunk: the cache expects (batch, frames, rows, columns) = "
+                    f"{expected} of the next chunk, got {shape} from latents {list(x.shape)}"
+                )
+        batch, frames, rows, columns = shape
+        joined = len(chunks) > 1
+        h = self._patchify(torch.cat(chunks, dim=1) if joined else x)
+        total = sum(chunk.shape[1] for chunk in chunks)
         text = self._as_context("forward_chunk", text, batch)
-        cos, sin = cache.positions()
-        h = self._patchify(x)
         if modulated := isinstance(t, TimeContext):
             times, head = list(t.blocks), t.head
-            t.check("CausalWanTransformer.forward_chunk", len(self.blocks), batch, frames)
+            t.check("CausalWanTransformer.forward_chunk", len(self.blocks), batch, total)
         else:
-            t = self._per_frame_t("forward_chunk", t, batch, frames)
+            t = self._per_frame_t("forward_chunk", t, batch, total)
             embedding, time = self.condition_embedder.time(t, h.dtype)
             times, head = [time] * len(self.blocks), self._head_modulation(embedding)
+        cos, sin, slots = take_slots(cache, len(chunks))
         snapshot = torch.is_grad_enabled()
-        for block, time, layer, text_k, text_v in zip(
-            self.blocks, times, cache.layers, text.k, text.v, strict=True
+        for block, time, layer, own, text_k, text_v in zip(
+            self.blocks, times, cache.layers, slots, text.k, text.v, strict=True
         ):
             if write:
-                slot = FreshSlot(*layer.slot(), layer.past(holds_fresh=True))
-                h = block(h, time, text_k, text_v, cos, sin, None, None, slot, modulated)
+                h = block(h, time, text_k, text_v, cos, sin, None, None, own, modulated)
             else:
                 past = layer.past(holds_fresh=False, copy=snapshot)
-                h = self._run(block, h, time, text_k, text_v, cos, sin, None, past, None, modulated)
-        return self._head(h, head, rows, columns).to(x.dtype)
+                h = self._run(block, h, time, text_k, text_v, cos, sin, None, past, (), modulated)
+        return self._head(h, head[:, -frames:], rows, columns).to(x.dtype)
 
     def new_cache(
         self,

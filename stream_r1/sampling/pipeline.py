@@ -52,7 +52,7 @@ class StreamR1Pipeline:
         fps: frames a second that the student was trained at.
         steps, shift: of the schedule, see `Sampler` and `FlowSchedule`.
         decoder: decodes instead of the VAE.
-        cuda_graph: see `Sampler`.
+        cuda_graph, merge_passes: see `Sampler`.
 
     Raises:
         ValueError: a size the VAE or the student's patches do not divide, or parts that do not fit.
@@ -70,6 +70,7 @@ class StreamR1Pipeline:
         shift: float = 5.0,
         decoder: VideoAutoencoder | None = None,
         cuda_graph: bool = False,
+        merge_passes: bool | None = None,
     ) -> None:
         if not fps > 0:
             raise ValueError(f"StreamR1Pipeline: fps must be positive, got {fps}")
@@ -94,6 +95,7 @@ class StreamR1Pipeline:
             decoder=decoder,
             latent_size=(latent_size[0], latent_size[1]),
             cuda_graph=cuda_graph,
+            merge_passes=merge_passes,
         )
 
     @classmethod
@@ -117,6 +119,7 @@ class StreamR1Pipeline:
         vae_device: str | torch.device | None = None,
         text_device: str | torch.device | None = None,
         cuda_graph: bool = False,
+        merge_passes: bool | None = None,
         **settings: Any,
     ) -> StreamR1Pipeline:
         """Load a pipeline.
@@ -147,6 +150,7 @@ class StreamR1Pipeline:
             vae_device: None: `device`, or the CPU where a decoder leaves the VAE idle.
             text_device: None: `device`.
             cuda_graph: replay the student's passes as CUDA graphs, see `Sampler`.
+            merge_passes: a chunk's clean pass and the next one's first as one, see `Sampler`.
             settings: of `CausalWanTransformer`, over those of the preset: `window_frames=12`, ...
 
         Raises:
@@ -199,6 +203,7 @@ class StreamR1Pipeline:
             fps=fps or (24 if parts.small else 16),
             decoder=tiny,
             cuda_graph=cuda_graph,
+            merge_passes=merge_passes,
             steps=schedule.steps,
             shift=schedule.shift,
         )

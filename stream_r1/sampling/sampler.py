@@ -4,7 +4,8 @@
                                                                      x0 -> clean pass at t = 0 -> cache
 
 The clean pass of a chunk runs when the next chunk is asked for: frames come earlier, and the last chunk of a
-finite stream needs none. Sources: Self Forcing (2506.08009), Reward Forcing (2512.04678).
+finite stream needs none. With few tokens it is one pass with the next chunk's first.
+Sources: Self Forcing (2506.08009), Reward Forcing (2512.04678).
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ from stream_r1.sampling.graphs import PassGraphs, refuse_graphs
 from stream_r1.sampling.noise import StreamNoise
 from stream_r1.schedule import FlowSchedule
 
+# A chunk's, of a batch: with so few, a pass over two chunks takes less than two passes on a CPU.
+_FEW_TOKENS = 1200
+
 
 @dataclass(frozen=True)
 class ChunkTimings:
     """Seconds that went into one chunk."""
 
     denoise: float
-    cache: float  # clean passes since the chunk before: over that chunk, or over given frames
+    cache: float  # clean passes since the chunk before: over that chunk (if not merged), or over given frames
     decode: float
     elapsed: float  # spent in the stream up to this chunk's frames; of the first chunk: first-frame latency
 
@@ -82,9 +86,12 @@ class Sampler:
         context_noise: timestep of the pass that leaves keys and values; 0 is the clean chunk. As in training.
         cuda_graph: replay the passes as CUDA graphs once a stream's window is full, one graph a slot of the
             ring (`PassGraphs`): for a student on a GPU, with a window. Every stream captures its own.
+        merge_passes: run a chunk's clean pass and the next chunk's first denoising pass as one, the same to
+            rounding: True, False, or None where that is the faster, with few tokens a chunk on a CPU.
 
     Raises:
-        ValueError: parts that do not fit each other, or CUDA graphs of a student that can't have them.
+        ValueError: parts that do not fit each other, or CUDA graphs or merged passes of a student that can't
+            have them.
     """
 
     def __init__(
@@ -99,6 +106,7 @@ class Sampler:
         latent_size: tuple[int, int] | None = None,
         context_noise: float = 0.0,
         cuda_graph: bool = False,
+        merge_passes: bool | None = None,
     ) -> None:
         self.schedule = schedule or FlowSchedule()
         self.steps = self.schedule.denoising_steps(steps)
@@ -114,6 +122,10 @@ class Sampler:
             raise ValueError(f"Sampler: the decoder must have {expected}, got {_factors(decoder)}")
         if cuda_graph:
             refuse_graphs("Sampler", student)
+        if merge_passes and cuda_graph:
+            raise ValueError(
+                "Sampler: merge_passes must not be True with cuda_graph, whose passes are single"
+            )
         width = student.config["text_dim"]
         if text_encoder is not None and text_encoder.dim != width:
             expected = f"the student's text_dim {width}"
@@ -125,6 +137,7 @@ class Sampler:
         self.latent_size = latent_size
         self.context_noise = context_noise
         self.cuda_graph = cuda_graph
+        self.merge_passes = merge_passes
 
     def stream(
         self,
@@ -233,6 +246,7 @@ class Stream(Iterator[Chunk]):
         self._shape = (self._student.config["in_channels"], *size)
         self._decoder = None if sampler.decoder is None else sampler.decoder.stream_decoder(self._batch)
         self._times: dict[float, TimeContext] = {}  # by timestep: every chunk has the same ones
+        self._joined_times: dict[int, TimeContext] = {}  # of merged passes, by the first chunk's frames
         self._uncommitted: Tensor | None = None  # the last chunk's x0, until its clean pass
         self._cache_seconds = 0.0  # of clean passes since the last chunk
         max_frames = None
@@ -243,6 +257,7 @@ class Stream(Iterator[Chunk]):
             max_frames = before + chunks * later
         self.cache = self._student.new_cache(self._batch, *size, max_frames=max_frames)
         self._graphs = PassGraphs(self._student, self.cache, self._text) if sampler.cuda_graph else None
+        self._merges = self._whether_to_merge(sampler.merge_passes)
         self.timings.text = self._since(started)
         if given is not None:
             self._go_on_from(given)
@@ -256,7 +271,7 @@ class Stream(Iterator[Chunk]):
         if self._chunks_left == 0:
             raise StopIteration
         start = time.perf_counter()
-        if self._uncommitted is not None:
+        if self._uncommitted is not None and not (self._merges and self.cache.keeps_last):
             self._leave_in_cache(self._uncommitted, self.index - 1)
         denoise_start = time.perf_counter()
         latents = self._denoise()
@@ -295,32 +310,41 @@ class Stream(Iterator[Chunk]):
             self._graphs.switch(text)
 
     def _denoise(self) -> Tensor:
-        """The next chunk's x0 [B, f, C, h, w]. Of the cache only the chunk's own slot is written."""
-        self.cache.begin_chunk()
-        shape = (self.cache.frames, *self._shape)
+        """The next chunk's x0 [B, f, C, h, w]. Of the cache only its own slot is written, and the last
+        one's by a merged pass.
+        """
+        clean, cache = self._uncommitted, self.cache
+        if clean is None:
+            cache.begin_chunk()
+        shape = (cache.frames if clean is None else cache.frames_per_chunk, *self._shape)
         schedule, steps = self._sampler.schedule, self._sampler.steps
         x = self._noise.draw(self.index, 0, shape, self._device)
         for step, t in enumerate(steps):
             if step > 0:
                 eps = self._noise.draw(self.index, step, shape, self._device)
                 x = schedule.add_noise(x, eps, schedule.sigma(t))
-            x = schedule.x0_from_v(x, self._run(x, t), schedule.sigma(t))
+            v = self._run(x, t) if clean is None or step > 0 else self._run_merged(clean, x, t)
+            x = schedule.x0_from_v(x, v, schedule.sigma(t))
         return x
 
     def _leave_in_cache(self, latents: Tensor, index: int) -> None:
         """The clean pass over finished chunk `index`, whose keys and values later chunks see."""
         start = time.perf_counter()
-        t, schedule = self._sampler.context_noise, self._sampler.schedule
         self.cache.begin_chunk()
-        if t > 0:
-            eps = self._noise.draw(index, len(self._sampler.steps), latents.shape[1:], self._device)
-            latents = schedule.add_noise(latents, eps, schedule.sigma(t))
-        self._run(latents, t)
+        self._run(self._as_context(latents, index), self._sampler.context_noise)
         self.cache.commit()
         self._uncommitted = None
         seconds = self._since(start)
         self._cache_seconds += seconds
         self.timings.cache += seconds
+
+    def _as_context(self, latents: Tensor, index: int) -> Tensor:
+        """x0 of chunk `index`, as noisy as later chunks are to see it."""
+        t, schedule = self._sampler.context_noise, self._sampler.schedule
+        if t == 0:
+            return latents
+        eps = self._noise.draw(index, len(self._sampler.steps), latents.shape[1:], self._device)
+        return schedule.add_noise(latents, eps, schedule.sigma(t))
 
     def _go_on_from(self, given: Tensor) -> None:
         """Show given latents [B, F, C, h, w] to the cache, chunk by chunk, and to the decoder."""
@@ -338,10 +362,33 @@ class Stream(Iterator[Chunk]):
     def _run(self, x: Tensor, t: float) -> Tensor:
         if self._graphs is not None:
             return self._graphs.run(x, t)
+        return self._student.forward_chunk(x, self._time(t), self._text, self.cache, write=True)
+
+    def _run_merged(self, clean: Tensor, x: Tensor, t: float) -> Tensor:
+        """The clean pass of the last chunk and the pass over x, the next one."""
+        length = clean.shape[1]
+        if length not in self._joined_times:
+            context = self._time(self._sampler.context_noise)
+            self._joined_times[length] = context.beside(length, self._time(t), x.shape[1])
+        clean = self._as_context(clean, self.index - 1)
+        both = self._joined_times[length]
+        return self._student.forward_chunk(x, both, self._text, self.cache, clean=clean)
+
+    def _time(self, t: float) -> TimeContext:
         if t not in self._times:
             timestep = torch.full((self._batch,), float(t), device=self._device)
             self._times[t] = self._student.encode_time(timestep)
-        return self._student.forward_chunk(x, self._times[t], self._text, self.cache, write=True)
+        return self._times[t]
+
+    def _whether_to_merge(self, wanted: bool | None) -> bool:
+        cache = self.cache
+        if wanted and not cache.keeps_last:
+            expected = "a student whose window keeps a chunk beside the next one"
+            raise ValueError(f"stream: merge_passes needs {expected}, got {cache.window_frames} frames")
+        if wanted is not None:
+            return wanted
+        tokens = self._batch * cache.frames_per_chunk * cache.tokens_per_frame
+        return self._device.type == "cpu" and tokens <= _FEW_TOKENS
 
     def _since(self, start: float) -> float:
         if self._device.type == "cuda":

@@ -1,0 +1,42 @@
+"""Where the chunks of a pass leave their keys and values, and what they see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stream_r1_kernels import ChunkCache, Past
+
+
+class FreshSlot(NamedTuple):
+    """Where a chunk's keys and values go while it is sampled, and what it sees there: itself included."""
+
+    k: Tensor  # [B, T, H, D / H], a view into the cache
+    v: Tensor
+    visible: Past
+    open: Callable[[], None] | None  # runs before anything is written
+    asked: bool  # whether anything is made of what its tokens see; else keys and values are all
+
+
+def take_slots(cache: ChunkCache, chunks: int) -> tuple[Tensor, Tensor, list[tuple[FreshSlot, ...]]]:
+    """Rotary phases (cos, sin) of the chunk under way and of those after it, [tokens of all, D / 2] each, and
+    every layer's slots of them. The last of them is under way then, and it alone has tokens that the last
+    layer is asked for.
+    """
+    phases, slots = [], []
+    for place in range(chunks):
+        if place > 0:
+            cache.commit()
+            cache.begin_chunk(renew_sink=False)
+        phases.append(cache.positions())
+        of_layers: list[FreshSlot] = []
+        for number, layer in enumerate(cache.layers, 1):
+            asked = number < len(cache) or place == chunks - 1
+            renew = layer.renew_sink if place > 0 else None
+            of_layers.append(FreshSlot(*layer.slot(), layer.past(True), renew, asked))
+        slots.append(of_layers)
+    cos, sin = phases[0] if chunks == 1 else map(torch.cat, zip(*phases, strict=True))
+    return cos, sin, list(zip(*slots, strict=True))
