@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from stream_r1.config import build, merge, parse_overrides
 from stream_r1.estimate.devices import DEVICES, Device
+from stream_r1.estimate.networks import read_networks
 from stream_r1.estimate.training import Estimate, estimate
 from stream_r1.recipe import InitRecipe, Recipe
 
@@ -65,6 +66,9 @@ def _settings(recipe: Recipe | InitRecipe, gpus: int) -> Iterator[tuple[tuple[st
     if not owner.gradient_checkpointing:
         name = "rollout.gradient_checkpointing" if distils else "gradient_checkpointing"
         yield (f"{name}=true",), "compute blocks again in the backward"
+    if recipe.models.text != "minilm" and (recipe.text.cache is None or recipe.text.dtype == "float32"):
+        cache = recipe.text.cache or f"{recipe.out}/prompts"
+        yield (f"text={{dtype: bfloat16, cache: {cache}}}",), "encode prompts first, and free UMT5"
     parts = recipe.batch // gpus
     if recipe.accumulation < parts:
         yield (f"accumulation={parts}",), "one sample at a time"
@@ -72,6 +76,10 @@ def _settings(recipe: Recipe | InitRecipe, gpus: int) -> Iterator[tuple[tuple[st
         yield ("precision=bfloat16",), "matrix products in bfloat16"
     if recipe.distributed.shard != "full" and gpus > 1:
         yield _shared(recipe), "one copy of the models, divided among all GPUs"
+    config = read_networks(recipe).student.config
+    shortest = (config.get("sink_frames") or 0) + config.get("frames_per_chunk", 3)
+    if (config.get("window_frames") or 0) > shortest:
+        yield (f"stream.window_frames={shortest}",), "a window of the sink and the chunk alone"
     if isinstance(recipe, Recipe):
         if recipe.student.lora is None or recipe.critic.lora is None:
             yield ("student.lora={rank: 64}", "critic.lora={rank: 64}"), "train adapters alone"

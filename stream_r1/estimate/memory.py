@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from stream_r1.config import SettingsError
 from stream_r1.distill.settings import LoopSettings
 from stream_r1.estimate.live import Bytes
@@ -25,15 +27,13 @@ from stream_r1.estimate.networks import (
     reward_layers,
     text_bytes,
 )
-from stream_r1.estimate.phases import Phase, Plan, Role, roles
+from stream_r1.estimate.plan import Plan, Role, roles
+from stream_r1.estimate.run import Phase
 from stream_r1.estimate.work import fake_tensors
 from stream_r1.recipe import FILM_PROMPTS, Recipe, locate, read_prompts
 
 MACHINE = 8  # GPUs of one, taken for the default of `replicas`
-PROMPTS, PROMPT_TOKENS = (
-    1024,
-    100,
-)  # remembered embeddings: the most, and the tokens that one is taken to have
+PROMPTS, PROMPT_TOKENS = 1024, 100  # remembered embeddings: the most; tokens that one is taken to have
 GATHERED = 3  # blocks that exist whole at once: one computes, one is fetched, and the buffer it arrives in
 
 
@@ -135,13 +135,32 @@ def resident(plan: Plan, networks: Mapping[Role, Sizes]) -> Bytes:
             if config["type"] != "film":
                 parts["reward"] = _module_bytes(make_reward(config, layers, plan.on_gpu))
             parts["autoencoder"] = _module_bytes(make_vae(named.vae or {}))
-        width = named.student.config.get("text_dim", 4096)
-        prompts = PROMPTS
-        if recipe.prompts == FILM_PROMPTS or locate(recipe.prompts).is_file():
-            prompts = min(PROMPTS, len(read_prompts(recipe.prompts)) + 1)
-        tokens = min(PROMPT_TOKENS, named.student.config.get("text_len", 512))
-        parts["text encoder"] = text_bytes(named.text) + prompts * tokens * width * 4
+        parts["text encoder"] = _embeddings(plan)
+        if named.text is None or recipe.text.cache is None:
+            parts["text encoder"] += text_bytes(named.text, _text_dtype(plan))
     return dict(parts)
+
+
+def _text_dtype(plan: Plan) -> torch.dtype:
+    narrow = plan.networks.text is not None and plan.recipe.text.dtype == "bfloat16"
+    return torch.bfloat16 if narrow else torch.float32
+
+
+def _embeddings(plan: Plan) -> int:
+    """Bytes of the prompts' that are remembered."""
+    config, prompts = plan.networks.student.config, PROMPTS
+    if plan.recipe.prompts == FILM_PROMPTS or locate(plan.recipe.prompts).is_file():
+        prompts = min(PROMPTS, len(read_prompts(plan.recipe.prompts)) + 1)
+    tokens = min(PROMPT_TOKENS, config.get("text_len", 512))
+    return int(prompts * tokens * config.get("text_dim", 4096) * _text_dtype(plan).itemsize)
+
+
+def _before(plan: Plan) -> list[Moment]:
+    """UMT5 alone, where it encodes all prompts before other models come and is then given back."""
+    alone = not isinstance(plan.recipe, Recipe) or plan.recipe.text.cache is not None
+    if plan.networks.text is None or not alone:
+        return []
+    return [Moment("start: prompts", {"text encoder": text_bytes(plan.networks.text, _text_dtype(plan))})]
 
 
 def _module_bytes(module: Any) -> int:
@@ -157,7 +176,7 @@ def moments(plan: Plan, phases: Sequence[Phase], shards: int) -> list[Moment]:
     for phase in phases:
         if phase.shown:
             shown.update(phase.after)
-    out, live, before = [], Counter(shown) if accumulation > 1 else Counter[str](), "student"
+    out, live, before = _before(plan), Counter(shown) if accumulation > 1 else Counter[str](), "student"
     for phase in phases:
         if phase.learns != before:
             live, before = Counter(shown), phase.learns

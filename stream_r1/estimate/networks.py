@@ -172,8 +172,8 @@ def make_vae(config: Config) -> VideoVAE:
     return VideoVAE(AutoencoderKLWan(**config))
 
 
-def text_bytes(config: Config | None) -> int:
-    """Bytes of the text encoder, float32."""
+def text_bytes(config: Config | None, dtype: torch.dtype = torch.float32) -> int:
+    """Bytes of the text encoder's weights."""
     from transformers import BertConfig, BertModel, UMT5Config, UMT5EncoderModel
 
     with torch.device("meta"):
@@ -183,7 +183,7 @@ def text_bytes(config: Config | None) -> int:
             )
         else:
             model = UMT5EncoderModel(UMT5Config(**config))
-    return sum(math.prod(p.shape) * 4 for p in model.parameters())
+    return sum(math.prod(p.shape) * dtype.itemsize for p in model.parameters())
 
 
 def reward_layers(config: Config) -> dict[str, int]:

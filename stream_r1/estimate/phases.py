@@ -6,102 +6,26 @@ the same amount with every layer, so those of the real depth follow.
 
 from __future__ import annotations
 
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from stream_r1.distill.dmd import DistributionMatching
 from stream_r1.distill.long_rollout import long_rollout
 from stream_r1.distill.rollout import Rollout, self_rollout
-from stream_r1.distill.settings import DistillSettings
-from stream_r1.distill.weighting import StreamR1Weights
-from stream_r1.estimate.devices import Device
-from stream_r1.estimate.live import Bytes, LiveBytes, ShapeNumbers
-from stream_r1.estimate.networks import Network, Networks, make_reward, make_vae, reward_layers
-from stream_r1.estimate.streaming import as_on
-from stream_r1.estimate.work import Work, count, fake_tensors
+from stream_r1.estimate.networks import Network, make_vae
+from stream_r1.estimate.pixels import pixel_phases
+from stream_r1.estimate.plan import Plan, roles
+from stream_r1.estimate.run import SHALLOW, Phase, Run, grown
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.recipe import InitRecipe, Recipe
 from stream_r1.schedule import FlowSchedule
 from stream_r1_kernels import dmd_loss
-
-Role = Literal["student", "teacher", "critic"]
-T = TypeVar("T")
-SHALLOW = (1, 2)  # layers
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Bytes by part, over what there was when it began, and calls of ops.
-
-    Attributes:
-        role: the network whose layers it runs through.
-        passes: forward passes of it, each of which gathers the weights where they are divided.
-        backward: whether it makes gradients.
-        learns: the network whose update it belongs to.
-        shown: what it leaves stays until the step is done.
-    """
-
-    name: str
-    role: Role | None
-    peak: Bytes
-    after: Bytes
-    work: tuple[Work, ...]
-    passes: int = 0
-    backward: bool = False
-    learns: Role = "student"
-    shown: bool = False
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What one GPU does.
-
-    Attributes:
-        samples: that it sees at once.
-        half: matrix products are in bfloat16.
-        narrow: weights are gathered in bfloat16.
-        keeps_gradients: they stay whole, and come as the graph goes; else they are counted elsewhere.
-        device: the GPU; None: a CPU, without what ops need on a GPU alone.
-    """
-
-    recipe: Recipe | InitRecipe
-    networks: Networks
-    samples: int
-    half: bool
-    narrow: bool
-    keeps_gradients: bool
-    device: Device | None
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.device is not None
-
-    @property
-    def settings(self) -> DistillSettings:
-        assert isinstance(self.recipe, Recipe)
-        return self.recipe
-
-    @property
-    def latents(self) -> tuple[int, int, int, int, int]:
-        size = self.recipe.rollout
-        channels = self.networks.student.config.get("in_channels", 16)
-        return (self.samples, size.frames, channels, size.height, size.width)
-
-    @property
-    def chunks(self) -> int:
-        """Of a rollout that is learnt from."""
-        config, frames = self.networks.student.config, self.recipe.rollout.frames
-        chunk = config.get("frames_per_chunk", 3)
-        return 1 + (frames - (config.get("first_chunk_frames") or chunk)) // chunk
 
 
 def training_phases(plan: Plan) -> list[Phase]:
@@ -113,81 +37,16 @@ def training_phases(plan: Plan) -> list[Phase]:
     else:
         shallow, deeper = (steps(plan, depth) for depth in SHALLOW)
         phases = [
-            _grown(a, a, b, whole[a.role] - SHALLOW[0]) if a.role else a
+            grown(a, a, b, whole[a.role] - SHALLOW[0]) if a.role else a
             for a, b in zip(shallow, deeper, strict=True)
         ]
     if isinstance(plan.recipe, Recipe):
         at = next(i for i, phase in enumerate(phases) if phase.role == "teacher")
-        phases[at:at] = _pixels(plan)
+        phases[at:at] = pixel_phases(plan)
     return phases
 
 
-def roles(plan: Plan) -> dict[Role, Network]:
-    """The transformers of a step."""
-    n = plan.networks
-    roles: dict[Role, Network | None] = {"student": n.student, "teacher": n.teacher, "critic": n.critic}
-    return {role: network for role, network in roles.items() if network is not None}
-
-
-def _grown(onto: Phase, a: Phase, b: Phase, times: int) -> Phase:
-    """A phase and so many times what b has more than a."""
-    return replace(
-        onto,
-        peak=_line(onto.peak, a.peak, b.peak, times),
-        after=_line(onto.after, a.after, b.after, times),
-        work=_grown_work(onto.work, a.work, b.work, times),
-    )
-
-
-def _line(onto: Bytes, a: Bytes, b: Bytes, times: int) -> Bytes:
-    parts = sorted(onto.keys() | a.keys() | b.keys())
-    return {part: onto.get(part, 0) + (b.get(part, 0) - a.get(part, 0)) * times for part in parts}
-
-
-def _grown_work(onto: Iterable[Work], a: Iterable[Work], b: Iterable[Work], times: int) -> tuple[Work, ...]:
-    calls: Counter[Work] = Counter()
-    for factor, work in ((1, onto), (-times, a), (times, b)):
-        for w in work:
-            calls[replace(w, calls=1)] += factor * w.calls
-    return tuple(w.times(n) for w, n in calls.items() if n > 0)
-
-
-class _Run:
-    """Phases as they run, one after the other, within fake tensors."""
-
-    def __init__(self, plan: Plan, stack: ExitStack) -> None:
-        self.plan = plan
-        self.phases: list[Phase] = []
-        self.fake = stack.enter_context(fake_tensors())
-        stack.enter_context(ShapeNumbers())
-        if plan.device is not None:
-            stack.enter_context(as_on(plan.device))
-        # A GPU does not have oneDNN's convolutions, and neither do fake tensors.
-        with warnings.catch_warnings(action="ignore"):  # of GPUs by Intel
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-        self.live = LiveBytes(scratch=plan.on_gpu)
-        self._stack = stack
-
-    def begin(self, *modules: Any) -> None:
-        """Follows memory from here on; the modules' weights are counted elsewhere."""
-        for module in modules:
-            for tensor in (*module.parameters(), *module.buffers()):
-                self.live.ignore(tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor))
-        self._stack.enter_context(self.live)
-
-    def phase(
-        self, name: str, role: Role | None, run: Callable[[], T], part: str = "activations", **more: Any
-    ) -> T:
-        results: list[T] = []
-        work, reading = self.live.read(lambda: count(lambda: results.append(run())), part)
-        self.phases.append(Phase(name, role, reading.peak, reading.after, tuple(work), **more))
-        return results.pop()
-
-    def precision(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.plan.half)
-
-
-def _network(run: _Run, network: Network, depth: int, *, checkpointing: bool) -> nn.Module:
+def _network(run: Run, network: Network, depth: int, *, checkpointing: bool) -> nn.Module:
     plan = run.plan
     with unset_fake_temporarily():  # peft moves what it makes, which fake tensors do not let it
         model = network.make(depth or network.layers)
@@ -207,7 +66,7 @@ def _network(run: _Run, network: Network, depth: int, *, checkpointing: bool) ->
     return model.train()
 
 
-def _count_gradient(run: _Run, p: Tensor) -> None:
+def _count_gradient(run: Run, p: Tensor) -> None:
     assert p.grad is not None
     if run.plan.keeps_gradients:
         run.live.move(p.grad, "gradients")
@@ -219,7 +78,7 @@ def _distillation(plan: Plan, depth: int) -> list[Phase]:
     """All phases but those that look at pixels."""
     settings, networks = plan.settings, plan.networks
     with ExitStack() as stack:
-        run = _Run(plan, stack)
+        run = Run(plan, stack)
         checkpointing = settings.rollout.gradient_checkpointing
         student = _network(run, networks.student, depth, checkpointing=checkpointing)
         assert isinstance(student, CausalWanTransformer)
@@ -305,7 +164,7 @@ def _text(plan: Plan) -> Tensor:
     return torch.zeros(plan.samples, config.get("text_len", 512), config.get("text_dim", 4096))
 
 
-def _begin_rollout(run: _Run, student: CausalWanTransformer, text: Tensor, schedule: FlowSchedule) -> Rollout:
+def _begin_rollout(run: Run, student: CausalWanTransformer, text: Tensor, schedule: FlowSchedule) -> Rollout:
     size, (batch, frames, _, height, width) = run.plan.recipe.rollout, run.plan.latents
     rollout = Rollout(
         student,
@@ -322,7 +181,7 @@ def _begin_rollout(run: _Run, student: CausalWanTransformer, text: Tensor, sched
 
 
 def _rollout(
-    run: _Run,
+    run: Run,
     student: CausalWanTransformer,
     text: Tensor,
     schedule: FlowSchedule,
@@ -344,7 +203,7 @@ def _rollout(
 
 
 @torch.no_grad()
-def _last_chunk(run: _Run, student: CausalWanTransformer, text: Tensor, schedule: FlowSchedule) -> Tensor:
+def _last_chunk(run: Run, student: CausalWanTransformer, text: Tensor, schedule: FlowSchedule) -> Tensor:
     """Without a graph no chunk needs more memory than the last one."""
     x = torch.zeros(run.plan.latents)
     with run.precision():
@@ -357,64 +216,12 @@ def _last_chunk(run: _Run, student: CausalWanTransformer, text: Tensor, schedule
     return x
 
 
-# --- what looks at pixels ---
-
-
-def _pixels(plan: Plan) -> list[Phase]:
-    """Decoding a rollout, and the reward of it with its gradients."""
-    config = plan.networks.reward
-    assert config is not None
-    layers = reward_layers(config)
-    shallow = {name: min(SHALLOW[0], depth) for name, depth in layers.items()}
-    base = _look(plan, shallow)
-    look = base
-    for name, depth in layers.items():
-        if depth > shallow[name]:
-            deeper = _look(plan, shallow | {name: shallow[name] + 1})
-            look = _grown(look, base, deeper, depth - shallow[name])
-    return [_decode(plan), look]
-
-
-def _decode(plan: Plan) -> Phase:
-    with ExitStack() as stack:
-        run = _Run(plan, stack)
-        vae = make_vae(plan.networks.vae or {})
-        run.begin(vae)
-        x = torch.zeros(plan.latents)
-        with torch.no_grad():
-            run.phase("student: decode", None, lambda: vae.decode(x), "autoencoder", shown=True)
-    return run.phases[0]
-
-
-def _look(plan: Plan, layers: dict[str, int]) -> Phase:
-    config = plan.networks.reward
-    assert config is not None
-    batch, frames, _, height, width = plan.latents
-    with ExitStack() as stack:
-        if config["type"] == "film":  # of real weights
-            reward = make_reward(config, layers, plan.on_gpu)
-        run = _Run(plan, stack)
-        if config["type"] != "film":
-            reward = make_reward(config, layers, plan.on_gpu)
-        vae = make_vae(plan.networks.vae or {})
-        run.begin(reward)
-        pixels = 1 + vae.temporal_factor * (frames - 1)
-        video = torch.zeros(batch, pixels, 3, height * vae.spatial_factor, width * vae.spatial_factor)
-        weights = StreamR1Weights(reward, **plan.settings.weighting.model_dump())
-        look = partial(weights._look, video, ["a prompt"] * batch, (frames, height, width))
-        run.phase("student: reward", None, look, "reward", shown=True)
-    return run.phases[0]
-
-
-# --- a student's start ---
-
-
 def _start(plan: Plan, depth: int) -> list[Phase]:
     """ODE regression or teacher forcing: all chunks of a clip at once, under the causal mask."""
     recipe = plan.recipe
     assert isinstance(recipe, InitRecipe)
     with ExitStack() as stack:
-        run = _Run(plan, stack)
+        run = Run(plan, stack)
         student = _network(run, plan.networks.student, depth, checkpointing=recipe.gradient_checkpointing)
         run.begin(student)
         text = _text(plan)

@@ -13,8 +13,10 @@ from stream_r1.estimate import roofline
 from stream_r1.estimate.devices import Device
 from stream_r1.estimate.memory import Cluster, Moment, Sizes, cluster, moments, sizes
 from stream_r1.estimate.networks import read_networks
-from stream_r1.estimate.phases import Phase, Plan, Role, roles, training_phases
-from stream_r1.estimate.streaming import chunk_work
+from stream_r1.estimate.phases import training_phases
+from stream_r1.estimate.plan import Plan, Role, roles
+from stream_r1.estimate.run import Phase
+from stream_r1.estimate.streaming import ChunkWork, chunk_work
 from stream_r1.recipe import InitRecipe, Recipe
 
 CONTEXT = 1.5e9  # bytes of CUDA's context, libraries' workspaces and NCCL's buffers
@@ -105,11 +107,13 @@ def estimate(recipe: Recipe | InitRecipe, device: Device, gpus: int) -> Estimate
     )
 
 
-_known: dict[str, list[Phase]] = {}  # by all that they depend on: advice asks for the same ones again
+# By all that they depend on: advice asks for the same ones again.
+_known: dict[str, list[Phase]] = {}
+_known_chunks: dict[str, ChunkWork] = {}
 
 
 def _phases(plan: Plan) -> list[Phase]:
-    apart = {"batch", "accumulation", "distributed", "steps", "prompts", "out", "watch"}
+    apart = {"batch", "accumulation", "distributed", "steps", "prompts", "text", "out", "watch"}
     asked = (plan.samples, plan.narrow, plan.keeps_gradients, plan.device)
     key = f"{plan.recipe.model_dump(exclude=apart)} {asked}"
     if key not in _known:
@@ -121,7 +125,10 @@ def _fps(plan: Plan, device: Device) -> tuple[float, float] | None:
     student, size = plan.networks.student.config, plan.recipe.rollout
     if plan.networks.vae is None or student.get("window_frames") is None:
         return None
-    work = chunk_work(student, plan.networks.vae, (size.height, size.width), size.steps, device)
+    asked = (student, plan.networks.vae, (size.height, size.width), size.steps, device)
+    if (key := repr(asked)) not in _known_chunks:
+        _known_chunks[key] = chunk_work(*asked)
+    work = _known_chunks[key]
     denoising, _ = work.seconds(device)
     return work.fps(device), work.frames / denoising
 

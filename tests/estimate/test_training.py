@@ -29,6 +29,17 @@ def test_the_published_setting_fits_eight_gpus_of_80_gb(published: Estimate) -> 
     assert parts["average"] == pytest.approx(STUDENT * 4 / 8, rel=0.02)
 
 
+def test_umt5_is_there_while_prompts_are_encoded_and_stays_only_without_a_folder(published: Estimate) -> None:
+    encoder = 5.68e9  # weights of UMT5-XXL's encoder
+    embeddings = 1024 * 100 * 4096
+    before = next(moment for moment in published.moments if moment.phase == "start: prompts")
+    assert before.parts == {"text encoder": pytest.approx(2 * encoder, rel=0.01)}
+    assert published.worst.parts["text encoder"] == 2 * embeddings
+    kept = estimate(recipe.load(WAN, ["text={dtype: float32, cache: null}"]), DEVICES["A100"], 8)
+    assert kept.worst.parts["text encoder"] == pytest.approx(4 * (encoder + embeddings), rel=0.01)
+    assert all(moment.phase != "start: prompts" for moment in kept.moments)
+
+
 def test_time_is_at_least_what_the_teacher_takes_at_full_rate(published: Estimate) -> None:
     tokens, layers, dim, ffn = 21 * 30 * 52, 40, 5120, 13824
     pass_flops = layers * tokens * (2 * (6 * dim**2 + 2 * dim * ffn) + 4 * tokens * dim)
@@ -77,9 +88,9 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     small = ["recipes/tiny/stream-r1.yaml", "rollout.frames=3", "batch=1", "--gpus", "1"]
-    code, out, _ = run(capsys, *small, "--device", "rtx4090")
+    code, out, _ = run(capsys, *small, "--device", "h 100")
     assert code == 0
-    assert out.startswith("Prediction for recipes/tiny/stream-r1.yaml on 1 x RTX 4090")
+    assert out.startswith("Prediction for recipes/tiny/stream-r1.yaml on 1 x H100")
     for words in ("activations", "optimizer", "critic's update", "1000 steps", "FPS", "Fits, with"):
         assert words in out
     code, out, _ = run(capsys, *small, "--json")

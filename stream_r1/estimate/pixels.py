@@ -1,0 +1,69 @@
+"""The phases that look at pixels: decoding a rollout, and the reward of it with its gradients."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import partial
+
+import torch
+
+from stream_r1.distill.weighting import StreamR1Weights
+from stream_r1.estimate.networks import make_reward, make_vae, reward_layers
+from stream_r1.estimate.plan import Plan
+from stream_r1.estimate.run import SHALLOW, Phase, Run, grown
+
+_known: dict[str, list[Phase]] = {}  # by all that they depend on: advice asks for the same ones again
+
+
+def pixel_phases(plan: Plan) -> list[Phase]:
+    """Of the student's update, with the reward's layers reckoned from shallow stacks."""
+    named = plan.networks
+    key = repr((plan.latents, named.vae, named.reward, plan.settings.weighting, plan.device))
+    if key not in _known:
+        _known[key] = [_decode(plan), _reward(plan)]
+    return _known[key]
+
+
+def _reward(plan: Plan) -> Phase:
+    config = plan.networks.reward
+    assert config is not None
+    layers = reward_layers(config)
+    shallow = {name: min(SHALLOW[0], depth) for name, depth in layers.items()}
+    base = _look(plan, shallow)
+    look = base
+    for name, depth in layers.items():
+        if depth > shallow[name]:
+            deeper = _look(plan, shallow | {name: shallow[name] + 1})
+            look = grown(look, base, deeper, depth - shallow[name])
+    return look
+
+
+def _decode(plan: Plan) -> Phase:
+    with ExitStack() as stack:
+        run = Run(plan, stack)
+        vae = make_vae(plan.networks.vae or {})
+        run.begin(vae)
+        x = torch.zeros(plan.latents)
+        with torch.no_grad():
+            run.phase("student: decode", None, lambda: vae.decode(x), "autoencoder", shown=True)
+    return run.phases[0]
+
+
+def _look(plan: Plan, layers: dict[str, int]) -> Phase:
+    config = plan.networks.reward
+    assert config is not None
+    batch, frames, _, height, width = plan.latents
+    with ExitStack() as stack:
+        if config["type"] == "film":  # of real weights
+            reward = make_reward(config, layers, plan.on_gpu)
+        run = Run(plan, stack)
+        if config["type"] != "film":
+            reward = make_reward(config, layers, plan.on_gpu)
+        vae = make_vae(plan.networks.vae or {})
+        run.begin(reward)
+        pixels = 1 + vae.temporal_factor * (frames - 1)
+        video = torch.zeros(batch, pixels, 3, height * vae.spatial_factor, width * vae.spatial_factor)
+        weights = StreamR1Weights(reward, **plan.settings.weighting.model_dump())
+        look = partial(weights._look, video, ["a prompt"] * batch, (frames, height, width))
+        run.phase("student: reward", None, look, "reward", shown=True)
+    return run.phases[0]
