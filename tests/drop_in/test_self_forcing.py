@@ -170,11 +170,11 @@ def test_a_published_recording_is_reproduced_through_dictionaries(name, monkeypa
 
 
 class PublishedNames:
-    """Our block's attention under the names of the published module."""
+    """Our block's attention under the names of the published module; the block projects what it returns."""
 
     def __init__(self, block: Block) -> None:
         attn = block.attn1
-        self.q, self.k, self.v, self.o = attn.to_q, attn.to_k, attn.to_v, attn.to_out[0]
+        self.q, self.k, self.v, self.o = attn.to_q, attn.to_k, attn.to_v, nn.Identity()
         self.num_heads = block.num_heads
         self.norm_q, self.norm_k = (Norm(norm.weight, block.eps) for norm in (attn.norm_q, attn.norm_k))
 

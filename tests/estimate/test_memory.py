@@ -77,8 +77,12 @@ def trainer(plan: Plan, frozen: dict[str, Any], **more: Any) -> DistillTrainer:
 def allocated(run: Callable[[], Any]) -> tuple[int, Any]:
     """The most bytes that there were at once, over those before, by the profiler's record; and the result."""
     gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        result = run()
+    gc.freeze()  # what is there already delays the collection of what `run` leaves behind
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            result = run()
+    finally:
+        gc.unfreeze()
     profiler: Any = recorded.profiler
     events = profiler.kineto_results.events()
     most = now = 0
