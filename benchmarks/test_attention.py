@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.case import DTYPES
 from stream_r1.estimate.work import attention_flops, visible_pairs
 from stream_r1_kernels import ChunkMask, Past, cached_chunk_attention, chunk_attention
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TINY = {  # batch, queries, keys in all, heads, head width
     f"B{batch}-T84-S{keys}-H{heads}-D64": (batch, 84, keys, heads, 64)
     for heads in (4, 5)

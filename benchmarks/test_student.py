@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.case import DTYPES
 from benchmarks.published_flow import PublishedFlow
 from stream_r1.estimate.work import count, total_flops
 from stream_r1.models.transformer import CausalWanTransformer
@@ -20,7 +21,6 @@ WIDTHS = {  # heads, head width, ffn, layers, latent channels, text width, text 
     "1.3B-width-2-layers-60x104": (12, 128, 8960, 2, 16, 4096, 512, 60, 104),
     "tiny-8x14": (5, 64, 960, 4, 48, 384, 32, 8, 14),
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STEPS = (1000.0, 937.5, 833.333, 625.0, 0.0)
 
 
