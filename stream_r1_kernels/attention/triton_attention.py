@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from . import shapes
 from . import triton_kernels as kernels
 from .mask import ChunkMask
 from .triton_kernels import Mask, Rows
@@ -114,35 +115,8 @@ def attention_backward(
     return call.narrow(grad_q), call.narrow(grad_k), call.narrow(grad_v)
 
 
-@attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    past_k: Tensor | None,
-    past_v: Tensor | None,
-    numbers: Sequence[int],
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    batch, tokens, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((batch, heads, tokens), dtype=torch.float32)
-
-
-@attention_backward.register_fake
-def _(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    past_k: Tensor | None,
-    past_v: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    numbers: Sequence[int],
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+attention.register_fake(shapes.outputs)
+attention_backward.register_fake(shapes.gradients)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

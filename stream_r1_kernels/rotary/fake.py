@@ -1,16 +1,13 @@
 """Shapes and dtypes of the compiled rotary ops, for tracing."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
-def _split_heads(x: Tensor, num_heads: int) -> Tensor:
-    batch, tokens, width = x.shape
-    return x.new_empty((batch, tokens, num_heads, width // num_heads))
-
-
 @torch.library.register_fake("stream_r1::qk_norm_rotary")
-def _(
+def _both(
     q: Tensor,
     k: Tensor,
     q_weight: Tensor,
@@ -18,42 +15,20 @@ def _(
     cos: Tensor,
     sin: Tensor,
     num_heads: int,
-    eps: float,
+    *_: object,
 ) -> tuple[Tensor, Tensor]:
-    return _split_heads(q, num_heads), _split_heads(k, num_heads)
+    batch, tokens, width = q.shape
+    split = (batch, tokens, num_heads, width // num_heads)
+    return q.new_empty(split), k.new_empty(split)
 
 
 @torch.library.register_fake("stream_r1::qk_norm_rotary_into")
-def _(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    num_heads: int,
-    eps: float,
-    k_out: Tensor,
-) -> Tensor:
-    return _split_heads(q, num_heads)
+def _(*arguments: Any) -> Tensor:
+    return _both(*arguments)[0]
 
 
 @torch.library.register_fake("stream_r1::qk_norm_rotary_backward")
 def _(
-    grad_q: Tensor,
-    grad_k: Tensor,
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    num_heads: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        q.new_empty(q.shape),
-        k.new_empty(k.shape),
-        q_weight.new_empty(q_weight.shape),
-        k_weight.new_empty(k_weight.shape),
-    )
+    grad_q: Tensor, grad_k: Tensor, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, *_: object
+) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in (q, k, q_weight, k_weight))

@@ -10,16 +10,6 @@ def _(pixel_grads: Tensor, frames: int, rows: int, columns: int) -> Tensor:
 
 
 @torch.library.register_fake("stream_r1::intra_weights")
-def _(
-    saliency: Tensor,
-    scores: Tensor,
-    temperature: float,
-    spatial_floor: float,
-    temporal_floor: float,
-    spatial_strength: float,
-    temporal_strength: float,
-    use_spatial: bool,
-    use_temporal: bool,
-) -> Tensor:
-    _, batch, frames, rows, columns = saliency.shape
+def _(saliency: Tensor, *_: object) -> Tensor:
+    _axes, batch, frames, rows, columns = saliency.shape
     return saliency.new_empty((batch, frames, 1, rows, columns), dtype=torch.float32)
