@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field
@@ -55,17 +55,18 @@ class StreamSettings(Settings):
     window_frames: latent frames that a chunk sees, sink and itself included.
     sink_frames: first frames that stay visible for ever.
     positions: "absolute" (Self Forcing) or "window" (Reward Forcing, Stream-R1).
-    sink_ema: decay of the sink's moving average.
+    sink_ema: decay of the sink's moving average; "none": the sink stays as it was.
     """
 
     window_frames: Count | None = None
     sink_frames: int | None = Field(default=None, ge=0)
     positions: Literal["absolute", "window"] | None = None
-    sink_ema: float | None = Field(default=None, gt=0, lt=1)
+    sink_ema: Annotated[float, Field(gt=0, lt=1)] | Literal["none"] | None = None
 
     def overrides(self) -> dict[str, Any]:
-        """What was set."""
-        return self.model_dump(exclude_none=True)
+        """What was set, as a student takes it."""
+        set_here = self.model_dump(exclude_none=True)
+        return set_here | ({"sink_ema": None} if self.sink_ema == "none" else {})
 
 
 class TextSettings(Settings):

@@ -10,6 +10,7 @@ import torch
 from stream_r1 import recipe as recipes
 from stream_r1.assembly import load_models
 from stream_r1.config import SettingsError
+from stream_r1.models.checkpoints import load_student
 from stream_r1.recipe import read_prompts
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -42,6 +43,22 @@ def test_the_reward_looks_at_the_frames_that_the_method_needs(overrides, name, f
     video = torch.rand(1, 33, 3, 56, 56, requires_grad=True)
     models.reward.score(video, ["a fox"]).sum().backward()
     assert (video.grad.flatten(2).abs().sum(2) > 0).sum() == frames
+
+
+@pytest.mark.parametrize(
+    ("name", "stream"),
+    [("stream-r1", (9, 3, "window", 0.999)), ("self-forcing", (21, 0, "absolute", None))],
+)
+def test_a_method_takes_the_start_that_another_streams_with(world, overrides, tmp_path, name, stream):
+    """ode-init.yaml exports a student with the stream's settings in its config.json; a method has its own."""
+    recipe = recipes.load_start(WAN / "ode-init.yaml", [f"prompts={world / 'prompts.txt'}"])
+    start = load_student(world / "student", **recipe.stream.overrides())
+    start.save_pretrained(tmp_path / "start")
+    chosen = recipes.load(WAN / f"{name}.yaml", [*overrides, f"models.student={tmp_path / 'start'}"])
+    (tmp_path / "again.yaml").write_text(chosen.as_yaml())
+    assert recipes.load(tmp_path / "again.yaml") == chosen
+    config = load_student(tmp_path / "start", **chosen.stream.overrides()).config
+    assert (config.window_frames, config.sink_frames, config.positions, config.sink_ema) == stream
 
 
 def test_prompts_are_encoded_once_and_the_encoder_is_given_back(overrides):
