@@ -133,6 +133,9 @@ def sample(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto: a GPU if there is one.")] = "auto",
     vae_device: Annotated[str | None, typer.Option(help="Of the VAE, if another.")] = None,
     text_device: Annotated[str | None, typer.Option(help="Of the text encoder, if another.")] = None,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Idle models wait in the CPU's memory: only one is on the GPU.")
+    ] = False,
     cuda_graph: Annotated[
         bool, typer.Option("--cuda-graph", help="Replay the student's passes as CUDA graphs (on a GPU).")
     ] = False,
@@ -168,6 +171,7 @@ def sample(
         device=device,
         vae_device=vae_device,
         text_device=text_device,
+        offload=offload,
         text_cache=text_cache,
         cuda_graph=cuda_graph,
     )

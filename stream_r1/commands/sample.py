@@ -57,6 +57,7 @@ class Models:
     device: str = "auto"
     vae_device: str | None = None
     text_device: str | None = None
+    offload: bool = False
     text_cache: Path | None = None
     cuda_graph: bool = False
 
@@ -77,6 +78,7 @@ class Models:
             device=device,
             vae_device=self.vae_device and _device("--vae-device", self.vae_device),
             text_device=self.text_device and _device("--text-device", self.text_device),
+            offload=self.offload,
             cuda_graph=self.cuda_graph,
         )
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from stream_r1.models.offload import ModelOffload
 from stream_r1.models.prompt_cache import PromptCache, fingerprint
 
 # What Wan 2.1's teachers are guided away from, as its own pipelines have it: over-exposed, static, blurred,
@@ -64,6 +65,7 @@ class TransformersEncoder(ABC):
         self._cache = cache
         self._known: OrderedDict[str, Tensor] = OrderedDict()
         self._model: Any = None
+        self._offload: ModelOffload | None = None
 
     @property
     def loaded(self) -> bool:
@@ -74,11 +76,24 @@ class TransformersEncoder(ABC):
         """Have the model in memory now, not when the first unknown prompt asks for it."""
         if self._model is None:
             with _no_progress_bars():
-                self._model = self._read_model().to(self.device).eval().requires_grad_(False)
+                model = self._read_model().eval().requires_grad_(False)
+            if self._offload is None:
+                self._model = model.to(self.device)
+            else:
+                self._offload.add(model, often=False)
+                self._model = model
 
     def free(self) -> None:
         """Give the model's memory back; embeddings stay, and the next unknown prompt loads it again."""
+        if self._offload is not None and self._model is not None:
+            self._offload.remove(self._model)
         self._model = None
+
+    def take_turns(self, offload: ModelOffload) -> None:
+        """From now on the model takes turns with others on `offload.device`."""
+        self.device, self._offload = offload.device, offload
+        if self._model is not None:
+            offload.add(self._model, often=False)
 
     @abstractmethod
     def _read_model(self) -> Any:
@@ -114,8 +129,7 @@ class TransformersEncoder(ABC):
         if prompt not in self._known:
             states = None if self._cache is None else self._cache.get(prompt)
             if states is None:
-                self.load()
-                states = self._token_states(prompt)
+                states = self._encoded(prompt)
                 if self._cache is not None:
                     self._cache.put(prompt, states)
             self._known[prompt] = states.to(self.device)
@@ -133,10 +147,15 @@ class TransformersEncoder(ABC):
             return
         for prompt in map(clean, prompts):
             if self._cache.get(prompt) is None:
-                self.load()
                 with torch.no_grad():
-                    self._cache.put(prompt, self._token_states(prompt))
+                    self._cache.put(prompt, self._encoded(prompt))
         self.free()
+
+    def _encoded(self, prompt: str) -> Tensor:
+        self.load()
+        if self._offload is not None:
+            self._offload.use(self._model)
+        return self._token_states(prompt)
 
     @abstractmethod
     def _token_states(self, prompt: str) -> Tensor:

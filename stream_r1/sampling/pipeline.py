@@ -15,14 +15,16 @@ from torch import Tensor
 
 from stream_r1.models.autoencoder import VideoAutoencoder
 from stream_r1.models.checkpoints import load_student
+from stream_r1.models.offload import ModelOffload
 from stream_r1.models.taehv import TinyVAE
-from stream_r1.models.text import MiniLMEncoder, TextEncoder, UMT5Encoder
+from stream_r1.models.text import MiniLMEncoder, TextEncoder, TransformersEncoder, UMT5Encoder
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.models.vae import VideoVAE
 from stream_r1.models.weight_files import read_config
+from stream_r1.sampling.chunk import StreamTimings
 from stream_r1.sampling.folders import find_parts
 from stream_r1.sampling.presets import DEFAULT_PRESET, PRESETS, choose_preset
-from stream_r1.sampling.sampler import Sampler, Stream, StreamTimings
+from stream_r1.sampling.sampler import Sampler, Stream
 from stream_r1.schedule import FlowSchedule
 
 OutputType = Literal["pt", "np", "pil"]
@@ -118,6 +120,7 @@ class StreamR1Pipeline:
         device: str | torch.device = "cpu",
         vae_device: str | torch.device | None = None,
         text_device: str | torch.device | None = None,
+        offload: bool = False,
         cuda_graph: bool = False,
         merge_passes: bool | None = None,
         **settings: Any,
@@ -149,17 +152,25 @@ class StreamR1Pipeline:
             device: of student, decoder and, unless told otherwise, the rest.
             vae_device: None: `device`, or the CPU where a decoder leaves the VAE idle.
             text_device: None: `device`.
+            offload: keep all models in the CPU's memory and on `device` the one at work alone, see
+                `enable_model_cpu_offload`.
             cuda_graph: replay the student's passes as CUDA graphs, see `Sampler`.
             merge_passes: a chunk's clean pass and the next one's first as one, see `Sampler`.
             settings: of `CausalWanTransformer`, over those of the preset: `window_frames=12`, ...
 
         Raises:
             FileNotFoundError: parts that are missing, by name.
-            ValueError: an unknown preset, parts that do not fit.
+            ValueError: an unknown preset, parts that do not fit, `offload` with a setting it excludes.
             CheckpointError: weights that can't be used, see `load_student`.
             NotImplementedError: a folder of a Wan model with parts that are not supported, by name.
         """
         choose_preset(preset, {})  # a misspelt one is refused before anything is downloaded
+        if offload:
+            for name, value in (("vae_device", vae_device), ("text_device", text_device)):
+                if value is not None:
+                    expected = f"{name} must be None with offload, which moves every model"
+                    raise ValueError(f"from_pretrained: {expected}, got {value}")
+            _refuse_offload("from_pretrained", device, cuda_graph)
         decoder_file = None if decoder is None else _decoder_file(str(decoder))
         parts = find_parts(folder_or_repo, checkpoint, with_text=text_encoder is None)
         source = parts.student if checkpoint is None else Path(checkpoint)
@@ -172,11 +183,12 @@ class StreamR1Pipeline:
             config=beside,
             adapter=adapter,
             dtype=dtype,
-            device=device,
+            device="cpu" if offload else device,
             **((chosen.student if chosen else {}) | settings),
         )
         if text_encoder is None:
-            length, text_device = student.config["text_len"], text_device or device
+            length = student.config["text_len"]
+            text_device = text_device or ("cpu" if offload else device)
             if parts.small:
                 text_encoder = MiniLMEncoder(length, text_device)
             else:
@@ -194,10 +206,10 @@ class StreamR1Pipeline:
             vae_dtype = torch.bfloat16 if fast else torch.float32
         tiny = None
         if decoder_file is not None:
-            tiny = TinyVAE.from_pretrained(decoder_file, dtype=vae_dtype, device=device)
-        return cls(
+            tiny = TinyVAE.from_pretrained(decoder_file, dtype=vae_dtype, device="cpu" if offload else device)
+        pipeline = cls(
             student.requires_grad_(False),
-            VideoVAE.from_pretrained(parts.vae, dtype=vae_dtype, device=vae_device),
+            VideoVAE.from_pretrained(parts.vae, dtype=vae_dtype, device="cpu" if offload else vae_device),
             text_encoder,
             size=size or ((64, 112) if parts.small else (480, 832)),
             fps=fps or (24 if parts.small else 16),
@@ -207,6 +219,29 @@ class StreamR1Pipeline:
             steps=schedule.steps,
             shift=schedule.shift,
         )
+        if offload:
+            pipeline.enable_model_cpu_offload(device)
+        return pipeline
+
+    def enable_model_cpu_offload(self, device: str | torch.device = "cuda") -> None:
+        """Have the models take turns on a device, as diffusers' method of this name: what is idle waits on
+        the CPU.
+
+        The text encoder is on the device while it encodes, then the student, and the VAE or the decoder while
+        it decodes a chunk; keys and values stay there. A stream gives the same frames, but takes longer: the
+        weights of student and decoder are copied for each chunk. Call it before streams begin. A text encoder
+        that is not of this package stays where it is.
+
+        Raises:
+            ValueError: the device is the CPU, or the passes are CUDA graphs.
+        """
+        _refuse_offload("enable_model_cpu_offload", device, self.sampler.cuda_graph)
+        offload = ModelOffload(device, self.student, self.vae)
+        if self.sampler.decoder is not None:
+            offload.add(self.sampler.decoder)  # the VAE again, or a decoder of its own
+        if isinstance(self.text_encoder, TransformersEncoder):
+            self.text_encoder.take_turns(offload)
+        self.sampler.offload = offload
 
     def stream(
         self,
@@ -267,6 +302,13 @@ class StreamR1Pipeline:
             return math.ceil(frames / each)
         first = self.vae.frames(config["first_chunk_frames"] or config["frames_per_chunk"])
         return 1 + math.ceil(max(0, frames - first) / each)
+
+
+def _refuse_offload(where: str, device: str | torch.device, cuda_graph: bool) -> None:
+    if torch.device(device).type == "cpu":
+        raise ValueError(f"{where}: device must not be the CPU, where idle models wait, got {device}")
+    if cuda_graph:
+        raise ValueError(f"{where}: cuda_graph must be False with offload, whose weights move, got True")
 
 
 def _multiplies_bfloat16() -> bool:

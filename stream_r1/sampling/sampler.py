@@ -12,64 +12,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stream_r1.models.autoencoder import VideoAutoencoder
 from stream_r1.models.contexts import TimeContext
+from stream_r1.models.offload import ModelOffload
 from stream_r1.models.text import TextEncoder
 from stream_r1.models.transformer import CausalWanTransformer
+from stream_r1.sampling.chunk import Chunk, ChunkTimings, StreamTimings
 from stream_r1.sampling.graphs import PassGraphs, refuse_graphs
 from stream_r1.sampling.noise import StreamNoise
 from stream_r1.schedule import FlowSchedule
 
 # A chunk's, of a batch: with so few, a pass over two chunks takes less than two passes on a CPU.
 _FEW_TOKENS = 1200
-
-
-@dataclass(frozen=True)
-class ChunkTimings:
-    """Seconds that went into one chunk."""
-
-    denoise: float
-    cache: float  # clean passes since the chunk before: over that chunk (if not merged), or over given frames
-    decode: float
-    elapsed: float  # spent in the stream up to this chunk's frames; of the first chunk: first-frame latency
-
-    @property
-    def total(self) -> float:
-        return self.denoise + self.cache + self.decode
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A piece of the video."""
-
-    index: int  # of the chunk in the video, given frames counted
-    latents: Tensor  # [B, f, C, h, w], normalised, float32
-    frames: Tensor | None  # [B, t, 3, H, W] in [0, 1]; None without a VAE
-    timings: ChunkTimings
-
-
-@dataclass
-class StreamTimings:
-    """Seconds spent in a stream so far; what its consumer does between chunks does not count."""
-
-    text: float = 0.0
-    denoise: float = 0.0
-    cache: float = 0.0
-    decode: float = 0.0
-    first_frame: float = 0.0  # from the call to the first chunk's frames, text and given frames included
-    total: float = 0.0
-    chunks: int = 0
-    frames: int = 0  # pixel frames of one video (latent frames without a VAE)
-
-    @property
-    def fps(self) -> float:
-        """Frames a second of each video of the batch, end to end."""
-        return self.frames / self.total if self.total else 0.0
 
 
 class Sampler:
@@ -88,6 +46,8 @@ class Sampler:
             ring (`PassGraphs`): for a student on a GPU, with a window. Every stream captures its own.
         merge_passes: run a chunk's clean pass and the next chunk's first denoising pass as one, the same to
             rounding: True, False, or None where that is the faster, with few tokens a chunk on a CPU.
+
+    `offload`, None at first, is what student, vae and decoder take turns in, if they do.
 
     Raises:
         ValueError: parts that do not fit each other, or CUDA graphs or merged passes of a student that can't
@@ -138,6 +98,17 @@ class Sampler:
         self.context_noise = context_noise
         self.cuda_graph = cuda_graph
         self.merge_passes = merge_passes
+        self.offload: ModelOffload | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the student computes."""
+        return self.student.device if self.offload is None else self.offload.device
+
+    def use(self, model: nn.Module) -> None:
+        """Call before a model works: it may have to come to its device."""
+        if self.offload is not None:
+            self.offload.use(model)
 
     def stream(
         self,
@@ -189,11 +160,11 @@ class Sampler:
         if isinstance(prompts, Tensor):
             if prompts.dim() != 3 or prompts.shape[2] != width or not len(prompts):
                 raise ValueError(f"stream: embeddings must be [B, L, {width}], got {list(prompts.shape)}")
-            return prompts.to(self.student.device)
+            return prompts.to(self.device)
         if self.text_encoder is None:
             raise ValueError("stream: prompts must be embeddings, for this Sampler has no text_encoder")
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        return self.text_encoder.encode(prompts).to(self.student.device)
+        return self.text_encoder.encode(prompts).to(self.device)
 
     def _given_latents(self, given: Tensor, batch: int) -> Tensor:
         """first_frames as normalised latents [batch, F, C, h, w], whole chunks."""
@@ -204,6 +175,7 @@ class Sampler:
         if given.shape[2] == 3 and channels != 3:
             if self.vae is None:
                 raise ValueError("stream: first_frames must be latents, for this Sampler has no vae")
+            self.use(self.vae)
             given = self.vae.encode(given)
         elif given.shape[2] != channels:
             raise ValueError(f"stream: first_frames must have 3 or {channels} channels, got {given.shape[2]}")
@@ -215,7 +187,7 @@ class Sampler:
                 pixels = f" (pixel frames: {self.vae.frames(first)}, {self.vae.frames(first + later)}, ...)"
             expected = f"whole chunks, {first}, {first + later}, ... latent frames{pixels}"
             raise ValueError(f"stream: first_frames must be {expected}, got {frames} latent frames")
-        return given.to(self.student.device, torch.float32).expand(batch, -1, -1, -1, -1)
+        return given.to(self.device, torch.float32).expand(batch, -1, -1, -1, -1)
 
 
 class Stream(Iterator[Chunk]):
@@ -238,9 +210,10 @@ class Stream(Iterator[Chunk]):
         self.index = 0
         self._sampler = sampler
         self._student = sampler.student
-        self._device = sampler.student.device
+        self._device = sampler.device
         self._noise = noise
         self._chunks_left = chunks
+        sampler.use(self._student)
         self._text = self._student.encode_text(embeds)
         self._batch = len(embeds)
         self._shape = (self._student.config["in_channels"], *size)
@@ -277,7 +250,7 @@ class Stream(Iterator[Chunk]):
         latents = self._denoise()
         denoise = self._since(denoise_start)
         decode_start = time.perf_counter()
-        frames = None if self._decoder is None else self._decoder.decode(latents)
+        frames = self._decode(latents)
         decode = self._since(decode_start)
         self._uncommitted = latents
         if self._chunks_left is not None:
@@ -303,6 +276,7 @@ class Stream(Iterator[Chunk]):
         embeds = self._sampler.embed(prompts)
         if len(embeds) != self._batch:
             raise ValueError(f"switch: prompts must be {self._batch}, as the stream's, got {len(embeds)}")
+        self._sampler.use(self._student)
         text = self._student.encode_text(embeds)
         if self._graphs is None:
             self._text = text
@@ -313,6 +287,7 @@ class Stream(Iterator[Chunk]):
         """The next chunk's x0 [B, f, C, h, w]. Of the cache only its own slot is written, and the last
         one's by a merged pass.
         """
+        self._sampler.use(self._student)
         clean, cache = self._uncommitted, self.cache
         if clean is None:
             cache.begin_chunk()
@@ -330,6 +305,7 @@ class Stream(Iterator[Chunk]):
     def _leave_in_cache(self, latents: Tensor, index: int) -> None:
         """The clean pass over finished chunk `index`, whose keys and values later chunks see."""
         start = time.perf_counter()
+        self._sampler.use(self._student)
         self.cache.begin_chunk()
         self._run(self._as_context(latents, index), self._sampler.context_noise)
         self.cache.commit()
@@ -353,11 +329,16 @@ class Stream(Iterator[Chunk]):
             chunk, rest = rest[:, : self.cache.frames], rest[:, self.cache.frames :]
             self._leave_in_cache(chunk, self.index)
             self.index += 1
-        if self._decoder is not None:
-            start = time.perf_counter()
-            for frame in given.split(1, dim=1):
-                self._decoder.decode(frame)  # for its caches: what follows is seamless
-            self.timings.decode = self._since(start)
+        start = time.perf_counter()
+        for frame in given.split(1, dim=1):
+            self._decode(frame)  # for the decoder's caches: what follows is seamless
+        self.timings.decode = self._since(start)
+
+    def _decode(self, latents: Tensor) -> Tensor | None:
+        if self._decoder is None:
+            return None
+        self._sampler.use(self._decoder.vae)
+        return self._decoder.decode(latents)
 
     def _run(self, x: Tensor, t: float) -> Tensor:
         if self._graphs is not None:

@@ -6,9 +6,10 @@ import itertools
 
 import pytest
 import torch
-from sampling_models import TEXT_DIM, tiny_student
+from sampling_models import TEXT_DIM, tiny_student, tiny_vae
 from torch import Tensor
 
+from stream_r1.models.offload import ModelOffload
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.sampling.sampler import Sampler
 from stream_r1_kernels import backends
@@ -42,3 +43,19 @@ if torch.cuda.is_available():
         student = tiny_student(sink_ema=ema, attention_head_dim=64).to("cuda", dtype)
         plain, replayed = (latents(student, cuda_graph=graph) for graph in (False, True))
         assert torch.equal(plain, replayed)
+
+    def test_turns_give_the_plain_stream_and_need_less_memory() -> None:
+        def chunks(*, offload: bool) -> tuple[Tensor, int]:
+            before = torch.cuda.memory_allocated()
+            student, vae = tiny_student(ffn_dim=1 << 16).to("cuda"), tiny_vae().to("cuda")
+            sampler = Sampler(student, vae, latent_size=(4, 6))
+            if offload:
+                sampler.offload = ModelOffload("cuda", student, vae)
+            text = torch.randn(1, 6, TEXT_DIM, generator=torch.Generator().manual_seed(0))
+            frames = [chunk.frames for chunk in sampler.stream(text, seed=3, chunks=3)]
+            return torch.cat(frames, 1).cpu(), torch.cuda.memory_allocated() - before
+
+        (plain, more), (turned, less) = (chunks(offload=offload) for offload in (False, True))
+        assert torch.equal(plain, turned)
+        weights = sum(p.numel() * p.element_size() for p in tiny_student(ffn_dim=1 << 16).parameters())
+        assert less < more - weights / 2

@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stream_r1.models.transformer import CausalWanTransformer
+from stream_r1.sampling.chunk import Chunk
 from stream_r1.sampling.graphs import PassGraphs, Replay
-from stream_r1.sampling.sampler import Chunk, Sampler, Stream
+from stream_r1.sampling.sampler import Sampler, Stream
 from stream_r1_kernels import backends
 
 PROMPTS = ["a fat rabbit", "a butterfly over the meadow"]

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from stream_r1.models.transformer import CausalWanTransformer
+from stream_r1.sampling.chunk import Chunk
 from stream_r1.sampling.noise import StreamNoise
-from stream_r1.sampling.sampler import Chunk, Sampler
+from stream_r1.sampling.sampler import Sampler
 from stream_r1.schedule import FlowSchedule
 
 PROMPTS = ["a fat rabbit", "a butterfly over the meadow"]
