@@ -122,10 +122,16 @@ class ChunkCache:
         k, v = (torch.zeros(sink.shape, dtype=wide, device=sink.device) for _ in range(2))
         return k, v
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: their views are made anew, in their own buffer."""
+        return self.__dict__ | {"_views": {}}
+
     def __len__(self) -> int:
         return self.storage.shape[0]
 
     def __getitem__(self, layer: int) -> LayerCache:
+        if isinstance(layer, slice):
+            raise TypeError(f"ChunkCache: layer: expected an integer, got {layer}")
         return LayerCache(self, range(len(self))[layer])
 
     @property
@@ -247,10 +253,13 @@ class ChunkCache:
         Raises:
             ValueError: no chunk is under way.
         """
-        if not self.open:
-            raise ValueError("ChunkCache.commit: no chunk is under way, expected begin_chunk() before")
+        self._check_open("commit")
         self._next_frame += self.frames
         self._phases = None
+
+    def _check_open(self, what: str) -> None:
+        if self._phases is None:
+            raise ValueError(f"ChunkCache: {what}: no chunk is under way, expected begin_chunk() before")
 
     def positions(self) -> tuple[Tensor, Tensor]:
         """Rotary phases (cos, sin) of the fresh chunk, float32 [T, D / 2] each."""
@@ -291,7 +300,11 @@ class LayerCache:
         self._layer = layer
 
     def slot(self) -> tuple[Tensor, Tensor]:
-        """Where the fresh chunk's keys and values go: views [B, T, H, D] into the buffer."""
+        """Where the fresh chunk's keys and values go: views [B, T, H, D] into the buffer.
+
+        Raises:
+            ValueError: no chunk is under way.
+        """
         return self._chunk_views()[:2]
 
     def renew_sink(self) -> None:
@@ -300,6 +313,7 @@ class LayerCache:
 
     def _chunk_views(self) -> tuple[Tensor, Tensor, Past]:
         """The slot and what is visible with it: made once a chunk, for a small model's pass would notice."""
+        self._cache._check_open("slot, past")
         if torch.compiler.is_compiling():  # in a graph they cost nothing, and it keeps one input, not many
             return self._make_views()
         views = self._cache._views.get(self._layer)
@@ -333,10 +347,14 @@ class LayerCache:
         Returns:
             `Past` with keys and values [B, Tp, H, D], or None where there is no past (first chunk,
             holds_fresh=False).
+
+        Raises:
+            ValueError: no chunk is under way.
         """
         if holds_fresh:
             return self._chunk_views()[2]
         cache = self._cache
+        cache._check_open("past")
         k, v = cache.storage[self._layer, 0], cache.storage[self._layer, 1]
         start, stop = cache._visible_start, cache._visible_stop
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/MemoryOverlap.h>
 
 #include <optional>
 
@@ -22,6 +23,18 @@ inline void check_dtype(const char* op, const char* name, const at::Tensor& valu
                         const at::Tensor& expected) {
   TORCH_CHECK_TYPE(value.scalar_type() == expected.scalar_type(), op, ": ", name, ": expected ",
                    expected.scalar_type(), " as ", like, ", got ", value.scalar_type());
+}
+
+inline void check_sizes(const char* op, const char* name, const at::Tensor& value, at::IntArrayRef expected) {
+  TORCH_CHECK_VALUE(value.sizes() == expected, op, ": ", name, ": expected shape ", expected, ", got ",
+                    value.sizes());
+}
+
+// Of a tensor that is written to: threads would race for an element that is there twice.
+inline void check_apart(const char* op, const char* name, const at::Tensor& written) {
+  TORCH_CHECK_VALUE(at::has_internal_overlap(written) != at::MemOverlap::Yes, op, ": ", name,
+                    ": expected elements of their own, got an expanded tensor of strides ",
+                    written.strides());
 }
 
 // --- attention: q, k, v [B, T, H, D] ---
@@ -138,6 +151,7 @@ inline void check_key_slot(const at::Tensor& k_out, const at::Tensor& k, int64_t
   check_dtype(op, "k_out", k_out, "k", k);
   TORCH_CHECK_VALUE(k_out.stride(3) == 1 || k_out.numel() == 0, op,
                     ": k_out: expected a contiguous last dimension, got strides ", k_out.strides());
+  check_apart(op, "k_out", k_out);
 }
 
 // --- distillation: x0-predictions [B, F, C, h, w] ---

@@ -153,6 +153,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(Prepared& p, const std::vector<Query
                                             const Tensor& grad_any, const OptionalTensor& grad_lse_any,
                                             const Tensor& out_any, const Tensor& lse_any) {
   const Tensor &q = p.q, &k = p.k[1];
+  check_shape("attention backward", "grad_out", grad_any, "q", q);
+  check_shape("attention backward", "out", out_any, "q", q);
+  check_dtype("attention backward", "out", out_any, "q", q);
+  check_sizes("attention backward", "lse", lse_any, {q.size(0), q.size(2), q.size(1)});
+  if (grad_lse_any.has_value()) check_shape("attention backward", "grad_lse", *grad_lse_any, "lse", lse_any);
   Tensor grad_k = at::empty(k.sizes(), k.options()), grad_v = at::empty(k.sizes(), k.options());
   const int64_t heads_in_all = q.size(0) * q.size(2);
   if (heads_in_all * q.size(3) == 0) return {at::zeros_like(q), grad_k.zero_(), grad_v.zero_()};

@@ -35,6 +35,7 @@ std::tuple<Tensor, Tensor> cached_below_autograd(const Tensor& q, const Optional
 }
 
 // An absent past is saved as an undefined tensor.
+Tensor or_undefined(const OptionalTensor& x) { return x.value_or(Tensor()); }
 OptionalTensor if_defined(const Tensor& x) { return x.defined() ? OptionalTensor(x) : std::nullopt; }
 
 class CachedChunkAttention : public torch::autograd::Function<CachedChunkAttention> {
@@ -42,7 +43,7 @@ class CachedChunkAttention : public torch::autograd::Function<CachedChunkAttenti
   static variable_list forward(AutogradContext* context, const Tensor& q, const Tensor& k, const Tensor& v,
                                const OptionalTensor& past_k, const OptionalTensor& past_v, double scale) {
     auto [out, lse] = cached_below_autograd(q, k, v, past_k, past_v, scale);
-    context->save_for_backward({q, k, v, past_k.value_or(Tensor()), past_v.value_or(Tensor()), out, lse});
+    context->save_for_backward({q, k, v, or_undefined(past_k), or_undefined(past_v), out, lse});
     context->saved_data["scale"] = scale;
     context->set_materialize_grads(false);
     return {out, lse};
@@ -64,6 +65,7 @@ bool wants_grad(const OptionalTensor& x) { return x.has_value() && x->requires_g
 std::tuple<Tensor, Tensor> cached_chunk_attention(const Tensor& q, const OptionalTensor& k,
                                                   const OptionalTensor& v, const OptionalTensor& past_k,
                                                   const OptionalTensor& past_v, double scale) {
+  refuse_tangents({q, or_undefined(k), or_undefined(v), or_undefined(past_k), or_undefined(past_v)});
   const bool fresh_wants = q.requires_grad() || wants_grad(k) || wants_grad(v);
   const bool past_wants = wants_grad(past_k) || wants_grad(past_v);
   if (!at::GradMode::is_enabled() || !(fresh_wants || past_wants))

@@ -148,7 +148,10 @@ Tensor dmd_loss_backward_cpu(const Tensor& grad_loss, const Tensor& direction_, 
   const Tensor outer = contiguous_float(grad_loss), inner = contiguous_float(factor_);
   TORCH_CHECK_VALUE(outer.numel() == 1, "dmd_loss_backward: grad_loss: expected one value, got shape ",
                     grad_loss.sizes());
+  TORCH_CHECK_VALUE(direction.dim() == 5,
+                    "dmd_loss_backward: direction: expected shape [B, F, C, h, w], got ", direction.sizes());
   const int64_t batch = direction.size(0);
+  check_sizes("dmd_loss_backward", "factor", factor_, {batch});
   std::vector<float> factor(inner.const_data_ptr<float>(), inner.const_data_ptr<float>() + batch);
   for (float& value : factor) value *= *outer.const_data_ptr<float>();
   const int64_t n = batch == 0 ? 0 : direction.numel() / batch;
@@ -165,6 +168,7 @@ void dmd_gradient_cpu(Tensor buffer, const Tensor& x, const Tensor& fake, const 
                       const std::optional<Tensor>& w_intra, const std::optional<Tensor>& w_inter,
                       const std::optional<Tensor>& mask, double scale) {
   check_shape("dmd_gradient_", "buffer", buffer, "x", x);
+  check_apart("dmd_gradient_", "buffer", buffer);
   Job job;
   prepare(job, x, fake, real_cond, real_uncond, guidance, w_intra, w_inter, mask);
   std::vector<float> factor;

@@ -29,11 +29,12 @@ Isa best_isa() {
 
 Isa lowered_by_environment(Isa best) {
   const char* wish = std::getenv("STREAM_R1_ISA");
-  if (wish == nullptr) return best;
+  if (wish == nullptr || *wish == '\0') return best;
   const Isa highest = best == Isa::avx512_bf16 ? Isa::amx : best;
   for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx})
     if (std::strcmp(wish, isa_name(isa)) == 0) return std::min(isa, highest);
-  return best;
+  TORCH_CHECK_VALUE(false, "STREAM_R1_ISA: expected baseline, avx2, avx512, avx512_bf16 or amx, got '", wish,
+                    "'");
 }
 
 std::string cpu_isa_name() { return isa_name(cpu_isa()); }

@@ -20,7 +20,8 @@ namespace stream_r1 {
 enum class Isa { baseline, avx2, avx512, avx512_bf16, amx };
 
 // The best instruction set that was built and that this machine has; the environment variable STREAM_R1_ISA
-// lowers it. `amx` may be wished for on any machine with avx512_bf16: torch finds another way.
+// lowers it, and an unknown name in it is an error. `amx` may be wished for on any machine with avx512_bf16:
+// torch finds another way.
 Isa cpu_isa();
 const char* isa_name(Isa isa);
 

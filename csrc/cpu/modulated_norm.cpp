@@ -48,6 +48,8 @@ std::tuple<Tensor, Tensor, Tensor> modulated_norm_backward_cpu(const Tensor& gra
                                                                const Tensor& rstd_) {
   check_per_frame("modulated_norm_backward", "scale", scale_, x_);
   check_shape("modulated_norm_backward", "grad_out", grad_out_, "x", x_);
+  check_sizes("modulated_norm_backward", "mean", mean_, {x_.size(0), x_.size(1)});
+  check_sizes("modulated_norm_backward", "rstd", rstd_, {x_.size(0), x_.size(1)});
   const Tensor grad_out = grad_out_.contiguous(), x = with_dense_rows(x_), scale = with_dense_rows(scale_);
   const Tensor mean = mean_.contiguous(), rstd = rstd_.contiguous();
   const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2), frames = scale.size(1);

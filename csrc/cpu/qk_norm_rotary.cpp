@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -100,6 +101,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rotary_backward(
     const Tensor& grad_q, const Tensor& grad_k, const Tensor& q, const Tensor& k, const Tensor& q_weight,
     const Tensor& k_weight, const Tensor& cos, const Tensor& sin, int64_t heads, double eps) {
   check_rotary(q, k, q_weight, k_weight, cos, sin, heads);
+  for (const Tensor& grad : {grad_q, grad_k})
+    check_sizes("qk_norm_rotary_backward", "grad_q, grad_k", grad,
+                {q.size(0), q.size(1), heads, q.size(2) / heads});
   QkJob job(q, k, q_weight, k_weight, cos, sin, heads, eps);
   const Tensor incoming[2] = {with_dense_rows(grad_q), with_dense_rows(grad_k)};
   Tensor grads[2] = {at::empty(q.sizes(), q.options()), at::empty(k.sizes(), k.options())};
@@ -165,6 +169,19 @@ std::tuple<Tensor, Tensor> qk_norm_rotary_autograd(const Tensor& q, const Tensor
   return {out[0], out[1]};
 }
 
+Tensor qk_norm_rotary_into_autograd(const Tensor& q, const Tensor& k, const Tensor& q_weight,
+                                    const Tensor& k_weight, const Tensor& cos, const Tensor& sin,
+                                    int64_t heads, double eps, Tensor& k_out) {
+  TORCH_CHECK_VALUE(!needs_graph({q, k, q_weight, k_weight, k_out}),
+                    "qk_norm_rotary: k_out: expected tensors without requires_grad beside it, as keys in a "
+                    "buffer carry no gradient");
+  static const auto into_op = op<decltype(qk_norm_rotary_into)>("stream_r1::qk_norm_rotary_into");
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  Tensor q_out = into_op.call(q, k, q_weight, k_weight, cos, sin, heads, eps, k_out);
+  torch::autograd::impl::bump_version(k_out);
+  return q_out;
+}
+
 }  // namespace
 }  // namespace stream_r1
 
@@ -174,4 +191,8 @@ TORCH_LIBRARY_IMPL(stream_r1, CPU, m) {
   m.impl("qk_norm_rotary_backward", stream_r1::qk_norm_rotary_backward);
 }
 
-TORCH_LIBRARY_IMPL(stream_r1, Autograd, m) { m.impl("qk_norm_rotary", stream_r1::qk_norm_rotary_autograd); }
+TORCH_LIBRARY_IMPL(stream_r1, Autograd, m) {
+  m.impl("qk_norm_rotary", stream_r1::qk_norm_rotary_autograd);
+  m.impl("qk_norm_rotary_into", stream_r1::qk_norm_rotary_into_autograd);
+  m.impl("qk_norm_rotary_backward", torch::autograd::autogradNotImplementedFallback());
+}

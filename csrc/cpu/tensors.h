@@ -27,8 +27,19 @@ inline at::Tensor sum_blocks(const at::Tensor& sums, at::ScalarType dtype) {
   return totals.to(dtype);
 }
 
+// Forward-mode derivatives would be lost without a word: a tangent is no requires_grad.
+inline void refuse_tangents(at::TensorList inputs) {
+  for (const at::Tensor& input : inputs)
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        !input.defined() || !input._fw_grad(/*level=*/0).defined(),
+        "stream_r1: the compiled ops have no forward-mode derivatives (torch.func.jvp); expected tensors "
+        "without a tangent, or backend='reference', got one of shape ",
+        input.sizes(), " with a tangent");
+}
+
 // Does autograd have to record an op with these inputs? Recording costs as much as a small op itself.
 inline bool needs_graph(at::TensorList inputs) {
+  refuse_tangents(inputs);
   return at::GradMode::is_enabled() && std::any_of(inputs.begin(), inputs.end(), [](const at::Tensor& input) {
            return input.requires_grad();
          });

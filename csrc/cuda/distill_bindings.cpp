@@ -82,6 +82,10 @@ std::tuple<Tensor, Tensor, Tensor> dmd_loss(const Tensor& x, const Tensor& fake,
 }
 
 Tensor dmd_loss_backward(const Tensor& grad_loss_, const Tensor& direction_, const Tensor& factor_) {
+  TORCH_CHECK_VALUE(direction_.dim() == 5 && grad_loss_.numel() == 1,
+                    "dmd_loss_backward: expected one grad_loss and direction [B, F, C, h, w], got shapes ",
+                    grad_loss_.sizes(), " and ", direction_.sizes());
+  check_sizes("dmd_loss_backward", "factor", factor_, {direction_.size(0)});
   const OnDevice device(direction_);
   const Tensor direction = direction_.contiguous(), factor = factor_.contiguous(),
                grad_loss = grad_loss_.to(at::kFloat);
@@ -99,6 +103,7 @@ void dmd_gradient_(Tensor buffer, const Tensor& x, const Tensor& fake, const Ten
                    const OptionalTensor& real_uncond, double guidance, const OptionalTensor& w_intra,
                    const OptionalTensor& w_inter, const OptionalTensor& mask, double scale) {
   check_shape("dmd_gradient_", "buffer", buffer, "x", x);
+  check_apart("dmd_gradient_", "buffer", buffer);
   TORCH_CHECK_TYPE(buffer.scalar_type() == x.scalar_type() || buffer.scalar_type() == at::kFloat,
                    "dmd_gradient_: buffer: expected ", x.scalar_type(), " as x, or float32, got ",
                    buffer.scalar_type());

@@ -100,6 +100,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rotary_backward(
     const Tensor& k_weight, const Tensor& cos, const Tensor& sin, int64_t heads, double eps) {
   const OnDevice device(q);
   Rotary rotary(q, k, q_weight, k_weight, cos, sin, heads, eps);
+  for (const Tensor& grad : {grad_q_, grad_k_})
+    check_sizes("qk_norm_rotary_backward", "grad_q, grad_k", grad,
+                {q.size(0), q.size(1), heads, q.size(2) / heads});
   NormRotaryArgs& args = rotary.args;
   const Tensor upstream[2] = {with_dense_rows(grad_q_.to(q.scalar_type())),
                               with_dense_rows(grad_k_.to(k.scalar_type()))};
@@ -167,6 +170,8 @@ std::tuple<Tensor, Tensor, Tensor> modulated_norm_backward(const Tensor& grad_ou
   const char* op = "modulated_norm_backward";
   check_per_frame(op, "scale", scale_, x_);
   check_shape(op, "grad_out", grad_out_, "x", x_);
+  check_sizes(op, "mean", mean_, {x_.size(0), x_.size(1)});
+  check_sizes(op, "rstd", rstd_, {x_.size(0), x_.size(1)});
   const OnDevice device(x_);
   const Tensor grad_out = grad_out_.to(x_.scalar_type()).contiguous(), x = with_dense_rows(x_),
                scale = with_dense_rows(scale_), mean = mean_.contiguous(), rstd = rstd_.contiguous();

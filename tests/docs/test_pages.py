@@ -52,7 +52,6 @@ def readme() -> dict[str, Any]:
             return video.mean(dim=(1, 3, 4))
 
     cache = ChunkCache(1, 2, 2, RotaryGrid(16), 2, 3, 3, window_frames=9)
-    cache.begin_chunk()
     video = {"reward": Reward(), "video": torch.rand(2, 9, 3, 16, 24), "prompts": ["a", "b"]}
     latents = ("x", "fake", "real_cond", "real_uncond")
     attention = {"q": torch.randn(2, 18, 32), "k": torch.randn(2, 18, 32), "v": torch.randn(2, 18, 2, 16)}

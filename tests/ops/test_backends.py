@@ -53,6 +53,18 @@ def test_every_instruction_set_that_runs_here(isa: str) -> None:
     assert done.stdout.strip() == min(isa, best, key=order.index)
 
 
+@pytest.mark.parametrize(("wish", "message"), [("AVX2", "got 'AVX2'"), ("sse", "got 'sse'"), ("", None)])
+def test_an_unknown_instruction_set_is_an_error(wish: str, message: str | None) -> None:
+    code = "import torch, stream_r1_kernels as k; x = torch.ones(1, 2, 4); k.gated_add(x, x, x)"
+    environment = {**os.environ, "STREAM_R1_ISA": wish}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    if message is None:
+        assert done.returncode == 0, done.stderr
+    else:
+        expected = "ValueError: STREAM_R1_ISA: expected baseline, avx2, avx512, avx512_bf16 or amx, "
+        assert expected + message in done.stderr
+
+
 def test_a_build_against_another_torch_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "read_build_record", lambda: {"torch": "2.1.0", "isa": [], "left_out": {}})
     why = backends._load_extension()

@@ -169,6 +169,7 @@ def test_memory_is_given_back_with_the_cache_and_not_when_garbage_is_collected()
     gc.disable()
     try:
         cache = make_cache(window_frames=9)
+        cache.begin_chunk()
         assert [layer.slot()[0].shape for layer in cache.layers] == 2 * [cache[0].slot()[0].shape]
         storage = weakref.ref(cache.storage)
         del cache
@@ -231,9 +232,24 @@ def test_reset_starts_over():
     assert cache[0].past(holds_fresh=False) is None
 
 
-def test_commit_needs_a_chunk():
-    with pytest.raises(ValueError, match="no chunk is under way"):
-        make_cache(max_frames=6).commit()
+@pytest.mark.parametrize("chunks", [0, 1, 4])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda cache: cache.commit(),
+        lambda cache: cache[0].slot(),
+        lambda cache: cache[0].past(True),
+        lambda cache: cache[0].past(False),
+    ],
+)
+def test_without_a_chunk_under_way_nothing_is_shown_or_kept(call, chunks):
+    """After a commit the views would be those of the chunk that has just been kept."""
+    cache = make_cache(window_frames=9, sink_frames=3)
+    for _ in range(chunks):
+        cache.begin_chunk()
+        cache.commit()
+    with pytest.raises(ValueError, match=r"no chunk is under way, expected begin_chunk\(\) before"):
+        call(cache)
 
 
 @pytest.mark.parametrize(
