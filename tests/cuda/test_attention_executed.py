@@ -3,19 +3,12 @@
 import exact
 import pytest
 import torch
+from attention_inputs import MASKS, Sizes, fused, visible_tokens
 from machine import Machine
 from torch import Tensor
 
 from stream_r1_kernels import ChunkMask
 from stream_r1_kernels.attention.reference import dense_attention
-
-Strided = tuple[Tensor, Tensor, Tensor]
-
-
-def fused(batch: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> Strided:
-    """q, k and v as slices of one projection."""
-    whole = torch.randn(batch, tokens, 3, heads, head_dim).to(dtype)
-    return whole[:, :, 0], whole[:, :, 1], whole[:, :, 2]
 
 
 def check(
@@ -35,32 +28,20 @@ def check(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("batch", "queries", "past", "fresh", "heads", "head_dim"),
+    "sizes",
     [
-        (1, 1, 0, 1, 1, 64),  # one token
-        (2, 150, 0, 200, 2, 64),  # ragged on both sides
-        (1, 130, 64, 64, 1, 128),  # whole tiles
-        (2, 48, 144, 48, 1, 128),  # a window while it fills: two segments, neither a whole tile
-        (1, 40, 300, 0, 2, 64),  # fresh keys inside the past
+        Sizes(1, 1, 0, 1, 1, 64),  # one token
+        Sizes(2, 150, 0, 200, 2, 64),  # ragged on both sides
+        Sizes(1, 130, 64, 64, 1, 128),  # whole tiles
+        Sizes(2, 48, 144, 48, 1, 128),  # a window while it fills: two segments, neither a whole tile
+        Sizes(1, 40, 300, 0, 2, 64),  # fresh keys inside the past
     ],
 )
-def test_cached_chunk_attention(
-    machine: Machine,
-    dtype: torch.dtype,
-    batch: int,
-    queries: int,
-    past: int,
-    fresh: int,
-    heads: int,
-    head_dim: int,
-) -> None:
-    torch.manual_seed(queries)
-    q = fused(batch, queries, heads, head_dim, dtype)[0]
-    _, k, v = fused(batch, fresh, heads, head_dim, dtype)
-    _, past_k, past_v = fused(batch, past, heads, head_dim, dtype)
-    scale = head_dim**-0.5
-    own = (k, v) if fresh else (None, None)
-    old = (past_k, past_v) if past else (None, None)
+def test_cached_chunk_attention(machine: Machine, dtype: torch.dtype, sizes: Sizes) -> None:
+    q, k, v, past_k, past_v = sizes.draw(dtype)
+    own = (k, v) if sizes.fresh else (None, None)
+    old = (past_k, past_v) if sizes.past else (None, None)
+    scale = sizes.head_dim**-0.5
     ours = machine.run("cached_chunk_attention", q, *own, *old, scale)
     check(ours, q, torch.cat((past_k, k), 1), torch.cat((past_v, v), 1), scale)
 
@@ -134,27 +115,15 @@ def test_the_order_of_warps_does_not_matter(machine: Machine) -> None:
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
-MASKS = [
-    ChunkMask(20, 3),
-    ChunkMask(20, 3, window_frames=5, sink_frames=1),
-    ChunkMask(48, 3, window_frames=3, first_chunk_frames=1),
-    ChunkMask(20, 2, teacher_forcing=True),
-    ChunkMask(20, 2, window_frames=3, sink_frames=1, first_chunk_frames=1, teacher_forcing=True),
-]
-
-
 @pytest.mark.parametrize("mask", MASKS)
 def test_chunk_attention(machine: Machine, mask: ChunkMask) -> None:
     torch.manual_seed(0)
-    frames = 7
-    tokens = frames * mask.tokens_per_frame * (2 if mask.teacher_forcing else 1)
-    q, k, v = fused(1, tokens, 1, 64, torch.bfloat16)
+    visible = visible_tokens(mask, frames=7)
+    q, k, v = fused(1, len(visible), 1, 64, torch.bfloat16)
     settings = (mask.tokens_per_frame, mask.frames_per_chunk, mask.window_frames, mask.sink_frames)
     ours = machine.run(
         "chunk_attention", q, k, v, *settings, mask.first_chunk_frames, mask.teacher_forcing, 0.125
     )
-    n = mask.tokens_per_frame
-    visible = mask.visible(frames).repeat_interleave(n, 0).repeat_interleave(n, 1)
     check(ours, q, k, v, 0.125, visible)
 
 
@@ -184,10 +153,8 @@ def test_backward_of_cached_chunk_attention(machine: Machine) -> None:
 @pytest.mark.parametrize("mask", MASKS)
 def test_backward_of_chunk_attention(machine: Machine, mask: ChunkMask) -> None:
     torch.manual_seed(0)
-    frames, n = 7, mask.tokens_per_frame
-    tokens = frames * n * (2 if mask.teacher_forcing else 1)
-    q, k, v = (x.float().requires_grad_() for x in fused(1, tokens, 2, 16, torch.bfloat16))
-    visible = mask.visible(frames).repeat_interleave(n, 0).repeat_interleave(n, 1)
+    visible = visible_tokens(mask, frames=7)
+    q, k, v = (x.float().requires_grad_() for x in fused(1, len(visible), 2, 16, torch.bfloat16))
     out, lse = dense_attention(q, k, v, 0.25, visible)
     upstream = torch.randn_like(out)
     expected = torch.autograd.grad(out, (q, k, v), upstream)

@@ -10,6 +10,7 @@ import random
 import exact
 import pytest
 import torch
+from attention_inputs import MASKS, Sizes, fused, visible_tokens
 from torch import Tensor
 from triton_machine import TritonMachine
 
@@ -24,10 +25,9 @@ def triton_machine() -> TritonMachine:
     return TritonMachine()
 
 
-def fused(batch: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> list[Tensor]:
-    """q, k and v as slices of one projection, leaves of autograd."""
-    whole = torch.randn(batch, tokens, 3, heads, head_dim).to(dtype)
-    return [whole[:, :, i].detach().requires_grad_() for i in range(3)]
+def leaves(batch: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype = BF16) -> list[Tensor]:
+    """q, k and v as slices of one projection, to take gradients of."""
+    return [x.requires_grad_() for x in fused(batch, tokens, heads, head_dim, dtype)]
 
 
 def by_hand(
@@ -99,41 +99,31 @@ def cached(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "batch", "queries", "past", "fresh", "heads", "head_dim"),
+    ("dtype", "sizes"),
     [
-        (BF16, 1, 1, 0, 1, 1, 64),  # one token
-        (BF16, 2, 150, 70, 200, 2, 64),  # two segments, ragged everywhere
-        (BF16, 2, 48, 144, 48, 1, 128),  # a window while it fills
-        (BF16, 1, 128, 64, 128, 1, 128),  # whole tiles
-        (FP16, 1, 70, 30, 70, 2, 64),
-        (FP16, 1, 33, 0, 65, 1, 128),
+        (BF16, Sizes(1, 1, 0, 1, 1, 64)),  # one token
+        (BF16, Sizes(2, 150, 70, 200, 2, 64)),  # two segments, ragged everywhere
+        (BF16, Sizes(2, 48, 144, 48, 1, 128)),  # a window while it fills
+        (BF16, Sizes(1, 128, 64, 128, 1, 128)),  # whole tiles
+        (FP16, Sizes(1, 70, 30, 70, 2, 64)),
+        (FP16, Sizes(1, 33, 0, 65, 1, 128)),
     ],
 )
-def test_cached_chunk_attention(
-    triton_machine: TritonMachine,
-    dtype: torch.dtype,
-    batch: int,
-    queries: int,
-    past: int,
-    fresh: int,
-    heads: int,
-    head_dim: int,
-) -> None:
-    torch.manual_seed(queries)
-    q = fused(batch, queries, heads, head_dim, dtype)[0]
-    _, k, v = fused(batch, fresh, heads, head_dim, dtype)
-    old = tuple(x.detach() for x in fused(batch, past, heads, head_dim, dtype)[1:]) if past else None
-    upstream = [torch.randn(q.shape).to(dtype), torch.randn(batch, heads, queries)]
-    scale = head_dim**-0.5
-    ours = cached(triton_machine, [q, k, v], old, upstream, scale, seed=queries)
+def test_cached_chunk_attention(triton_machine: TritonMachine, dtype: torch.dtype, sizes: Sizes) -> None:
+    q, k, v, *past = sizes.draw(dtype)
+    old = tuple(past) if sizes.past else None
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    upstream = [torch.randn(q.shape).to(dtype), torch.randn(sizes.batch, sizes.heads, sizes.queries)]
+    scale = sizes.head_dim**-0.5
+    ours = cached(triton_machine, inputs, old, upstream, scale, seed=sizes.queries)
     names = [launch.name for launch in triton_machine.launches]
     assert names == ["forward", "grad_queries", "grad_keys"]
-    check(ours, [q, k, v], old, upstream, scale)
+    check(ours, inputs, old, upstream, scale)
 
 
 def test_the_order_of_warps_and_copies_does_not_matter(triton_machine: TritonMachine) -> None:
     torch.manual_seed(0)
-    inputs = fused(1, 140, 1, 64, BF16)
+    inputs = leaves(1, 140, 1, 64)
     old = tuple(torch.randn(1, 90, 1, 64).to(BF16) for _ in "kv")
     upstream = [torch.randn(1, 140, 1, 64).to(BF16), torch.randn(1, 1, 140)]
     results = [
@@ -143,16 +133,7 @@ def test_the_order_of_warps_and_copies_does_not_matter(triton_machine: TritonMac
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
-MASKS = [
-    (ChunkMask(20, 3), 7),
-    (ChunkMask(20, 3, window_frames=5, sink_frames=1), 13),  # a sink within a chunk, a window across chunks
-    (ChunkMask(48, 3, window_frames=3, first_chunk_frames=1), 7),
-    (ChunkMask(20, 2, teacher_forcing=True), 5),
-    (ChunkMask(20, 2, window_frames=3, sink_frames=1, first_chunk_frames=1, teacher_forcing=True), 8),
-]
-
-
-@pytest.mark.parametrize(("mask", "frames"), MASKS)
+@pytest.mark.parametrize(("mask", "frames"), list(zip(MASKS, (7, 13, 7, 5, 8), strict=True)))
 def test_chunk_attention(triton_machine: TritonMachine, mask: ChunkMask, frames: int) -> None:
     check_mask(triton_machine, mask, frames, heads=2, seed=frames)
 
@@ -176,14 +157,13 @@ def test_any_mask(triton_machine: TritonMachine, monkeypatch: pytest.MonkeyPatch
 
 def check_mask(machine: TritonMachine, mask: ChunkMask, frames: int, *, heads: int, seed: int) -> None:
     torch.manual_seed(0)
-    tokens = frames * mask.tokens_per_frame * (2 if mask.teacher_forcing else 1)
-    inputs = fused(1, tokens, heads, 64, BF16)
+    visible = visible_tokens(mask, frames)
+    tokens = len(visible)
+    inputs = leaves(1, tokens, heads, 64)
     upstream = [torch.randn(1, tokens, heads, 64).to(BF16), torch.zeros(1, heads, tokens)]
     with machine.running(seed=seed, early_copies=seed % 3 == 2):
         out = triton_attention.chunk_attention(*inputs, mask, 0.125)
         grads = torch.autograd.grad(out, inputs, upstream[0])
-    n = mask.tokens_per_frame
-    visible = mask.visible(frames).repeat_interleave(n, 0).repeat_interleave(n, 1)
     true, theirs = (
         by_hand(inputs, None, upstream, 0.125, visible, rounded=rounded) for rounded in (False, True)
     )
@@ -195,7 +175,7 @@ def test_what_is_not_visible_is_not_read(triton_machine: TritonMachine) -> None:
     """Keys that a chunk can't see, and queries that can't see a key, are NaN, and nothing comes of it."""
     torch.manual_seed(0)
     mask, n = ChunkMask(20, 2, window_frames=3, sink_frames=1), 20
-    q, k, v = fused(1, 8 * n, 1, 64, BF16)
+    q, k, v = leaves(1, 8 * n, 1, 64)
     hidden = (~mask.visible(8)[-1]).repeat_interleave(n)  # to the last chunk
     assert hidden.sum() == 4 * n
     with torch.no_grad():
@@ -207,7 +187,7 @@ def test_what_is_not_visible_is_not_read(triton_machine: TritonMachine) -> None:
     torch.testing.assert_close(out.double(), true.transpose(1, 2), rtol=0, atol=0.01)
 
     mask = ChunkMask(20, 2, window_frames=2)  # a chunk sees itself alone
-    q, k, v = fused(1, 8 * n, 1, 64, BF16)
+    q, k, v = leaves(1, 8 * n, 1, 64)
     upstream = torch.randn(1, 8 * n, 1, 64).to(BF16)
     with torch.no_grad():
         q[:, 4 * n :], upstream[:, 4 * n :] = float("nan"), float("nan")
@@ -219,7 +199,7 @@ def test_what_is_not_visible_is_not_read(triton_machine: TritonMachine) -> None:
 
 def test_a_long_past_costs_the_fresh_keys_nothing(triton_machine: TritonMachine) -> None:
     torch.manual_seed(0)
-    inputs = fused(1, 20, 1, 64, BF16)
+    inputs = leaves(1, 20, 1, 64)
     upstream = [torch.randn(1, 20, 1, 64).to(BF16), torch.zeros(1, 1, 20)]
     counts = []
     for past in (64, 512):
@@ -243,7 +223,7 @@ def test_growing_scores(triton_machine: TritonMachine) -> None:
 @pytest.mark.parametrize("scale", [0.0, -0.3])
 def test_any_scale(triton_machine: TritonMachine, scale: float) -> None:
     torch.manual_seed(0)
-    inputs = fused(1, 70, 1, 64, BF16)
+    inputs = leaves(1, 70, 1, 64)
     upstream = [torch.randn(1, 70, 1, 64).bfloat16(), torch.randn(1, 1, 70)]
     check(cached(triton_machine, inputs, None, upstream, scale), inputs, None, upstream, scale)
 
@@ -252,7 +232,7 @@ def test_any_scale(triton_machine: TritonMachine, scale: float) -> None:
 def test_widths_without_a_kernel_are_padded(triton_machine: TritonMachine, head_dim: int) -> None:
     torch.manual_seed(0)
     whole = fused(1, 33, 2, 100, BF16)  # rows that aren't aligned
-    inputs = [x[..., 1 : 1 + head_dim].detach().requires_grad_() for x in whole]
+    inputs = [x[..., 1 : 1 + head_dim].requires_grad_() for x in whole]
     upstream = [torch.randn(1, 33, 2, head_dim).bfloat16(), torch.randn(1, 2, 33)]
     ours = cached(triton_machine, inputs, None, upstream, 0.2)
     assert all(x.is_contiguous() for x in ours)
@@ -292,29 +272,29 @@ def test_the_public_functions(triton_machine: TritonMachine, monkeypatch: pytest
     """As on a GPU, whose tensors the choice of a backend would let through."""
     monkeypatch.setattr(api, "resolve", lambda backend, *call, **rest: backend)
     torch.manual_seed(0)
-    inputs, mask = fused(1, 24, 2, 64, BF16), ChunkMask(4, 2, window_frames=3)
-    past = Past(*(x.detach() for x in fused(1, 40, 2, 64, BF16)[1:]), holds_fresh=False)
+    inputs, mask = leaves(1, 24, 2, 64), ChunkMask(4, 2, window_frames=3)
+    past = Past(*fused(1, 40, 2, 64, BF16)[1:], holds_fresh=False)
     with triton_machine.running():
         out, lse = api.cached_chunk_attention(*inputs, past, return_lse=True, backend="triton")
         chunked = api.chunk_attention(*inputs, mask, backend="triton")
         grads = torch.autograd.grad(out.sum() + lse.sum() + chunked.float().square().sum(), inputs)
     names = ["forward", "forward", "grad_queries", "grad_keys", "grad_queries", "grad_keys"]
     assert [launch.name for launch in triton_machine.launches] == names
-    leaves = [x.detach().double().requires_grad_() for x in inputs]
+    exactly = [x.detach().double().requires_grad_() for x in inputs]
     old = Past(past.k.double(), past.v.double(), holds_fresh=False)
-    true_out, true_lse = api.cached_chunk_attention(*leaves, old, return_lse=True, backend="reference")
-    true_chunked = api.chunk_attention(*leaves, mask, backend="reference")
-    true = torch.autograd.grad(true_out.sum() + true_lse.sum() + true_chunked.square().sum(), leaves)
+    true_out, true_lse = api.cached_chunk_attention(*exactly, old, return_lse=True, backend="reference")
+    true_chunked = api.chunk_attention(*exactly, mask, backend="reference")
+    true = torch.autograd.grad(true_out.sum() + true_lse.sum() + true_chunked.square().sum(), exactly)
     results = zip((out, lse, chunked, *grads), (true_out, true_lse, true_chunked, *true), strict=True)
-    for ours, exactly in results:
-        torch.testing.assert_close(ours.double(), exactly, rtol=0.02, atol=0.02 * exactly.abs().max().item())
+    for ours, theirs in results:
+        torch.testing.assert_close(ours.double(), theirs, rtol=0.02, atol=0.02 * theirs.abs().max().item())
 
 
 def test_torch_takes_the_op_as_its_own(triton_machine: TritonMachine) -> None:
     """Schema, fake tensors and autograd are registered as they must be; a compiled graph holds it whole."""
     torch.manual_seed(0)
-    inputs, mask = fused(1, 24, 1, 64, BF16), ChunkMask(4, 2)
-    past = [x.detach() for x in fused(1, 7, 1, 64, BF16)[1:]]
+    inputs, mask = leaves(1, 24, 1, 64), ChunkMask(4, 2)
+    past = fused(1, 7, 1, 64, BF16)[1:]
 
     def attend(*qkv: Tensor) -> Tensor:
         return 2 * triton_attention.chunk_attention(*qkv, mask, 0.125)

@@ -1,0 +1,51 @@
+"""Tensors for the attention ops as a model has them, and masks: for nvcc's kernels and for Triton's."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stream_r1_kernels import ChunkMask
+
+MASKS = [
+    ChunkMask(20, 3),
+    ChunkMask(20, 3, window_frames=5, sink_frames=1),  # a sink within a chunk, a window across chunks
+    ChunkMask(48, 3, window_frames=3, first_chunk_frames=1),
+    ChunkMask(20, 2, teacher_forcing=True),
+    ChunkMask(20, 2, window_frames=3, sink_frames=1, first_chunk_frames=1, teacher_forcing=True),
+]
+
+
+def visible_tokens(mask: ChunkMask, frames: int) -> Tensor:
+    """bool [tokens, tokens]: which keys each query sees."""
+    n = mask.tokens_per_frame
+    return mask.visible(frames).repeat_interleave(n, 0).repeat_interleave(n, 1)
+
+
+def fused(
+    batch: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as slices of one projection."""
+    whole = torch.randn(batch, tokens, 3, heads, head_dim).to(dtype)
+    return whole[:, :, 0], whole[:, :, 1], whole[:, :, 2]
+
+
+class Sizes(NamedTuple):
+    """Of a call of `cached_chunk_attention`; queries, past and fresh in tokens."""
+
+    batch: int
+    queries: int
+    past: int
+    fresh: int
+    heads: int
+    head_dim: int
+
+    def draw(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """q, k, v and the past's keys and values."""
+        torch.manual_seed(self.queries)
+        q, _, _ = fused(self.batch, self.queries, self.heads, self.head_dim, dtype)
+        _, k, v = fused(self.batch, self.fresh, self.heads, self.head_dim, dtype)
+        _, past_k, past_v = fused(self.batch, self.past, self.heads, self.head_dim, dtype)
+        return q, k, v, past_k, past_v
