@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.case import DTYPES
-from stream_r1.estimate.work import attention_flops, visible_pairs
+from stream_r1.estimate.work import count, total_flops
 from stream_r1_kernels import ChunkMask, Past, cached_chunk_attention, chunk_attention
 
 TINY = {  # batch, queries, keys in all, heads, head width
@@ -72,16 +72,14 @@ def heads_together(x: Tensor) -> Tensor:
     return x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(x.requires_grad)
 
 
-def check_and_time(
-    benchmark: Callable, plain: Callable, timed: Callable, dtype: torch.dtype, q: Tensor, flops: int
-) -> None:
-    """Refuses to time an implementation that disagrees with the plain one; `flops`: what can't be avoided."""
-    tolerance = 32 * torch.finfo(dtype).eps
+def check_and_time(benchmark: Callable, ours: Callable, plain: Callable, timed: Callable, q: Tensor) -> None:
+    """Refuses to time an implementation that disagrees with the plain one. Ours is what must be computed."""
+    tolerance = 32 * torch.finfo(q.dtype).eps
     for a, b in zip(*((x,) if isinstance(x, Tensor) else x for x in (timed(), plain())), strict=True):
         scale = b.float().abs().max().item()
         torch.testing.assert_close(a.float(), b.float(), rtol=tolerance, atol=tolerance * max(scale, 1.0))
     benchmark.extra_info.update(  # type: ignore[attr-defined]
-        dtype=str(dtype).removeprefix("torch."), shape=list(q.shape), flops=flops
+        dtype=str(q.dtype).removeprefix("torch."), shape=list(q.shape), flops=total_flops(count(ours))
     )
     benchmark(timed)
 
@@ -107,8 +105,7 @@ def test_sampling_attention(benchmark: Callable, size: str, dtype: str, implemen
         "sdpa": partial(sdpa, *(heads_together(x) for x in (q, past.k, past.v))),
     }
     with torch.no_grad():
-        flops = attention_flops(batch, heads, queries * keys, width)
-        check_and_time(benchmark, rivals["sdpa"], rivals[implementation], DTYPES[dtype], q, flops)
+        check_and_time(benchmark, ours, rivals["sdpa"], rivals[implementation], q)
 
 
 @pytest.mark.parametrize("implementation", ["ours", "reference", "sdpa"])
@@ -129,11 +126,7 @@ def test_training_attention(benchmark: Callable, size: str, dtype: str, implemen
         return with_grads(sdpa(q, torch.cat([past.k, k], 1), torch.cat([past.v, v], 1)), [q, k, v])
 
     timed = {"ours": partial(run, "cpu"), "reference": partial(run, "reference"), "sdpa": rival}
-    flops = (  # forward 2 products, backward 5, of which the past, which has no gradient, needs 3
-        attention_flops(batch, heads, queries * keys, width, 2 + 3)
-        + attention_flops(batch, heads, queries * queries, width, 2)
-    )
-    check_and_time(benchmark, rival, timed[implementation], DTYPES[dtype], q, flops)
+    check_and_time(benchmark, timed["ours"], rival, timed[implementation], q)
 
 
 # FlexAttention has no backward on a CPU. The two that know the mask are slow: at the large size alone.
@@ -193,5 +186,5 @@ def test_chunk_attention(
         timed[implementation] = partial(sdpa, q, k, v, attn_mask=every)
     if implementation == "compiled flex_attention":
         timed[implementation] = compiled_flex(q, k, v, visible, mask.tokens_per_frame)
-    flops = attention_flops(batch, heads, visible_pairs(q.shape[1], mask), width, 2 + 5 if train else 2)
-    check_and_time(benchmark, timed["sdpa of each chunk"], timed[implementation], DTYPES[dtype], q, flops)
+    plain = timed["sdpa of each chunk"]
+    check_and_time(benchmark, timed["ours"], plain, timed[implementation], q)

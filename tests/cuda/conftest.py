@@ -1,11 +1,9 @@
 """Lets this folder's tests import the machine they run kernels on (importlib mode leaves sys.path alone)."""
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -13,12 +11,8 @@ from machine import Machine
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors of a few thousand numbers: a second thread only waits for the first."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def small_tensors(one_thread: None) -> None:
+    """A few thousand numbers each."""
 
 
 @pytest.fixture(scope="session")

@@ -1,19 +1,13 @@
 """Lets this folder's tests import its shared models and rewards (importlib mode leaves sys.path alone)."""
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors of a few hundred numbers: a second thread only waits for the first."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def small_tensors(one_thread: None) -> None:
+    """A few hundred numbers each."""

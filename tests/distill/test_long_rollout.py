@@ -2,21 +2,20 @@
 
 import gc
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import small_run
 import torch
-from distill_models import LATENT, LetterEncoder, StretchDecoder, tiny_student, tiny_teacher, tiny_vae
+from distill_models import LATENT, StretchDecoder, tiny_student, tiny_teacher, tiny_vae
+from small_run import numbers
 from torch import Tensor
-from toy_rewards import SmoothReward
 
 from stream_r1.distill.dmd import DistributionMatching
-from stream_r1.distill.events import StepDone
 from stream_r1.distill.long_rollout import Clip, long_rollout
 from stream_r1.distill.rollout import Rollout, self_rollout
-from stream_r1.distill.settings import DistillSettings
 from stream_r1.distill.trainer import DistillTrainer
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.schedule import FlowSchedule
@@ -72,15 +71,6 @@ def test_it_is_the_end_of_the_whole_video(stream: dict, frames: int, length: int
     student.zero_grad()
     (weight[:, first:] * whole[:, first - frames :]).sum().backward()
     torch.testing.assert_close(gradients, [p.grad for p in student.parameters()])
-
-
-@pytest.fixture
-def quiet_collector() -> Iterator[None]:
-    """What other tests left does not count, and does not delay the collection of garbage."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.mark.usefixtures("quiet_collector")
@@ -142,30 +132,9 @@ def test_the_loss_looks_at_what_learns() -> None:
 def trainer(
     folder: Path | None = None, *, vae: Any = None, stream: Any = STREAM, **changes: Any
 ) -> DistillTrainer:
-    rollout = {"frames": 6, "height": 4, "width": 6, "steps": [1000, 500]} | changes.pop("rollout", {})
-    base: dict[str, Any] = {
-        "steps": 4,
-        "batch": 2,
-        "critic_updates": 1,
-        "student": {"lr": 1e-2},
-        "critic": {"lr": 1e-2},
-        "rollout": rollout,
-        "weighting": {"history": 2},
-    }
-    return DistillTrainer(
-        DistillSettings.model_validate(base | changes),
-        student=tiny_student(num_layers=1, **stream),
-        teacher=tiny_teacher(),
-        prompts=["a red fox", "bright sky", "rabbit"],
-        text_encoder=LetterEncoder(),
-        folder=folder,
-        vae=vae or tiny_vae(),
-        reward=SmoothReward(),
-    )
-
-
-def numbers(run: DistillTrainer) -> list[dict[str, float]]:
-    return [event.scalars for event in run.run() if isinstance(event, StepDone)]
+    chosen = small_run.settings(**({"critic_updates": 1} | changes))
+    student = tiny_student(num_layers=1, **stream)
+    return small_run.trainer(chosen, folder, student=student, vae=vae or tiny_vae())
 
 
 def test_no_longer_than_what_is_learnt_from_is_a_plain_run() -> None:

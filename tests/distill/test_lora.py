@@ -5,17 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_run
 import torch
-from distill_models import LATENT, LetterEncoder, StretchDecoder, tiny_student, tiny_teacher
+from distill_models import LATENT, LetterEncoder, tiny_student
 from torch import Tensor
-from toy_rewards import SmoothReward
 
 from stream_r1.config import SettingsError
 from stream_r1.distill.events import StepDone
 from stream_r1.distill.initialise import InitTrainer
 from stream_r1.distill.lora import without_adapters
 from stream_r1.distill.ode import OdePairs, OdeRegression
-from stream_r1.distill.settings import DistillSettings, InitSettings, LoraSettings
+from stream_r1.distill.settings import InitSettings, LoraSettings
 from stream_r1.distill.state import CheckpointError, load_checkpoint, trained
 from stream_r1.distill.trainer import DistillTrainer
 from stream_r1.models.checkpoints import load_student
@@ -31,26 +31,8 @@ def trainer(
     student: Any = None,
     **changes: Any,
 ) -> DistillTrainer:
-    base: dict[str, Any] = {
-        "steps": 4,
-        "batch": 2,
-        "critic_updates": 2,
-        "student": {"lr": 1e-2, "lora": lora},
-        "critic": {"lr": 1e-2, "lora": critic_lora},
-        "ema": {"decay": 0.5, "start": 1},
-        "rollout": {"frames": 6, "height": 4, "width": 6, "steps": [1000, 500]},
-        "weighting": {"history": 2},
-    }
-    return DistillTrainer(
-        DistillSettings.model_validate(base | changes),
-        student=student or tiny_student(num_layers=1),
-        teacher=tiny_teacher(),
-        prompts=["a red fox", "bright sky", "rabbit"],
-        text_encoder=LetterEncoder(),
-        folder=folder,
-        vae=StretchDecoder(),
-        reward=SmoothReward(),
-    )
+    chosen = small_run.settings(student={"lora": lora}, critic={"lora": critic_lora}, **changes)
+    return small_run.trainer(chosen, folder, student=student)
 
 
 def gradients(run: DistillTrainer) -> dict[str, Tensor]:
@@ -70,8 +52,7 @@ def gradients(run: DistillTrainer) -> dict[str, Tensor]:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_are_the_dense_formula_s(checkpointing: bool) -> None:
     """W' = W + 3 B A, so dL/dA = 3 B' dL/dW' and dL/dB = 3 dL/dW' A'; dL/dW' from a dense run on W'."""
-    rollout = {"frames": 6, "height": 4, "width": 6, "steps": [1000, 500]}
-    rollout["gradient_checkpointing"] = checkpointing
+    rollout = {"gradient_checkpointing": checkpointing}
     run = trainer(rollout=rollout)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():  # from the start B is zero

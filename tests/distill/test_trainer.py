@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_run
 import torch
-from distill_models import LetterEncoder, StretchDecoder, tiny_student, tiny_teacher
+from distill_models import LetterEncoder, tiny_student, tiny_teacher
+from small_run import numbers
 from torch import Tensor
 from toy_rewards import SmoothReward
 
@@ -20,36 +22,22 @@ from stream_r1.distill.trainer import DistillTrainer
 MODES = ["uniform", "re-dmd", "spatial", "temporal", "no-balance", "full"]
 
 
+BASE = small_run.SETTINGS | {
+    "steps": 6,
+    "student": {"lr": 1e-3},
+    "critic": {"lr": 1e-3},
+    "ema": {"decay": 0.5, "start": 2},
+}
+
+
 def settings(**changes: Any) -> DistillSettings:
-    base: dict[str, Any] = {
-        "steps": 6,
-        "batch": 2,
-        "critic_updates": 2,
-        "student": {"lr": 1e-3},
-        "critic": {"lr": 1e-3},
-        "ema": {"decay": 0.5, "start": 2},
-        "rollout": {"frames": 6, "height": 4, "width": 6, "steps": [1000, 500]},
-        "weighting": {"history": 2},
-        "checkpoint_every": 100,
-    }
-    for key, value in changes.items():
-        base[key] = base[key] | value if isinstance(value, dict) else value
-    return DistillSettings.model_validate(base)
+    return small_run.settings(BASE, **changes)
 
 
 def trainer(
     folder: Path | None = None, *, reward: Any = None, model: Any = None, **changes: Any
 ) -> DistillTrainer:
-    return DistillTrainer(
-        settings(**changes),
-        student=model or tiny_student(num_layers=1),
-        teacher=tiny_teacher(),
-        prompts=["a red fox", "bright sky", "rabbit", "red barn", "still lake"],
-        text_encoder=LetterEncoder(),
-        folder=folder,
-        vae=StretchDecoder(),
-        reward=reward or SmoothReward(),
-    )
+    return small_run.trainer(settings(**changes), folder, reward=reward, student=model)
 
 
 def everything(t: DistillTrainer) -> dict[str, Tensor]:
@@ -66,10 +54,6 @@ def everything(t: DistillTrainer) -> dict[str, Tensor]:
     out["history"] = torch.tensor(t.weights.state_dict()["history"], dtype=torch.float64)
     out["step"] = torch.tensor(t.step)
     return out
-
-
-def numbers(t: DistillTrainer) -> list[dict[str, float]]:
-    return [event.scalars for event in t.run() if isinstance(event, StepDone)]
 
 
 def test_bfloat16_is_near_float32_and_keeps_float32_weights(tmp_path: Path) -> None:
@@ -382,11 +366,8 @@ def test_damaged_checkpoints_are_named(tmp_path: Path) -> None:
     ],
 )
 def test_impossible_settings_are_refused(changes: dict, message: str) -> None:
-    base = settings().model_dump()
-    for key, value in changes.items():
-        base[key] = base[key] | value if isinstance(value, dict) else value
     with pytest.raises(ValueError, match=message):
-        DistillSettings.model_validate(base)
+        settings(**changes)
 
 
 def test_a_rewardless_run_must_be_uniform() -> None:

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 HERE = Path(__file__).parent
 PATHS = [str(HERE), str(HERE.parent / "distill"), str(HERE.parent.parent)]
@@ -31,8 +30,5 @@ def fork_server():
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def small_tensors(one_thread):
+    """A few hundred numbers each."""

@@ -7,25 +7,25 @@ import pickle
 import socket
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import peft  # noqa: F401 (once, before processes are forked)
+import small_run
 import torch
-from distill_models import LATENT, LetterEncoder, StretchDecoder, tiny_student, tiny_teacher, tiny_vae
+from distill_models import LATENT, tiny_student, tiny_vae
+from small_run import numbers
 from torch import Tensor
-from toy_rewards import SmoothReward
 
-from stream_r1.distill.events import Saved, StepDone
+from stream_r1.distill.events import Saved
 from stream_r1.distill.initialise import InitTrainer
 from stream_r1.distill.ode import OdePairs, OdeRegression
 from stream_r1.distill.ranks import Ranks, join
 from stream_r1.distill.settings import DistillSettings, InitSettings
 from stream_r1.distill.sharding import whole
 from stream_r1.distill.trainer import DistillTrainer
-
-PROMPTS = ["a red fox", "bright sky", "rabbit", "red barn", "still lake"]
 
 
 class Processes:
@@ -101,39 +101,18 @@ def joined(settings: Any) -> Iterator[Ranks]:
         yield ranks
 
 
-def settings(**changes: Any) -> DistillSettings:
-    base: dict[str, Any] = {
-        "steps": 4,
-        "batch": 4,
-        "critic_updates": 2,
-        # A large eps: the updates are smooth in the gradients, so that rounding stays rounding.
-        "student": {"lr": 1e-2, "eps": 1e-2},
-        "critic": {"lr": 1e-2, "eps": 1e-2},
-        "ema": {"decay": 0.5, "start": 1},
-        "rollout": {"frames": 6, "height": 4, "width": 6, "steps": [1000, 500]},
-        "weighting": {"history": 2},
-        "checkpoint_every": 100,
-    }
-    for key, value in changes.items():
-        base[key] = base.get(key, {}) | value if isinstance(value, dict) else value
-    return DistillSettings.model_validate(base)
+# A large eps: the updates are smooth in the gradients, so that rounding stays rounding.
+SMOOTH = {"lr": 1e-2, "eps": 1e-2}
+settings = partial(small_run.settings, small_run.SETTINGS | {"batch": 4, "student": SMOOTH, "critic": SMOOTH})
 
 
 def distiller(
     ranks: Ranks | None, folder: Path | None, chosen: DistillSettings, **extra: Any
 ) -> DistillTrainer:
     stream = {"window_frames": 6, "sink_frames": 3, "positions": "window", "sink_ema": 0.9}
-    arguments: dict[str, Any] = {
-        "student": tiny_student(num_layers=2, **stream),
-        "teacher": tiny_teacher(),
-        "prompts": PROMPTS,
-        "text_encoder": LetterEncoder(),
-        "folder": folder,
-        "vae": StretchDecoder() if chosen.rollout.length is None else tiny_vae(),
-        "reward": SmoothReward(),
-        "ranks": ranks,
-    }
-    return DistillTrainer(chosen, **(arguments | extra))
+    student = tiny_student(num_layers=2, **stream)
+    vae = None if chosen.rollout.length is None else tiny_vae()
+    return small_run.trainer(chosen, folder, **({"student": student, "vae": vae, "ranks": ranks} | extra))
 
 
 def starter(ranks: Ranks | None, folder: Path | None, chosen: InitSettings) -> InitTrainer:
@@ -152,10 +131,6 @@ def everything(trainer: Any) -> dict[str, Tensor]:
     if weights is not None:
         out["history"] = torch.tensor(weights["history"], dtype=torch.float64)
     return out
-
-
-def numbers(trainer: Any) -> list[dict[str, float]]:
-    return [event.scalars for event in trainer.run() if isinstance(event, StepDone)]
 
 
 def train(folder: Path | None, chosen: Any, gathered: bool = True) -> tuple[list[dict[str, float]], Any]:

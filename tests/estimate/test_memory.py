@@ -2,7 +2,7 @@
 
 import gc
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,7 @@ SIZES |= {"text_dim": 384, "freq_dim": 64, "ffn_dim": 320, "num_layers": 3}
 STREAM = {"text_len": 32, "window_frames": 9, "sink_frames": 3, "positions": "window", "sink_ema": 0.99}
 TOLERANCE = 0.15
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread", "quiet_collector")
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +71,8 @@ def trainer(plan: Plan, frozen: dict[str, Any], **more: Any) -> DistillTrainer:
 def allocated(run: Callable[[], Any]) -> tuple[int, Any]:
     """The most bytes that there were at once, over those before, by the profiler's record; and the result."""
     gc.collect()
-    gc.freeze()  # what is there already delays the collection of what `run` leaves behind
-    try:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-            result = run()
-    finally:
-        gc.unfreeze()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        result = run()
     profiler: Any = recorded.profiler
     events = profiler.kineto_results.events()
     most = now = 0

@@ -344,17 +344,14 @@ def test_compiled_training_step_has_the_same_gradients() -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.usefixtures("restored_threads")
 def test_same_result_whatever_the_number_of_threads() -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 200, 3, 32, requires_grad=True) for _ in range(3))
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            out = cached_chunk_attention(q, k, v, None)
-            results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
-    finally:
-        torch.set_num_threads(threads)
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        out = cached_chunk_attention(q, k, v, None)
+        results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)

@@ -216,6 +216,7 @@ def test_sizes_of_several_tiles_and_blocks(dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.usefixtures("restored_threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_few_heads_are_shared_by_threads(dtype: torch.dtype) -> None:
     """With fewer heads than threads the keys are dealt out: the same to rounding, and bit for bit again."""
@@ -228,11 +229,7 @@ def test_few_heads_are_shared_by_threads(dtype: torch.dtype) -> None:
         out = chunk_attention(q, k, v, mask)
         return out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))
 
-    before = torch.get_num_threads()
-    try:
-        alone, shared, again = run(1), run(3), run(3)
-    finally:
-        torch.set_num_threads(before)
+    alone, shared, again = run(1), run(3), run(3)
     for a, b, c in zip(alone, shared, again, strict=True):
         assert torch.equal(b, c)
         unit = torch.finfo(dtype).eps * max(1.0, a.abs().max().item())

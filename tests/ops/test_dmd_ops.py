@@ -216,16 +216,13 @@ def test_empty_batch(backend):
     dmd_gradient_(x.clone(), x, x, x, backend=backend)
 
 
+@pytest.mark.usefixtures("restored_threads")
 def test_the_number_of_threads_does_not_change_a_bit():
     inputs = predictions((1, 5, 7, 31, 53))
-    threads = torch.get_num_threads()
     results = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(value_and_gradient(dmd_loss, *inputs, backend="cpu"))
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(value_and_gradient(dmd_loss, *inputs, backend="cpu"))
     for loss, gradient in results[1:]:
         assert torch.equal(loss, results[0][0])
         assert torch.equal(gradient, results[0][1])

@@ -213,24 +213,19 @@ def test_rms_norm_silu_of_zeros_is_zero():
     assert torch.equal(rms_norm_silu(x, torch.ones(8), eps=1e-24, backend="cpu"), x)
 
 
+@pytest.mark.usefixtures("restored_threads")
 def test_sums_do_not_depend_on_the_number_of_threads():
     torch.manual_seed(0)
     x, y = torch.randn(2, 1, 600, 48)
     shift, scale, gate = modulation(1, 2, 48, torch.float32)
-    threads = torch.get_num_threads()
     results = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(
-                with_grads(
-                    lambda *a: modulated_norm(*a, backend="cpu"), [x, shift, scale], torch.ones_like(x)
-                )
-                + with_grads(lambda *a: gated_add(*a, backend="cpu"), [x, y, gate], torch.ones_like(x))
-                + [rms_norm_silu(x, shift[0, 0], y, backend="cpu")]
-            )
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(
+            with_grads(lambda *a: modulated_norm(*a, backend="cpu"), [x, shift, scale], torch.ones_like(x))
+            + with_grads(lambda *a: gated_add(*a, backend="cpu"), [x, y, gate], torch.ones_like(x))
+            + [rms_norm_silu(x, shift[0, 0], y, backend="cpu")]
+        )
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

@@ -3,15 +3,14 @@
 from pathlib import Path
 
 import pytest
+import small_run
 import torch
-from distill_models import LATENT, LetterEncoder, StretchDecoder, tiny_student, tiny_teacher
-from toy_rewards import SmoothReward
+from distill_models import LATENT, LetterEncoder, StretchDecoder, tiny_student
 
 from stream_r1.distill.events import StepDone
 from stream_r1.distill.initialise import InitTrainer, Samples
 from stream_r1.distill.ode import OdePairs, OdeRegression
-from stream_r1.distill.settings import DistillSettings, InitSettings, RolloutSettings
-from stream_r1.distill.trainer import DistillTrainer
+from stream_r1.distill.settings import InitSettings, RolloutSettings
 from stream_r1.sampling.video import read_video
 from stream_r1.watch.settings import WatchSettings
 from stream_r1.watch.watcher import Watcher
@@ -41,15 +40,7 @@ def start(samples: bool) -> InitTrainer:
 
 
 def test_samples_are_those_of_a_distillation() -> None:
-    distillation = DistillTrainer(
-        DistillSettings.model_validate({"steps": 1, "batch": 1, "critic_updates": 1, "rollout": ROLLOUT}),
-        student=tiny_student(num_layers=1),
-        teacher=tiny_teacher(),
-        prompts=PROMPTS,
-        text_encoder=LetterEncoder(),
-        vae=StretchDecoder(),
-        reward=SmoothReward(),
-    )
+    distillation = small_run.trainer(small_run.settings(rollout=ROLLOUT), prompts=PROMPTS)
     run = start(samples=True)
     assert torch.equal(run.sample(PROMPTS, [3, 4]), distillation.sample(PROMPTS, [3, 4]))
     assert run.student.training

@@ -13,16 +13,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small_run
 import torch
 import wandb
-from distill_models import LetterEncoder, StretchDecoder, tiny_student, tiny_teacher
+from distill_models import StretchDecoder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
-from toy_rewards import SmoothReward
 
 from stream_r1.config import SettingsError
 from stream_r1.distill.events import Preview, StepDone
-from stream_r1.distill.settings import DistillSettings
 from stream_r1.distill.trainer import DistillTrainer
 from stream_r1.distill.weighting import Weights
 from stream_r1.sampling.video import read_video
@@ -42,29 +41,10 @@ class DrawingDecoder(StretchDecoder):
         return (super().decode(latents) + 0.05 * torch.rand(())).clamp(0, 1)
 
 
-def trainer(folder: Path | None = None, *, vae: Any = None, **changes: Any) -> DistillTrainer:
-    settings: dict[str, Any] = {
-        "steps": STEPS,
-        "batch": 4,
-        "accumulation": 2,
-        "critic_updates": 2,
-        "student": {"lr": 1e-3},
-        "critic": {"lr": 2e-3},
-        "ema": {"decay": 0.5, "start": 2},
-        "rollout": {"frames": 6, "height": 4, "width": 6, "steps": [1000, 500]},
-        "weighting": {"history": 2},
-        "checkpoint_every": 2,
-    }
-    return DistillTrainer(
-        DistillSettings.model_validate(settings | changes),
-        student=tiny_student(num_layers=1),
-        teacher=tiny_teacher(),
-        prompts=["a red fox", "bright sky", "rabbit", "red barn", "still lake"],
-        text_encoder=LetterEncoder(),
-        folder=folder,
-        vae=vae or StretchDecoder(),
-        reward=SmoothReward(),
-    )
+def trainer(folder: Path | None = None, *, vae: Any = None) -> DistillTrainer:
+    rates = {"student": {"lr": 1e-3}, "critic": {"lr": 2e-3}}
+    settings = small_run.settings(steps=STEPS, batch=4, accumulation=2, checkpoint_every=2, **rates)
+    return small_run.trainer(settings, folder, vae=vae)
 
 
 def watched(

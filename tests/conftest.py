@@ -1,0 +1,30 @@
+"""What a test may do to the process, and leaves as it was."""
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def restored_threads() -> Iterator[None]:
+    """For a test that sets torch's number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(restored_threads: None) -> None:
+    """For tensors so small that a second thread only waits for the first."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def quiet_collector() -> Iterator[None]:
+    """What other tests left does not count, and does not delay the collection of garbage."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
