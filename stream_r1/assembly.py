@@ -17,6 +17,7 @@ from stream_r1.distill.ranks import Ranks
 from stream_r1.distill.teacher_forcing import TeacherForcing
 from stream_r1.distill.trainer import DistillTrainer, hashed
 from stream_r1.models.checkpoints import load_student
+from stream_r1.models.library import read_library_model
 from stream_r1.models.text import TextEncoder, load_text_encoder
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.models.vae import VideoVAE
@@ -208,7 +209,7 @@ def _student(recipe: Recipe | InitRecipe, ranks: Ranks | None) -> CausalWanTrans
 
 
 def _score_model(path: str, device: torch.device) -> nn.Module:
-    model: nn.Module = WanTransformer3DModel.from_pretrained(locate(path), torch_dtype=torch.float32)
+    model: nn.Module = read_library_model(WanTransformer3DModel, locate(path), torch_dtype=torch.float32)
     return model.to(device)
 
 

@@ -82,7 +82,11 @@ def _read(path: Path, opened: tuple[Path, ...]) -> dict[str, Any]:
         near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         there = f"; beside it: {', '.join(near)}" if near else ""
         raise SettingsError(f"{path}: no such recipe{there}")
-    data = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path}: expected a recipe (a YAML file in UTF-8): {error}") from None
+    data = parse_yaml(text, str(path))
     if data is None:
         data = {}
     if not isinstance(data, dict):

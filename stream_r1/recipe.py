@@ -6,7 +6,6 @@ regression (``kind: ode-init``) or teacher forcing (``kind: teacher-forcing``).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,6 +24,7 @@ from stream_r1.distill.settings import (
     RolloutSettings,
 )
 from stream_r1.models.text import WAN_NEGATIVE_PROMPT
+from stream_r1.models.weight_files import read_json
 from stream_r1.watch.settings import WatchSettings
 
 FILM_PROMPTS = "film"
@@ -375,4 +375,4 @@ def _config(folder: str | None) -> dict[str, Any]:
     if folder is None:
         return {}
     path = locate(folder) / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}

@@ -78,10 +78,12 @@ def _folder(console: Console, path: Path) -> None:
         raise ValueError(
             f"{path}: neither a model folder (config.json, *.safetensors) nor a folder of such folders"
         )
+    from stream_r1.models.weight_files import read_json
+
     console.print(f"[bold]{path}[/bold]", soft_wrap=True)
     table = _table()
     if config.is_file():
-        for key, value in json.loads(config.read_text()).items():
+        for key, value in read_json(config).items():
             if not key.startswith("_") or key == "_class_name":
                 table.add_row(key, _short(value))
     for file in weights:

@@ -5,7 +5,6 @@ Adapters are trained on transformers with either family of names; merged by name
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stream_r1.models.weight_files import CheckpointError, read_tensors, some
+from stream_r1.models.weight_files import CheckpointError, read_json, read_tensors, some
 from stream_r1.models.weight_names import normalise
 
 CONFIG = "adapter_config.json"
@@ -47,7 +46,7 @@ def merge_adapter(state: Mapping[str, Tensor], folder: str | Path) -> dict[str, 
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder}: expected a LoRA adapter's folder, found no {CONFIG}")
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config = read_json(folder / CONFIG)
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{folder}: expected peft_type LORA, got {config.get('peft_type')}")
     for name, plain in _PLAIN.items():

@@ -6,7 +6,6 @@ A prompt is encoded alone, so its embedding does not depend, not even in the las
 from __future__ import annotations
 
 import html
-import json
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -17,8 +16,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from stream_r1.models.library import read_library_model, read_tokenizer
 from stream_r1.models.offload import ModelOffload
 from stream_r1.models.prompt_cache import PromptCache, fingerprint
+from stream_r1.models.weight_files import CheckpointError, read_json
 
 # What Wan 2.1's teachers are guided away from, as its own pipelines have it: over-exposed, static, blurred,
 # subtitles, paintings, JPEG residue, malformed hands and faces, crowds in the background, walking backwards.
@@ -217,6 +218,7 @@ class UMT5Encoder(TransformersEncoder):
 
     Raises:
         FileNotFoundError: the folder lacks one of the two.
+        CheckpointError: one that can't be read; of the model, when a prompt needs it.
     """
 
     def __init__(
@@ -235,20 +237,22 @@ class UMT5Encoder(TransformersEncoder):
                 raise FileNotFoundError(
                     f"UMT5Encoder: {folder} must hold text_encoder/ and tokenizer/, {part} is missing"
                 )
-        from transformers import AutoTokenizer
-
         self._folder, self._dtype = folder / "text_encoder", dtype
-        config = json.loads((self._folder / "config.json").read_text(encoding="utf-8"))
+        width = read_json(self._folder / "config.json").get("d_model")
+        if not isinstance(width, int):
+            raise CheckpointError(
+                f"{self._folder / 'config.json'}: expected d_model of a UMT5 encoder, got {width!r}"
+            )
         kept = None
         if cache is not None:
             kept = PromptCache(cache, fingerprint((self._folder, folder / "tokenizer"), dtype, text_len))
-        super().__init__(config["d_model"], text_len, device, kept, keep_loaded)
-        self._tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        super().__init__(width, text_len, device, kept, keep_loaded)
+        self._tokenizer = read_tokenizer(folder / "tokenizer")
 
     def _read_model(self) -> Any:
         from transformers import UMT5EncoderModel
 
-        return UMT5EncoderModel.from_pretrained(self._folder, local_files_only=True, dtype=self._dtype)
+        return read_library_model(UMT5EncoderModel, self._folder, local_files_only=True, dtype=self._dtype)
 
     def _token_states(self, prompt: str) -> Tensor:
         tokens = self._tokenizer(prompt, truncation=True, max_length=self.text_len, return_tensors="pt")

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from stream_r1.models.autoencoder import VideoAutoencoder
 from stream_r1.models.causal_convolution import Past
+from stream_r1.models.library import read_library_model
 from stream_r1.models.vae_codec import decode_piece, encode_piece
+from stream_r1.models.weight_files import read_json
 
 
 class VideoVAE(VideoAutoencoder):
@@ -59,18 +61,19 @@ class VideoVAE(VideoAutoencoder):
     ) -> VideoVAE:
         """Load a local diffusers folder (`config.json` and weights) of an `AutoencoderKLWan`.
 
-        Raises FileNotFoundError if the folder or its config is missing, ValueError if it holds another class.
+        Raises FileNotFoundError if the folder or its config is missing, ValueError if it holds another class,
+        CheckpointError if its files can't be read or lack weights.
         """
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(
                 f"VideoVAE.from_pretrained: expected {folder}/config.json of an AutoencoderKLWan"
             )
-        config = AutoencoderKLWan.load_config(folder)
+        config = read_json(folder / "config.json")
         if config.get("_class_name") != "AutoencoderKLWan":
             got = config.get("_class_name")
             raise ValueError(f"VideoVAE.from_pretrained: {folder} must hold an AutoencoderKLWan, got {got}")
-        return cls(AutoencoderKLWan.from_pretrained(folder, torch_dtype=dtype)).to(device)
+        return cls(read_library_model(AutoencoderKLWan, folder, torch_dtype=dtype)).to(device)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -7,7 +7,6 @@ Files: `.safetensors`, and `.pt`, `.pth`, `.bin`, `.ckpt` of torch, with a bare 
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -69,11 +68,22 @@ def read_config(path: Path) -> dict[str, Any] | None:
     file = model_folder(path) / "config.json"
     if not file.is_file():
         return None
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = read_json(file)
     kind = config.get("_class_name", _CLASSES[0])
     if kind not in _CLASSES:
         raise CheckpointError(f"{file}: expected _class_name {' or '.join(_CLASSES)}, got {kind}")
     return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of settings. Raises CheckpointError if it holds no JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # broken JSON, or bytes that are no UTF-8
+        raise CheckpointError(f"{path}: expected JSON; {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
 
 
 def some(names: Iterable[str], limit: int = 8) -> str:
@@ -88,7 +98,10 @@ def _weight_files(folder: Path) -> list[Path]:
         raise CheckpointError(f"{folder}: a distributed checkpoint; make one file of it first: {convert}")
     indices = sorted(folder.glob(f"{_DIFFUSERS}*.index.json")) or sorted(folder.glob("*.index.json"))
     if indices:
-        shards = sorted(set(json.loads(indices[-1].read_text(encoding="utf-8"))["weight_map"].values()))
+        weight_map = read_json(indices[-1]).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{indices[-1]}: expected a weight_map with shards, found none")
+        shards = sorted(set(weight_map.values()))
         missing = [shard for shard in shards if not (folder / shard).is_file()]
         if missing:
             raise FileNotFoundError(
@@ -129,10 +142,12 @@ def read_file(path: Path) -> dict[str, Any]:
             return load_file(path)
         # Mapped, not read: of three networks one is wanted. Files of an old torch are no archives.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:  # what is no pickle at all can raise anything when it is read as one
         # torch's own words on what it will not unpickle are advice to run it.
-        torchs = isinstance(error, pickle.UnpicklingError) or not str(error)
-        reason = "damaged, or holds more than tensors" if torchs else str(error).splitlines()[0]
+        telling = isinstance(error, SafetensorError | RuntimeError) and str(error)
+        reason = str(error).splitlines()[0] if telling else "damaged, or holds more than tensors"
         raise CheckpointError(f"{path}: expected tensors, readable without running code; {reason}") from None
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: expected a state dict, got {type(content).__name__}")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stream_r1.models.text import MiniLMEncoder, TextEncoder
+from stream_r1.models.weight_files import read_json
 from stream_r1.rewards.base import ScoreNormalizer, check_video
 from stream_r1.rewards.film_features import FilmFeatureExtractor, FilmFeatures
 
@@ -169,7 +170,7 @@ class FilmReward(nn.Module):
             ValueError: the config is of another reward or other axes.
         """
         folder = Path(folder)
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
         if config.get("type") != "film" or tuple(config.get("axes", ())) != AXES:
             raise ValueError(
                 f'FilmReward.from_pretrained: folder: expected type "film", axes {list(AXES)} in {folder}, '

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from stream_r1.models.weight_files import read_json
 from stream_r1.rewards.base import Reward
 from stream_r1.rewards.film import FilmReward
 
@@ -34,7 +34,7 @@ def load_reward(spec: str | Path, *, device: str | torch.device = "cpu", **setti
             "load_reward: spec: expected a folder with a config.json or VideoAlign's model_config.json, "
             f"got {folder}"
         )
-    kind = json.loads(path.read_text(encoding="utf-8")).get("type") if path.is_file() else None
+    kind = read_json(path).get("type") if path.is_file() else None
     if kind == "film":
         if settings:
             raise ValueError(f"load_reward: settings: expected none for {path}, got {', '.join(settings)}")

@@ -8,7 +8,6 @@ public code it takes a whole batch and is differentiable from the pixels to the 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stream_r1.config import Settings, build
+from stream_r1.models.weight_files import read_json
 from stream_r1.rewards import qwen_pixels
 from stream_r1.rewards.base import ScoreNormalizer, check_video
 from stream_r1.rewards.videoalign_checkpoint import (
@@ -221,7 +221,7 @@ class VideoAlignReward(nn.Module):
         """
         folder = Path(folder)
         path = folder / "config.json"
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        content = read_json(path) if path.is_file() else {}
         if content.get("type") != "videoalign":
             content = {}  # the base model's own configuration, which VideoAlign's training leaves there
         chosen = build(VideoAlignSettings, content | settings, str(path))

@@ -15,7 +15,6 @@ The tokenizer and the architecture are those of the base model, Qwen2-VL-2B-Inst
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, Qwen2VLModel
 
 from stream_r1.models.checkpoints import check_fit
-from stream_r1.models.weight_files import CheckpointError, read_file
+from stream_r1.models.weight_files import CheckpointError, read_file, read_json
 from stream_r1.rewards.base import ScoreNormalizer
 
 AXES = ("VQ", "MQ", "TA")
@@ -127,7 +126,7 @@ def read_config(folder: Path) -> RewardConfig:
     path = folder / "model_config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: expected VideoAlign's model_config.json, found none")
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path)
 
     def get(section: str, key: str) -> Any:
         try:
@@ -237,8 +236,9 @@ def _base_files(base: str) -> tuple[Any, Any]:
     try:
         architecture = AutoConfig.from_pretrained(base)
         tokenizer = AutoTokenizer.from_pretrained(base)
-    except OSError as error:
-        raise FileNotFoundError(
+    except Exception as error:  # of the libraries and their parsers
+        kind = FileNotFoundError if isinstance(error, OSError) else CheckpointError
+        raise kind(
             f"base_model: expected the folder or hub name of Qwen2-VL-2B-Instruct (its configuration and "
             f"tokenizer), got {base}, which could not be read"
         ) from error

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+
+from stream_r1.models.weight_files import read_json
 
 # Parts of diffusers folders of other Wan models, and what they would take.
 _NOT_SUPPORTED = {
@@ -48,7 +49,7 @@ def find_parts(folder_or_repo: str | Path, checkpoint: str | Path | None, *, wit
     folder = _local_folder(folder_or_repo, with_student=checkpoint is None, with_text=with_text)
     parts = Parts(folder, small=(folder / "student").is_dir() and not (folder / "transformer").is_dir())
     index = folder / "model_index.json"  # of a repository only the parts that are needed are here
-    listed = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
+    listed = read_json(index) if index.is_file() else {}
     for part, meaning in _NOT_SUPPORTED.items():
         if (folder / part).is_dir() or any(listed.get(part) or ()):
             raise NotImplementedError(f"from_pretrained: {folder} has {part}/: {meaning} is not supported")

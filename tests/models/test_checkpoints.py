@@ -319,7 +319,10 @@ def test_what_is_no_file_of_tensors_is_named_without_advice_to_run_it(student, t
     torch.save({"x": print}, tmp_path / "code.pt")
     (tmp_path / "noise.pt").write_bytes(b"not a checkpoint" * 10)
     (tmp_path / "empty.pt").write_bytes(b"")
-    for name in ("code.pt", "noise.pt", "empty.pt"):
+    (tmp_path / "prompts.txt").write_text("a rabbit\na fat rabbit\n")
+    torch.save(student.state_dict(), tmp_path / "whole.pt")
+    (tmp_path / "half.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:20000])
+    for name in ("code.pt", "noise.pt", "empty.pt", "prompts.txt", "half.pt"):
         told = (
             rf"{name}: expected tensors, readable without running code; damaged, or holds more than tensors$"
         )

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from stream_r1.cli import main
 from stream_r1.models.checkpoints import load_student
@@ -73,6 +74,17 @@ def test_what_cannot_work_is_refused_in_one_line(world, tmp_path, capsys, overri
     assert told in shown.err
     assert "Traceback" not in shown.err
     assert not out.exists()
+
+
+def test_a_teacher_that_lacks_weights_is_refused(world, tmp_path, capsys):
+    shutil.copytree(world / "teacher", tmp_path / "teacher")
+    file = tmp_path / "teacher" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    del state["blocks.0.attn1.to_q.weight"]
+    save_file(state, file)
+    assert run("train", world / "recipe.yaml", f"models.teacher={tmp_path / 'teacher'}") == 2
+    told = "teacher: the weights do not fit the WanTransformer3DModel; 1 missing: blocks.0.attn1.to_q.weight"
+    assert told in capsys.readouterr().err
 
 
 def test_a_teacher_of_other_latents_is_refused(world, tmp_path, capsys):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sampling_models import (
     CHANNELS,
     WordEncoder,
@@ -26,6 +26,7 @@ from sampling_models import (
 
 from stream_r1.cli import main
 from stream_r1.models.taehv import TinyVAE
+from stream_r1.models.weight_files import CheckpointError
 from stream_r1.models.weight_names import to_original_names
 from stream_r1.sampling.pipeline import StreamR1Pipeline
 from stream_r1.sampling.presets import PRESETS
@@ -183,6 +184,57 @@ def test_bad_folders_are_refused(wan: Path, tmp_path: Path) -> None:
     pipeline = load(wan, size=SIZE, text_encoder=WordEncoder())
     with pytest.raises(ValueError, match="seconds must be at least"):
         pipeline("a", 0)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("transformer/config.json", "{"),
+        ("transformer/config.json", "[]"),
+        ("transformer/config.json", b"\xff\xfe"),
+        ("vae/config.json", "{"),
+        ("text_encoder/config.json", "{"),
+        ("text_encoder/config.json", "{}"),
+        ("tokenizer/tokenizer.json", "{"),
+        ("model_index.json", "{"),
+        ("transformer/diffusion_pytorch_model.safetensors", 0.5),
+        ("vae/diffusion_pytorch_model.safetensors", 0.5),
+        ("text_encoder/model.safetensors", 0.5),
+        ("vae/diffusion_pytorch_model.safetensors", None),
+        ("text_encoder/model.safetensors", None),
+    ],
+)
+def test_a_broken_off_download_is_named(
+    wan: Path, tmp_path: Path, file: str, content: str | bytes | float | None
+) -> None:
+    folder = tmp_path / "wan"
+    shutil.copytree(wan, folder)
+    if content is None:
+        (folder / file).unlink()
+    elif isinstance(content, float):
+        whole = (folder / file).read_bytes()
+        (folder / file).write_bytes(whole[: int(content * len(whole))])
+    else:
+        (folder / file).write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises((CheckpointError, FileNotFoundError)) as error:
+        StreamR1Pipeline.from_pretrained(folder, size=SIZE).text_encoder.encode(["a"])
+    assert str(folder / file.partition("/")[0]) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [("vae", "decoder.conv_out.weight"), ("text_encoder", "block.0.layer.0.SelfAttention.q.weight")],
+)
+def test_weights_that_a_file_lacks_are_not_random(wan: Path, tmp_path: Path, part: str, name: str) -> None:
+    folder = tmp_path / "wan"
+    shutil.copytree(wan, folder)
+    (file,) = (folder / part).glob("*.safetensors")
+    state = load_file(file)
+    stored = next(key for key in state if key.endswith(name))
+    save_file({key if key != stored else f"x.{key}": t for key, t in state.items()}, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"{part}: the weights do not fit.* 1 missing: .*{name}"):
+        StreamR1Pipeline.from_pretrained(folder, size=SIZE).text_encoder.encode(["a"])
 
 
 def test_output_types_are_the_same_video(wan: Path) -> None:
