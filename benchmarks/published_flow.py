@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from stream_r1.models.blocks import Block, time_sinusoid
 from stream_r1.models.contexts import TextContext
+from stream_r1.models.patches import patchify, unpatchify
 from stream_r1.models.transformer import CausalWanTransformer
 
 
@@ -52,7 +53,7 @@ class PublishedFlow:
     def forward_chunk(self, x: Tensor, t: Tensor, text: Tensor, *, last: bool) -> Tensor:
         """One pass over the next chunk [B, F, C, h, w] at `t` [B, F]; `last` keeps its keys and values."""
         student, frames = self.student, x.shape[1]
-        h = student._patchify(x)
+        h = patchify(x, student.patch_embedding)
         embedder = student.condition_embedder
         net = embedder.time_embedder
         features = time_sinusoid(t, embedder.freq_dim).to(net.linear_1.weight.dtype)
@@ -66,11 +67,7 @@ class PublishedFlow:
         table = student.scale_shift_table.unsqueeze(0)
         shift, scale = (table + embedding.unsqueeze(2)).unbind(2)
         patches = student.proj_out(self._modulate(h, shift, scale, frames))
-        _, patch_rows, patch_columns = student.config["patch_size"]
-        patches = patches.unflatten(2, (patch_rows, patch_columns, -1)).unflatten(
-            1, (-1, self.rows, self.columns)
-        )
-        return patches.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+        return unpatchify(patches, student.config["patch_size"], self.rows, self.columns)
 
     def _block(
         self,

@@ -24,10 +24,9 @@ from torch import Tensor
 
 from .attention.past import Past
 from .backends import resolve
+from .cache_sizes import capacity_of
 from .rotary import RotaryGrid
 from .sink import renew_sink_
-
-POSITIONS = ("absolute", "window")
 
 
 class ChunkCache:
@@ -79,7 +78,9 @@ class ChunkCache:
         device: torch.device | str | None = None,
     ) -> None:
         first = frames_per_chunk if first_chunk_frames is None else first_chunk_frames
-        capacity = _capacity(frames_per_chunk, first, window_frames, sink_frames, positions, ema, max_frames)
+        capacity = capacity_of(
+            frames_per_chunk, first, window_frames, sink_frames, positions, ema, max_frames
+        )
         for name, size in (("layers", layers), ("heads", heads), ("rows", rows), ("columns", columns)):
             if size < 1:
                 raise ValueError(f"ChunkCache: {name} must be at least 1, got {size}")
@@ -375,53 +376,3 @@ class LayerCache:
         # .data: autograd counts writes to a whole buffer and would refuse a backward over frames that nobody
         # touched.
         return Past(k.data, v.data, False)
-
-
-def _capacity(
-    chunk: int,
-    first: int,
-    window: int | None,
-    sink: int,
-    positions: str,
-    ema: float | None,
-    max_frames: int | None,
-) -> int:
-    """Frames that the buffer has room for; refuses sizes that do not fit together."""
-    if chunk < 1:
-        raise ValueError(f"ChunkCache: frames_per_chunk must be at least 1, got {chunk}")
-    if not 1 <= first <= chunk:
-        raise ValueError(
-            f"ChunkCache: first_chunk_frames must be in 1 .. {chunk} (frames_per_chunk), got {first}"
-        )
-    if sink < 0:
-        raise ValueError(f"ChunkCache: sink_frames must not be negative, got {sink}")
-    if positions not in POSITIONS:
-        raise ValueError(f"ChunkCache: positions must be one of {', '.join(POSITIONS)}, got {positions!r}")
-    if ema is not None and not 0 <= ema <= 1:
-        raise ValueError(f"ChunkCache: ema must be between 0 and 1, got {ema}")
-    if window is None:
-        if max_frames is None or max_frames < 1:
-            raise ValueError(
-                f"ChunkCache: max_frames must be at least 1 without window_frames, got {max_frames}"
-            )
-        if ema is not None:
-            raise ValueError(
-                f"ChunkCache: ema must be None without window_frames (nothing is evicted), got {ema}"
-            )
-        return max_frames
-    if ema is not None and sink != chunk:
-        raise ValueError(
-            "ChunkCache: with ema the evicted chunk becomes part of the sink, "
-            f"so sink_frames must equal frames_per_chunk = {chunk}, got {sink}"
-        )
-    if sink and (sink < first or (sink - first) % chunk):
-        raise ValueError(
-            f"ChunkCache: sink_frames must end with a chunk: {first} + a multiple of {chunk} "
-            f"(first_chunk_frames, frames_per_chunk), got {sink}"
-        )
-    if window - sink < chunk or (window - sink) % chunk:
-        raise ValueError(
-            f"ChunkCache: window_frames - sink_frames must be a positive multiple of {chunk} "
-            f"(frames_per_chunk), got {window} - {sink}"
-        )
-    return window

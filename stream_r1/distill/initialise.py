@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +18,6 @@ from stream_r1.distill.precision import computing_in
 from stream_r1.distill.ranks import Ranks
 from stream_r1.distill.rollout import Rollout, self_rollout
 from stream_r1.distill.settings import InitSettings, RolloutSettings
-from stream_r1.distill.sharding import export_adapter, export_student
 from stream_r1.distill.state import (
     Ema,
     load_optimizer_tensors,
@@ -165,18 +163,6 @@ class InitTrainer(TrainingLoop):
                 return self_rollout(rollout, latents, grad=False)
         finally:
             self.student.train(training)
-
-    def export(self, folder: Path | str, *, ema: bool = True) -> None:
-        """Writes the student as a diffusers folder, with its averaged weights if `ema` and there are some;
-        adapters are merged.
-        """
-        with self.ema.applied() if ema else nullcontext():
-            export_student(self.student, folder, self.ranks)
-
-    def export_adapter(self, folder: Path | str, *, ema: bool = True) -> None:
-        """Writes the student's adapters as peft does; see `export`."""
-        with self.ema.applied() if ema else nullcontext():
-            export_adapter(self.student, folder, self.ranks)
 
     def _owners(self) -> dict[str, nn.Module]:
         return dict.fromkeys(("student", "ema", "optimizer"), self.student)

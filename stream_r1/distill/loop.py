@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +16,18 @@ from stream_r1.distill.lora import add_adapters
 from stream_r1.distill.ranks import Ranks
 from stream_r1.distill.settings import LoopSettings, LoraSettings, OptimizerSettings
 from stream_r1.distill.sharded_state import SharedCheckpoints, load_shared_checkpoint
-from stream_r1.distill.sharding import Sharding, divided_like, local, weight_sum, whole
+from stream_r1.distill.sharding import (
+    Sharding,
+    divided_like,
+    export_adapter,
+    export_student,
+    local,
+    weight_sum,
+    whole,
+)
 from stream_r1.distill.state import (
     CheckpointError,
+    Ema,
     StopRequest,
     flatten,
     list_checkpoints,
@@ -26,6 +36,7 @@ from stream_r1.distill.state import (
     trained,
 )
 from stream_r1.distill.weighting import NOT_FINITE
+from stream_r1.models.transformer import CausalWanTransformer
 
 Parts = dict[str, dict[str, Tensor]]
 
@@ -37,7 +48,8 @@ class DivergedError(RuntimeError):
 class TrainingLoop(ABC):
     """A run that can be watched, stopped and resumed bit for bit.
 
-    A trainer gives `train_step` and says what of it is state; the loop counts the steps done in `step`.
+    A trainer gives `train_step`, the `student` and the average of its weights, `ema`, and says what of it is
+    state; the loop counts the steps done in `step`.
 
     Args:
         settings: how many steps, and when to keep what.
@@ -46,6 +58,9 @@ class TrainingLoop(ABC):
 
     `stopped_by` is the signal that stopped the last `run`, on whichever rank; 0: none did.
     """
+
+    student: CausalWanTransformer
+    ema: Ema
 
     def __init__(self, settings: LoopSettings, folder: Path | str | None, ranks: Ranks | None = None) -> None:
         self._loop = settings
@@ -242,6 +257,18 @@ class TrainingLoop(ABC):
         else:
             parameter = dict(model.named_parameters()).get(name)
         return parameter if parameter is not None and parameter.shape == shape else None
+
+    def export(self, folder: Path | str, *, ema: bool = True) -> None:
+        """Writes the student as a diffusers folder, with its averaged weights if `ema` and there are some;
+        adapters are merged.
+        """
+        with self.ema.applied() if ema else nullcontext():
+            export_student(self.student, folder, self.ranks)
+
+    def export_adapter(self, folder: Path | str, *, ema: bool = True) -> None:
+        """Writes the student's adapters as peft does; see `export`."""
+        with self.ema.applied() if ema else nullcontext():
+            export_adapter(self.student, folder, self.ranks)
 
     def _save(self, why: Literal["interval", "stopped", "finished"]) -> Iterator[Event]:
         if self._shared is not None:

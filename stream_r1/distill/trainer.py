@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,6 @@ from stream_r1.distill.precision import computing_in
 from stream_r1.distill.ranks import Ranks
 from stream_r1.distill.rollout import Rollout, self_rollout
 from stream_r1.distill.settings import DistillSettings
-from stream_r1.distill.sharding import export_adapter, export_student
 from stream_r1.distill.state import (
     Ema,
     load_optimizer_tensors,
@@ -353,18 +351,6 @@ class DistillTrainer(TrainingLoop):
 
     def _identity(self) -> dict[str, Any]:
         return super()._identity() | {"prompts": hashed(self.prompts)}
-
-    def export(self, folder: Path | str, *, ema: bool = True) -> None:
-        """Writes the student as a diffusers folder, with its averaged weights if `ema` and there are some;
-        adapters are merged.
-        """
-        with self.ema.applied() if ema else nullcontext():
-            export_student(self.student, folder, self.ranks)
-
-    def export_adapter(self, folder: Path | str, *, ema: bool = True) -> None:
-        """Writes the student's adapters as peft does; see `export`."""
-        with self.ema.applied() if ema else nullcontext():
-            export_adapter(self.student, folder, self.ranks)
 
 
 def hashed(prompts: list[str]) -> str:

@@ -60,3 +60,15 @@ class TimeContext(NamedTuple):
                 f"{where}: t must have {layers} layers, batch {batch} and 1 or {frames} frames, "
                 f"got {len(self.blocks)} layers, batch and frames {list(self.head.shape[:2])}"
             )
+
+
+def per_frame(where: str, t: Tensor, batch: int, frames: int) -> Tensor:
+    """Timesteps [B] -> [B, 1] (one modulation for all frames), [B, F] stays.
+
+    Raises ValueError, beginning with `where`, for another shape.
+    """
+    if t.shape == (batch,):
+        return t.unsqueeze(1)
+    if t.shape != (batch, frames):
+        raise ValueError(f"{where}: t must be [{batch}] or [{batch}, {frames}], got {list(t.shape)}")
+    return t

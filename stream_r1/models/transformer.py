@@ -7,6 +7,7 @@ ours load there. With one chunk over all frames the two compute the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stream_r1.models.blocks import Block, ConditionEmbedder
-from stream_r1.models.contexts import TextContext, TimeContext
+from stream_r1.models.contexts import TextContext, TimeContext, per_frame
+from stream_r1.models.patches import patch_grid, patchify, unpatchify
 from stream_r1.models.slots import take_slots
 from stream_r1_kernels import ChunkCache, ChunkMask, RotaryGrid, modulated_norm
 
@@ -97,17 +99,16 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 f"CausalWanTransformer: patch_size must be (1, height, width), got {tuple(patch_size)}"
             )
         dim = num_attention_heads * attention_head_dim
-        _, patch_rows, patch_columns = patch_size
         out_channels = out_channels or in_channels
 
         self.rotary = RotaryGrid(attention_head_dim)
-        kernel = (1, patch_rows, patch_columns)
-        self.patch_embedding = nn.Conv3d(in_channels, dim, kernel_size=kernel, stride=kernel)
+        patch = (1, patch_size[1], patch_size[2])
+        self.patch_embedding = nn.Conv3d(in_channels, dim, kernel_size=patch, stride=patch)
         self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim)
         self.blocks = nn.ModuleList(  # type: ignore[assignment]
             [Block(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps) for _ in range(num_layers)]
         )
-        self.proj_out = nn.Linear(dim, out_channels * patch_rows * patch_columns)
+        self.proj_out = nn.Linear(dim, out_channels * math.prod(patch))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.gradient_checkpointing = False
         # Settings that no cache could follow are refused here, not when the first stream begins.
@@ -177,7 +178,7 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             ValueError: shapes or a mask that do not fit.
         """
         batch, frames, rows, columns = self._check_latents("forward", x)
-        t = self._per_frame_t("forward", t, batch, frames)
+        t = per_frame("CausalWanTransformer.forward", t, batch, frames)
         if isinstance(mask, str):
             if mask != "causal":
                 raise ValueError(
@@ -189,7 +190,7 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 "CausalWanTransformer.forward: clean_x and a mask with teacher_forcing=True need each other"
             )
 
-        h = self._patchify(x)
+        h = patchify(x, self.patch_embedding)
         cos, sin = self.rotary.phases(0, frames, rows, columns, x.device)
         if clean_x is not None:
             if clean_x.shape != x.shape:
@@ -197,7 +198,7 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
                     f"CausalWanTransformer.forward: clean_x must have x's shape {list(x.shape)}, "
                     f"got {list(clean_x.shape)}"
                 )
-            h = torch.cat((self._patchify(clean_x), h), dim=1)
+            h = torch.cat((patchify(clean_x, self.patch_embedding), h), dim=1)
             t = t.expand(batch, frames)
             t = torch.cat((torch.zeros_like(t), t), dim=1)
             cos, sin = cos.repeat(2, 1), sin.repeat(2, 1)
@@ -269,14 +270,14 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 )
         batch, frames, rows, columns = shape
         joined = len(chunks) > 1
-        h = self._patchify(torch.cat(chunks, dim=1) if joined else x)
+        h = patchify(torch.cat(chunks, dim=1) if joined else x, self.patch_embedding)
         total = sum(chunk.shape[1] for chunk in chunks)
         text = self._as_context("forward_chunk", text, batch)
         if modulated := isinstance(t, TimeContext):
             times, head = list(t.blocks), t.head
             t.check("CausalWanTransformer.forward_chunk", len(self.blocks), batch, total)
         else:
-            t = self._per_frame_t("forward_chunk", t, batch, total)
+            t = per_frame("CausalWanTransformer.forward_chunk", t, batch, total)
             embedding, time = self.condition_embedder.time(t, h.dtype)
             times, head = [time] * len(self.blocks), self._head_modulation(embedding)
         cos, sin, slots = take_slots(cache, len(chunks))
@@ -362,14 +363,6 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             return self._gradient_checkpointing_func(block, *inputs)  # type: ignore[misc]
         return block(*inputs)
 
-    def _patchify(self, x: Tensor) -> Tensor:
-        """[B, F, C, h, w] -> tokens [B, T, D]: the patch convolution as one matmul."""
-        conv = self.patch_embedding
-        _, patch_rows, patch_columns = conv.kernel_size
-        x = x.to(conv.weight.dtype).unflatten(4, (-1, patch_columns)).unflatten(3, (-1, patch_rows))
-        patches = x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)  # [B, T, C * patch]
-        return functional.linear(patches, conv.weight.flatten(1), conv.bias)
-
     def _head_modulation(self, embedding: Tensor) -> Tensor:
         """The time embedding [B, F, D] -> shift and scale of the head, [B, F, 2, D]."""
         table = self.scale_shift_table.unsqueeze(0)
@@ -379,9 +372,7 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """Tokens [B, T, D] and the head's modulation [B, F, 2, D] -> [B, F, C, h, w]."""
         shift, scale = modulation.unbind(2)
         patches = self.proj_out(modulated_norm(h, shift, scale, eps=self.config["eps"]))
-        _, patch_rows, patch_columns = self.patch_embedding.kernel_size
-        patches = patches.unflatten(2, (patch_rows, patch_columns, -1)).unflatten(1, (-1, rows, columns))
-        return patches.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+        return unpatchify(patches, self.patch_embedding.kernel_size, rows, columns)
 
     def _check_latents(self, where: str, x: Tensor) -> tuple[int, int, int, int]:
         channels = self.config["in_channels"]
@@ -393,24 +384,7 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return x.shape[0], x.shape[1], rows, columns
 
     def _grid(self, where: str, height: int, width: int) -> tuple[int, int]:
-        _, patch_rows, patch_columns = self.patch_embedding.kernel_size
-        if height % patch_rows or width % patch_columns or height < 1 or width < 1:
-            raise ValueError(
-                f"CausalWanTransformer.{where}: latent height and width must be multiples of the patch "
-                f"{patch_rows} x {patch_columns}, got {height} x {width}"
-            )
-        return height // patch_rows, width // patch_columns
-
-    def _per_frame_t(self, where: str, t: Tensor, batch: int, frames: int) -> Tensor:
-        """[B] -> [B, 1] (one modulation for all frames), [B, F] stays."""
-        if t.shape == (batch,):
-            return t.unsqueeze(1)
-        if t.shape != (batch, frames):
-            raise ValueError(
-                f"CausalWanTransformer.{where}: t must be [{batch}] or [{batch}, {frames}], "
-                f"got {list(t.shape)}"
-            )
-        return t
+        return patch_grid(f"CausalWanTransformer.{where}", height, width, self.patch_embedding.kernel_size)
 
     def _as_context(self, where: str, text: TextContext | Tensor, batch: int) -> TextContext:
         # The class's own function: a model in parts has its weights already, and would let them go again.

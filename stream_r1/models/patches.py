@@ -1,0 +1,35 @@
+"""Latents as tokens, a patch of a frame each.
+
+Shapes: B batch, F latent frames, C channels, T tokens (T = F * rows * columns), D the transformer's width.
+"""
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+def patch_grid(where: str, height: int, width: int, patch: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of the tokens of a latent frame; `patch` is (1, rows, columns).
+
+    Raises ValueError, beginning with `where`, for a size that patches do not fill.
+    """
+    _, patch_rows, patch_columns = patch
+    if height % patch_rows or width % patch_columns or height < 1 or width < 1:
+        raise ValueError(
+            f"{where}: latent height and width must be multiples of the patch "
+            f"{patch_rows} x {patch_columns}, got {height} x {width}"
+        )
+    return height // patch_rows, width // patch_columns
+
+
+def patchify(x: Tensor, embedding: nn.Conv3d) -> Tensor:
+    """[B, F, C, h, w] -> tokens [B, T, D]: the patch convolution as one matmul."""
+    _, patch_rows, patch_columns = embedding.kernel_size
+    x = x.to(embedding.weight.dtype).unflatten(4, (-1, patch_columns)).unflatten(3, (-1, patch_rows))
+    patches = x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)  # [B, T, C * patch]
+    return functional.linear(patches, embedding.weight.flatten(1), embedding.bias)
+
+
+def unpatchify(patches: Tensor, patch: tuple[int, ...], rows: int, columns: int) -> Tensor:
+    """[B, T, patch * C] -> [B, F, C, h, w]."""
+    patches = patches.unflatten(2, (*patch[1:], -1)).unflatten(1, (-1, rows, columns))
+    return patches.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
