@@ -28,6 +28,7 @@ from .dispatch import (
     BACKENDS,
     DTYPES,
     FORWARD_ONLY,
+    OPS,
     TRITON_OPS,
     Build,
     Call,
@@ -189,7 +190,12 @@ def explain(op: str, tensor: Tensor, *others: Tensor | None, pieces: int = 1) ->
         op: such as "cached_chunk_attention".
         tensor: the op's first tensor; others: the rest, for what needs grad.
         pieces: of memory that an attention's keys lie in: 2 for a past and fresh keys beside it.
+
+    Raises:
+        ValueError: there is no such op.
     """
+    if op not in OPS:
+        raise ValueError(f"explain: op: expected one of {', '.join(OPS)}, got {op!r}")
     return choose(describe_call(op, tensor, *others, pieces=pieces), build())
 
 

@@ -22,6 +22,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from .arguments import FLOATS, check_integer
 from .attention.past import Past
 from .backends import resolve
 from .cache_sizes import capacity_of
@@ -56,6 +57,7 @@ class ChunkCache:
 
     Raises:
         ValueError: sizes that do not fit together; the message names them.
+        TypeError: sizes that are no integers, a dtype that is not floating-point.
     """
 
     def __init__(
@@ -78,14 +80,21 @@ class ChunkCache:
         device: torch.device | str | None = None,
     ) -> None:
         first = frames_per_chunk if first_chunk_frames is None else first_chunk_frames
+        if not isinstance(rotary, RotaryGrid):
+            raise TypeError(f"ChunkCache: rotary: expected a RotaryGrid, got {rotary!r}")
+        if dtype not in FLOATS:
+            raise TypeError(
+                f"ChunkCache: dtype: expected one of {', '.join(map(str, FLOATS))}, got {dtype!r}"
+            )
+        sizes = {"layers": layers, "batch": batch, "heads": heads, "rows": rows, "columns": columns}
+        for name, size in sizes.items():
+            check_integer("ChunkCache", name, size)
+            least = 0 if name == "batch" else 1
+            if size < least:
+                raise ValueError(f"ChunkCache: {name} must be at least {least}, got {size}")
         capacity = capacity_of(
             frames_per_chunk, first, window_frames, sink_frames, positions, ema, max_frames
         )
-        for name, size in (("layers", layers), ("heads", heads), ("rows", rows), ("columns", columns)):
-            if size < 1:
-                raise ValueError(f"ChunkCache: {name} must be at least 1, got {size}")
-        if batch < 0:
-            raise ValueError(f"ChunkCache: batch must not be negative, got {batch}")
         self.rotary = rotary
         self.rows, self.columns = rows, columns
         self.tokens_per_frame = rows * columns

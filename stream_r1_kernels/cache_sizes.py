@@ -1,5 +1,7 @@
 """Which sizes of a streaming cache fit together, and the room that they need."""
 
+from .arguments import check_integer
+
 POSITIONS = ("absolute", "window")
 
 
@@ -12,7 +14,13 @@ def capacity_of(
     ema: float | None,
     max_frames: int | None,
 ) -> int:
-    """Frames that a `ChunkCache` has room for; ValueError for sizes that do not fit together."""
+    """Frames that a `ChunkCache` has room for; ValueError for sizes that do not fit together, TypeError for
+    what is no integer.
+    """
+    sizes = {"frames_per_chunk": chunk, "first_chunk_frames": first, "sink_frames": sink}
+    limits = {"window_frames": window, "max_frames": max_frames}
+    for name, size in (sizes | {name: size for name, size in limits.items() if size is not None}).items():
+        check_integer("ChunkCache", name, size)
     if chunk < 1:
         raise ValueError(f"ChunkCache: frames_per_chunk must be at least 1, got {chunk}")
     if not 1 <= first <= chunk:

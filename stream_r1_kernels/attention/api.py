@@ -11,7 +11,7 @@ from ..backends import resolve
 from . import reference, sdpa
 from .mask import ChunkMask
 from .past import Past
-from .validation import check_past, check_qkv, check_same_length
+from .validation import check_cached, check_chunks
 
 
 def chunk_attention(
@@ -36,10 +36,7 @@ def chunk_attention(
         RuntimeError: a backend that can't be used here.
     """
     op = "chunk_attention"
-    check_qkv(op, q, k=k, v=v)
-    check_same_length(op, "k", k, "q", q)
-    check_same_length(op, "v", v, "q", q)
-    mask.frames(q.shape[1])
+    check_chunks(op, q, k, v, mask, scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = resolve(backend, op, q, k, v)
     if chosen == "reference":
@@ -124,11 +121,8 @@ def cached_chunk_attention(
         RuntimeError: a backend that can't be used here.
     """
     op = "cached_chunk_attention"
+    check_cached(op, q, k, v, past, scale)
     past_k, past_v = (None, None) if past is None else (past.k, past.v)
-    check_qkv(op, q, k=k, v=v, **{"past.k": past_k, "past.v": past_v})
-    check_past(op, q, k, v, past)
-    if k is not None and v is not None:
-        check_same_length(op, "v", v, "k", k)
     if past is not None and past.holds_fresh:
         k = v = None
     scale = q.shape[-1] ** -0.5 if scale is None else scale

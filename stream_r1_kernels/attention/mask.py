@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..arguments import check_integer
+
 
 @dataclass(frozen=True)
 class ChunkMask:
@@ -35,8 +37,8 @@ class ChunkMask:
         noisy chunk 0 | 0 0   1 0
               chunk 1 | 1 0   0 1
 
-    Raises ValueError for sizes out of range; a window smaller than a chunk is refused, as a chunk always
-    sees all of itself.
+    Raises ValueError for sizes out of range (TypeError for what is no integer); a window smaller than a chunk
+    is refused, as a chunk always sees all of itself.
     """
 
     tokens_per_frame: int
@@ -49,8 +51,12 @@ class ChunkMask:
     def __post_init__(self) -> None:
         for name in ("tokens_per_frame", "frames_per_chunk", "window_frames", "first_chunk_frames"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is None and name in ("window_frames", "first_chunk_frames"):
+                continue
+            check_integer("ChunkMask", name, value)
+            if value < 1:
                 raise ValueError(f"ChunkMask: {name}: expected at least 1, got {value}")
+        check_integer("ChunkMask", "sink_frames", self.sink_frames)
         if self.sink_frames < 0:
             raise ValueError(f"ChunkMask: sink_frames: expected at least 0, got {self.sink_frames}")
         longest = max(self.frames_per_chunk, self.first_chunk_frames or 0)

@@ -5,19 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import check_finite, check_float_tensor, check_tensor
+from .mask import ChunkMask
 from .past import Past
 
 
 def check_qkv(op: str, q: Tensor, **others: Tensor | None) -> None:
     """q `[B, T, H, D]`; the others `[B, any, H, D]` of the same dtype and device."""
-    if q.dim() != 4:
-        raise ValueError(f"{op}: q: expected [B, T, H, D], got shape {tuple(q.shape)}")
-    if not q.is_floating_point():
-        raise TypeError(f"{op}: q: expected a floating-point dtype, got {q.dtype}")
+    check_float_tensor(op, "q", q)
+    if q.dim() != 4 or q.shape[3] == 0:
+        raise ValueError(f"{op}: q: expected [B, T, H, D > 0], got shape {tuple(q.shape)}")
     batch, _, heads, width = q.shape
     for name, other in others.items():
         if other is None:
             continue
+        check_tensor(op, name, other)
         if other.dim() != 4 or other.shape[0] != batch or other.shape[2] != heads or other.shape[3] != width:
             raise ValueError(
                 f"{op}: {name}: expected [{batch}, T, {heads}, {width}] as q, got {tuple(other.shape)}"
@@ -33,7 +35,38 @@ def check_same_length(op: str, name: str, a: Tensor, other_name: str, b: Tensor)
         raise ValueError(f"{op}: {name}: expected {b.shape[1]} tokens as {other_name}, got {a.shape[1]}")
 
 
-def check_past(op: str, q: Tensor, k: Tensor | None, v: Tensor | None, past: Past | None) -> None:
+def check_chunks(op: str, q: Tensor, k: Tensor, v: Tensor, mask: ChunkMask, scale: float | None) -> None:
+    check_tensor(op, "k", k)
+    check_tensor(op, "v", v)
+    check_qkv(op, q, k=k, v=v)
+    check_same_length(op, "k", k, "q", q)
+    check_same_length(op, "v", v, "q", q)
+    if not isinstance(mask, ChunkMask):
+        raise TypeError(f"{op}: mask: expected a ChunkMask, got {type(mask).__name__}")
+    mask.frames(q.shape[1])
+    if scale is not None:
+        check_finite(op, "scale", scale)
+
+
+def check_cached(
+    op: str, q: Tensor, k: Tensor | None, v: Tensor | None, past: Past | None, scale: float | None
+) -> None:
+    if past is None:
+        check_qkv(op, q, k=k, v=v)
+    else:
+        if not isinstance(past, Past):
+            raise TypeError(f"{op}: past: expected a Past or None, got {type(past).__name__}")
+        check_tensor(op, "past.k", past.k)
+        check_tensor(op, "past.v", past.v)
+        check_qkv(op, q, k=k, v=v, **{"past.k": past.k, "past.v": past.v})
+    _check_past(op, q, k, v, past)
+    if k is not None and v is not None:
+        check_same_length(op, "v", v, "k", k)
+    if scale is not None:
+        check_finite(op, "scale", scale)
+
+
+def _check_past(op: str, q: Tensor, k: Tensor | None, v: Tensor | None, past: Past | None) -> None:
     """The combinations that `cached_chunk_attention` knows; see its docstring."""
     if (k is None) != (v is None):
         raise ValueError(f"{op}: k, v: expected both or neither, got {'v' if k is None else 'k'} alone")

@@ -48,7 +48,7 @@ def dmd_loss(
         ValueError: a shape that does not fit, or a tensor other than x requires grad.
         TypeError: a dtype that is not allowed.
     """
-    check_dmd("dmd_loss", x, fake, real_cond, real_uncond, w_intra, w_inter, mask)
+    check_dmd("dmd_loss", x, fake, real_cond, real_uncond, guidance, w_intra, w_inter, mask)
     if resolve(backend, "dmd_loss", x) == "reference":
         return dmd_loss_reference(x, fake, real_cond, real_uncond, guidance, w_intra, w_inter, mask)
     return torch.ops.stream_r1.dmd_loss(x, fake, real_cond, real_uncond, guidance, w_intra, w_inter, mask)[0]
@@ -79,8 +79,8 @@ def dmd_gradient_(
     Raises:
         ValueError, TypeError: as `dmd_loss`; a buffer that does not fit.
     """
-    check_dmd("dmd_gradient_", x, fake, real_cond, real_uncond, w_intra, w_inter, mask)
-    check_buffer("dmd_gradient_", buffer, x)
+    check_dmd("dmd_gradient_", x, fake, real_cond, real_uncond, guidance, w_intra, w_inter, mask)
+    check_buffer("dmd_gradient_", buffer, x, scale)
     run = dmd_gradient_reference_
     if resolve(backend, "dmd_gradient_", x) != "reference":
         run = torch.ops.stream_r1.dmd_gradient_

@@ -1,18 +1,20 @@
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from ..arguments import check_finite, check_float_tensor, check_tensor
+
 WEIGHTS = (torch.float32, torch.float64)
 
 
 def _check_predictions(op: str, x: Tensor, others: dict[str, Tensor | None]) -> None:
+    check_float_tensor(op, "x", x)
     if x.dim() != 5 or 0 in x.shape[1:]:
         raise ValueError(f"{op}: x: expected shape [B, F, C, h, w], got {list(x.shape)}")
-    if x.dtype not in FLOATS:
-        raise TypeError(f"{op}: x: expected float32, bfloat16, float16 or float64, got {x.dtype}")
     for name, value in others.items():
-        if value is None:
+        if value is None and name == "real_uncond":
             continue
+        check_tensor(op, name, value)
+        assert value is not None
         if value.shape != x.shape:
             raise ValueError(f"{op}: {name}: expected shape {list(x.shape)} as x, got {list(value.shape)}")
         if value.dtype != x.dtype:
@@ -33,11 +35,16 @@ def check_dmd(
     fake: Tensor,
     real_cond: Tensor,
     real_uncond: Tensor | None,
+    guidance: float,
     w_intra: Tensor | None,
     w_inter: Tensor | None,
     mask: Tensor | None,
 ) -> None:
     _check_predictions(op, x, {"fake": fake, "real_cond": real_cond, "real_uncond": real_uncond})
+    check_finite(op, "guidance", guidance)  # with a NaN all of g would count as 0
+    for name, value in (("w_intra", w_intra), ("w_inter", w_inter), ("mask", mask)):
+        if value is not None:
+            check_tensor(op, name, value)
     if w_intra is not None:
         _check_broadcast(op, "w_intra", w_intra, x)
     if w_inter is not None and w_inter.shape != x.shape[:1]:
@@ -66,7 +73,9 @@ def check_dmd(
             raise ValueError(f"{op}: {name}: only x has a gradient; pass {name}.detach()")
 
 
-def check_buffer(op: str, buffer: Tensor, x: Tensor) -> None:
+def check_buffer(op: str, buffer: Tensor, x: Tensor, scale: float) -> None:
+    check_finite(op, "scale", scale)
+    check_tensor(op, "buffer", buffer)
     if buffer.shape != x.shape:
         raise ValueError(f"{op}: buffer: expected shape {list(x.shape)} as x, got {list(buffer.shape)}")
     if buffer.dtype not in (x.dtype, torch.float32):

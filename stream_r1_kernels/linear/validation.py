@@ -3,7 +3,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..norm.validation import FLOATS
+from ..arguments import check_float_tensor, check_tensor
 
 _OP = "fused_linear"
 
@@ -15,11 +15,18 @@ def check_fused_linear(
     residual: Tensor | None,
     gate: Tensor | None,
 ) -> None:
+    check_float_tensor(_OP, "x", x)
     if x.dim() != 3 or x.shape[2] == 0:
         raise ValueError(f"{_OP}: x: expected shape [B, T, K > 0], got {list(x.shape)}")
-    if x.dtype not in FLOATS:
-        raise TypeError(f"{_OP}: x: expected float32, bfloat16, float16 or float64, got {x.dtype}")
     batch, tokens, depth = x.shape
+    for name, layers in (("weights", weights), ("biases", biases)):
+        if not isinstance(layers, Sequence):
+            raise TypeError(f"{_OP}: {name}: expected a sequence of tensors, got {type(layers).__name__}")
+        for each in layers:
+            check_tensor(_OP, name, each)
+    for name, extra in (("residual", residual), ("gate", gate)):
+        if extra is not None:
+            check_tensor(_OP, name, extra)
     if not weights or len(biases) not in (0, len(weights)):
         expected = f"none or {len(weights)}, of at least one weight"
         raise ValueError(f"{_OP}: biases: expected {expected}, got {len(biases)}")

@@ -1,17 +1,17 @@
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from ..arguments import FLOATS, check_eps, check_float_tensor, check_tensor
 
 
 def _check_tokens(op: str, x: Tensor) -> None:
+    check_float_tensor(op, "x", x)
     if x.dim() != 3:
         raise ValueError(f"{op}: x: expected shape [B, T, D], got {list(x.shape)}")
-    if x.dtype not in FLOATS:
-        raise TypeError(f"{op}: x: expected float32, bfloat16, float16 or float64, got {x.dtype}")
 
 
 def _check_per_frame(op: str, name: str, value: Tensor, x: Tensor) -> None:
+    check_tensor(op, name, value)
     batch, tokens, width = x.shape
     if value.dim() != 3 or value.shape[0] != batch or value.shape[2] != width:
         raise ValueError(f"{op}: {name}: expected shape [{batch}, F, {width}], got {list(value.shape)}")
@@ -33,13 +33,13 @@ def check_modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) ->
         raise ValueError(f"{op}: scale: expected shape {list(shift.shape)} as shift, got {list(scale.shape)}")
     if scale.dtype != shift.dtype:
         raise TypeError(f"{op}: scale: expected {shift.dtype} as shift, got {scale.dtype}")
-    if not eps >= 0:
-        raise ValueError(f"{op}: eps: expected a number >= 0, got {eps}")
+    check_eps(op, eps)
 
 
 def check_gated_add(x: Tensor, y: Tensor, gate: Tensor) -> None:
     op = "gated_add"
     _check_tokens(op, x)
+    check_tensor(op, "y", y)
     if y.shape != x.shape:
         raise ValueError(f"{op}: y: expected shape {list(x.shape)} as x, got {list(y.shape)}")
     if y.device != x.device:
@@ -54,6 +54,7 @@ def check_gated_add(x: Tensor, y: Tensor, gate: Tensor) -> None:
 
 def check_rms_norm(op: str, x: Tensor, weight: Tensor, eps: float) -> None:
     _check_tokens(op, x)
+    check_tensor(op, "weight", weight)
     width = x.shape[2]
     if weight.shape != (width,):
         raise ValueError(f"{op}: weight: expected shape [{width}], got {list(weight.shape)}")
@@ -61,8 +62,7 @@ def check_rms_norm(op: str, x: Tensor, weight: Tensor, eps: float) -> None:
         raise TypeError(f"{op}: weight: expected a floating-point dtype, got {weight.dtype}")
     if weight.device != x.device:
         raise ValueError(f"{op}: weight: expected device {x.device} as x, got {weight.device}")
-    if not eps >= 0:
-        raise ValueError(f"{op}: eps: expected a number >= 0, got {eps}")
+    check_eps(op, eps)
 
 
 def check_rms_norm_silu(x: Tensor, weight: Tensor, before: Tensor | None, eps: float) -> None:
@@ -70,6 +70,7 @@ def check_rms_norm_silu(x: Tensor, weight: Tensor, before: Tensor | None, eps: f
     check_rms_norm(op, x, weight, eps)
     batch, _, width = x.shape
     if before is not None:
+        check_tensor(op, "before", before)
         if before.dim() != 3 or before.shape[0] != batch or before.shape[2] != width:
             expected = f"[{batch}, P, {width}]"
             raise ValueError(f"{op}: before: expected shape {expected}, got {list(before.shape)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import check_eps, check_float_tensor, check_integer, check_tensor
 from ..backends import resolve
 from .reference import norm_rotary
 
@@ -31,8 +32,9 @@ def qk_norm_rotary(
     Args:
         q, k: `[B, T, H * D]`, last dimension contiguous, other strides free (slices of one fused projection).
         q_weight, k_weight: `[H * D]`, any floating-point dtype.
-        cos, sin: float32 `[T, D / 2]`, as RotaryGrid.phases gives them; no gradient.
+        cos, sin: float32 `[T, D / 2]`, as RotaryGrid.phases gives them; must not require grad.
         num_heads: H.
+        eps: added to the mean square, >= 0.
         k_out: `[B, T, H, D]` in k's dtype, last dimension contiguous: where the rotated keys go, e.g. a slot
             of a cache. Sampling only: with gradients enabled, an input that requires grad is refused.
 
@@ -45,15 +47,9 @@ def qk_norm_rotary(
         RuntimeError: a backend that can't be used here.
     """
     _check(q, k, q_weight, k_weight, cos, sin, num_heads, k_out)
-    if (
-        k_out is not None
-        and torch.is_grad_enabled()
-        and any(x.requires_grad for x in (q, k, q_weight, k_weight))
-    ):
-        raise ValueError(
-            f"{_OP}: k_out: expected None where q, k or a weight requires grad, got a buffer: the keys in it "
-            "would carry no gradient. Leave it out, or use torch.no_grad()"
-        )
+    check_eps(_OP, eps)
+    if torch.is_grad_enabled():
+        _refuse_gradients(q, k, q_weight, k_weight, cos, sin, k_out)
     if resolve(backend, _OP, q) == "reference":
         rotated_q = norm_rotary(q, q_weight, cos, sin, num_heads, eps)
         rotated_k = norm_rotary(k, k_weight, cos, sin, num_heads, eps)
@@ -63,6 +59,29 @@ def qk_norm_rotary(
     return torch.ops.stream_r1.qk_norm_rotary_into(
         q, k, q_weight, k_weight, cos, sin, num_heads, eps, k_out
     ), k_out
+
+
+def _refuse_gradients(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_out: Tensor | None,
+) -> None:
+    """Where they would be lost."""
+    for name, value in (("cos", cos), ("sin", sin), ("k_out", k_out)):
+        if value is not None and value.requires_grad:
+            raise ValueError(
+                f"{_OP}: {name}: expected a tensor that does not require grad, as it gets none; pass "
+                f"{name}.detach(), or use torch.no_grad()"
+            )
+    if k_out is not None and any(x.requires_grad for x in (q, k, q_weight, k_weight)):
+        raise ValueError(
+            f"{_OP}: k_out: expected None where q, k or a weight requires grad, got a buffer: the keys in it "
+            "would carry no gradient. Leave it out, or use torch.no_grad()"
+        )
 
 
 def _check(
@@ -75,10 +94,10 @@ def _check(
     num_heads: int,
     k_out: Tensor | None,
 ) -> None:
+    check_float_tensor(_OP, "q", q)
     if q.dim() != 3:
         raise ValueError(f"{_OP}: q: expected [B, T, H * D], got shape {tuple(q.shape)}")
-    if not q.is_floating_point():
-        raise TypeError(f"{_OP}: q: expected a floating-point dtype, got {q.dtype}")
+    check_integer(_OP, "num_heads", num_heads)
     batch, tokens, width = q.shape
     if num_heads < 1 or width % (2 * num_heads):
         raise ValueError(
@@ -94,8 +113,10 @@ def _check(
         "k_out": (k_out, (batch, tokens, num_heads, head)),
     }
     for name, (given, expected) in shapes.items():
-        if given is None:
+        if given is None and name == "k_out":
             continue
+        check_tensor(_OP, name, given)
+        assert given is not None
         if given.shape != expected:
             raise ValueError(f"{_OP}: {name}: expected shape {expected}, got {tuple(given.shape)}")
         if given.device != q.device:

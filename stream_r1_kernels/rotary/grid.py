@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ..arguments import check_integer, check_number
 
 
 @dataclass(frozen=True)
@@ -16,15 +19,19 @@ class RotaryGrid:
     (128 = 44 + 42 + 42); two neighbouring channels are a pair, rotated by position * theta^(-2 i / axis
     width). Phases are computed in float64 from the position itself, so there is no longest video.
 
-    Raises ValueError if head_dim is odd or not positive.
+    Raises ValueError if head_dim is odd or not positive, or theta not positive.
     """
 
     head_dim: int
     theta: float = 10000.0
 
     def __post_init__(self) -> None:
+        check_integer("RotaryGrid", "head_dim", self.head_dim)
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"RotaryGrid: head_dim: expected an even number from 2 on, got {self.head_dim}")
+        check_number(
+            "RotaryGrid", "theta", self.theta, "a finite number > 0", lambda value: 0 < value < math.inf
+        )
 
     @property
     def axes(self) -> tuple[int, int, int]:
@@ -35,7 +42,13 @@ class RotaryGrid:
     def phases(
         self, first_frame: int, frames: int, rows: int, columns: int, device: torch.device | str | None = None
     ) -> tuple[Tensor, Tensor]:
-        """cos and sin, float32 `[frames * rows * columns, D / 2]`, of the tokens from `first_frame` on."""
+        """cos and sin, float32 `[frames * rows * columns, D / 2]`, of the tokens from `first_frame` on.
+
+        Raises:
+            ValueError: a negative size.
+        """
+        for name, size in (("frames", frames), ("rows", rows), ("columns", columns)):
+            check_number("RotaryGrid.phases", name, size, "at least 0", lambda value: value >= 0)
         frame_axis, row_axis, column_axis = self.axes
         shape = (frames, rows, columns)
         angles = torch.cat(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from ..arguments import check_float_tensor, check_integer, check_number
 
 
 def _refuse_grad(op: str, name: str, value: Tensor) -> None:
@@ -12,19 +12,18 @@ def _refuse_grad(op: str, name: str, value: Tensor) -> None:
         raise ValueError(f"{op}: {name}: weights are data and have no backward; pass {name}.detach()")
 
 
-def _check_float(op: str, name: str, value: Tensor) -> None:
-    if value.dtype not in FLOATS:
-        raise TypeError(f"{op}: {name}: expected float32, bfloat16, float16 or float64, got {value.dtype}")
-
-
 def check_region_saliency(pixel_grads: Tensor, latent_shape: Sequence[int]) -> None:
     op = "region_saliency"
+    check_float_tensor(op, "pixel_grads", pixel_grads)
     if pixel_grads.dim() not in (5, 6):
         raise ValueError(
             f"{op}: pixel_grads: expected shape [M, B, T, 3, H, W] or [B, T, 3, H, W], "
             f"got {list(pixel_grads.shape)}"
         )
-    _check_float(op, "pixel_grads", pixel_grads)
+    if not isinstance(latent_shape, Sequence):
+        raise TypeError(f"{op}: latent_shape: expected (F, h, w), got {latent_shape!r}")
+    for size in latent_shape:
+        check_integer(op, "latent_shape", size)
     if len(latent_shape) != 3 or min(latent_shape) < 1:
         raise ValueError(f"{op}: latent_shape: expected (F, h, w), each >= 1, got {tuple(latent_shape)}")
     frames, rows, columns = latent_shape
@@ -54,6 +53,8 @@ def check_intra_weights(
     strengths: dict[str, float],
 ) -> None:
     op = "intra_weights"
+    check_float_tensor(op, "saliency", saliency)
+    check_float_tensor(op, "scores", scores)
     if saliency.dim() != 5 or 0 in (saliency.shape[0], *saliency.shape[2:]):
         raise ValueError(f"{op}: saliency: expected shape [M, B, F, h, w], got {list(saliency.shape)}")
     axes, batch = saliency.shape[:2]
@@ -61,12 +62,8 @@ def check_intra_weights(
         raise ValueError(f"{op}: scores: expected shape [B, M] = [{batch}, {axes}], got {list(scores.shape)}")
     if scores.device != saliency.device:
         raise ValueError(f"{op}: scores: expected device {saliency.device} as saliency, got {scores.device}")
-    _check_float(op, "saliency", saliency)
-    _check_float(op, "scores", scores)
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"{op}: temperature: expected a finite number > 0, got {temperature}")
+    check_number(op, "temperature", temperature, "a finite number > 0", lambda value: 0 < value < math.inf)
     for name, value in (floors | strengths).items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{op}: {name}: expected a number in [0, 1], got {value}")
+        check_number(op, name, value, "a number in [0, 1]", lambda value: 0 <= value <= 1)
     _refuse_grad(op, "saliency", saliency)
     _refuse_grad(op, "scores", scores)
