@@ -57,13 +57,17 @@ class ModelOffload:
             return
         if self._here is not None:
             self._put_back(self._here)
-        copies: dict[int, Tensor] = {}
-        for owner, name, waiting in self._waiting[model]:
-            if id(waiting) not in copies:
-                copy = waiting.detach().to(self.device, copy=True, non_blocking=True)
-                copies[id(waiting)] = _like(waiting, copy)
-            setattr(owner, name, copies[id(waiting)])
         self._here = model
+        copies: dict[int, Tensor] = {}
+        try:
+            for owner, name, waiting in self._waiting[model]:
+                if id(waiting) not in copies:
+                    copy = waiting.detach().to(self.device, copy=True, non_blocking=True)
+                    copies[id(waiting)] = _like(waiting, copy)
+                setattr(owner, name, copies[id(waiting)])
+        except BaseException:  # out of memory, say: a part of a model is of no use there
+            self._put_back(model)
+            raise
 
     def _put_back(self, model: nn.Module) -> None:
         for owner, name, waiting in self._waiting[model]:

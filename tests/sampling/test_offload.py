@@ -137,6 +137,27 @@ def test_shared_weights_stay_shared_and_a_model_can_leave() -> None:
     assert model[0].weight.device.type == "cpu"
 
 
+def test_a_model_that_does_not_fit_takes_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = nn.Linear(2, 2), nn.Sequential(*(nn.Linear(3, 3) for _ in range(4)))
+    offload = ModelOffload("meta", small, large)
+    offload.use(small)
+    copied, to = [], Tensor.to
+
+    def limited(tensor: Tensor, *args: Any, **more: Any) -> Tensor:
+        if len(copied) == 5:
+            raise torch.OutOfMemoryError
+        copied.append(tensor)
+        return to(tensor, *args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "to", limited)
+        with pytest.raises(torch.OutOfMemoryError):
+            offload.use(large)
+    assert {t.device.type for t in (*tensors(small), *tensors(large))} == {"cpu"}
+    offload.use(large)
+    assert {t.device.type for t in tensors(large)} == {"meta"}
+
+
 def test_mistakes(wan: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def load(**settings: Any) -> StreamR1Pipeline:
         return StreamR1Pipeline.from_pretrained(wan, size=SIZE, offload=True, **settings)
