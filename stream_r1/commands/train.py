@@ -67,13 +67,13 @@ def _train(recipe: Recipe | InitRecipe, ranks: Ranks, console: Console, *, fresh
         console.print(f"going on from {resumed}", soft_wrap=True)
     if trainer.step >= recipe.steps:
         console.print(f"all {recipe.steps} steps are done; steps=N goes further, --fresh starts over")
+        _export(trainer, out, console)  # again: the run may have been killed while it did
         return 0
 
     if ranks.first:
         out.mkdir(parents=True, exist_ok=True)
         (out / "recipe.yaml").write_text(recipe.as_yaml(), encoding="utf-8")
     from stream_r1.commands.progress import DistillationDisplay
-    from stream_r1.distill.lora import is_adapted
     from stream_r1.watch.watcher import Watcher
 
     def warn(text: str) -> None:
@@ -85,16 +85,22 @@ def _train(recipe: Recipe | InitRecipe, ranks: Ranks, console: Console, *, fresh
         for event in trainer.run():
             display.show(event)
             watcher.see(event)
-    trainer.export(out / STUDENT)
-    console.print(f"student: {out / STUDENT}", soft_wrap=True)
-    if is_adapted(trainer.student):
-        trainer.export_adapter(out / ADAPTER)
-        console.print(f"adapter: {out / ADAPTER}", soft_wrap=True)
+    _export(trainer, out, console)
     if trainer.stopped:
         name = signal.Signals(trainer.stopped_by).name
         where = f"after step {trainer.step} of {recipe.steps}"
         console.print(f"stopped by {name} {where}; the same command goes on from here", soft_wrap=True)
     return trainer.stopped_by
+
+
+def _export(trainer: DistillTrainer | InitTrainer, out: Path, console: Console) -> None:
+    from stream_r1.distill.lora import is_adapted
+
+    trainer.export(out / STUDENT)
+    console.print(f"student: {out / STUDENT}", soft_wrap=True)
+    if is_adapted(trainer.student):
+        trainer.export_adapter(out / ADAPTER)
+        console.print(f"adapter: {out / ADAPTER}", soft_wrap=True)
 
 
 def _trainer(

@@ -42,6 +42,17 @@ def test_a_run_in_two_parts_is_the_run_in_one(world, tmp_path):
     assert "student/loss" not in numbers[0][1]
 
 
+def test_a_run_that_was_killed_while_it_exported_exports(world, tmp_path, capsys):
+    command = ("train", world / "recipe.yaml", f"out={tmp_path / 'out'}", "steps=2")
+    assert run(*command) == 0
+    file = tmp_path / "out" / "student" / "diffusion_pytorch_model.safetensors"
+    written = file.read_bytes()
+    shutil.rmtree(file.parent)
+    assert run(*command) == 0
+    assert "all 2 steps are done" in capsys.readouterr().out
+    assert file.read_bytes() == written
+
+
 def test_check_shows_a_recipe_and_trains_nothing(world, tmp_path, capsys):
     out = tmp_path / "out"
     assert run("train", world / "recipe.yaml", f"out={out}", "weighting.mode=spatial", "--check") == 0
