@@ -10,13 +10,14 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from stream_r1.estimate.work import name_of, tensors_in
 
 Bytes = dict[str, float]  # by part: "activations", "cache", ...
 T = TypeVar("T")
@@ -33,6 +34,12 @@ class Reading:
     after: Bytes
 
 
+class _Begun(NamedTuple):
+    live: Counter[str]
+    peak: float
+    at_peak: Counter[str]
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts fake tensors' storages while it is active.
 
@@ -46,7 +53,7 @@ class LiveBytes(TorchDispatchMode):
         self._part = "activations"
         self._scratch = scratch
         self._known: dict[int, tuple[Any, str, int]] = {}  # by storage: reference, part, bytes
-        self._peak = 0
+        self._peak: float = 0
         self._at_peak: Counter[str] = Counter()
 
     def ignore(self, tensor: Tensor) -> None:
@@ -62,19 +69,38 @@ class LiveBytes(TorchDispatchMode):
 
     def read(self, run: Callable[[], T], part: str = "activations") -> tuple[T, Reading]:
         """What `run` needs at most and leaves behind; what it makes is counted as `part`."""
-        before, self._part = self.live.copy(), part
-        self._peak, self._at_peak = sum(before.values()), before.copy()
+        self._part = part
+        begun = self.begin()
         result = run()
-        return result, Reading(_less(self._at_peak, before), _less(self.live, before))
+        return result, self.end(begun)
+
+    def begin(self) -> _Begun:
+        """What `end` is to be given, for a reading from here on. Readings may hold others."""
+        begun = _Begun(self.live.copy(), self._peak, self._at_peak)
+        self._peak, self._at_peak = sum(self.live.values()), self.live.copy()
+        return begun
+
+    def end(self, begun: _Begun) -> Reading:
+        reading = Reading(_less(self._at_peak, begun.live), _less(self.live, begun.live))
+        if begun.peak > self._peak:
+            self._peak, self._at_peak = begun.peak, begun.at_peak
+        return reading
+
+    def again(self, reading: Reading) -> None:
+        """Needs as much as was read before, for tensors that are gone again; others are followed as made."""
+        total = sum(self.live.values()) + sum(reading.peak.values())
+        if total > self._peak:
+            self._peak, self._at_peak = total, self.live.copy()
+            self._at_peak.update(reading.peak)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         part = "working weights" if self._casts_weight(func, args) else self._part
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, FakeTensor) and _key(leaf) not in self._known:
-                self._follow(leaf, part, leaf.untyped_storage().nbytes())
+        for x in tensors_in(result):
+            if isinstance(x, FakeTensor) and _key(x) not in self._known:
+                self._follow(x, part, x.untyped_storage().nbytes())
         scratch = _attention_scratch(func, args) if self._scratch else 0
         total = sum(self.live.values()) + scratch
         if total > self._peak:
@@ -109,7 +135,7 @@ def _less(a: Counter[str], b: Counter[str]) -> Bytes:
 
 def _attention_scratch(func: Any, args: tuple[Any, ...]) -> int:
     """Of csrc/cuda/attention_bindings.cpp: float32 copies and gradients, and two matrices of scores."""
-    name = str(func.overloadpacket)
+    name = name_of(func)
     if name == "stream_r1.cached_chunk_attention_backward":
         q, k, past = args[2], args[3], args[5]
         keys, past_keys = k.shape[1], 0 if past is None else past.shape[1]
@@ -135,7 +161,7 @@ class ShapeNumbers(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tensors = tensors_in((*args, *kwargs.values()))
         if tensors and not any(isinstance(x, FakeTensor) for x in tensors):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)

@@ -18,8 +18,8 @@ from torch import nn
 from stream_r1.config import SettingsError
 from stream_r1.distill.lora import add_adapters
 from stream_r1.distill.settings import LoraSettings
+from stream_r1.estimate.once import AlikePieces
 from stream_r1.models.transformer import CausalWanTransformer
-from stream_r1.models.vae import VideoVAE
 from stream_r1.recipe import InitRecipe, Recipe, locate
 from stream_r1.rewards.base import Reward
 
@@ -168,8 +168,8 @@ def _read(path: Path) -> Config | None:
 # --- as modules of fake tensors ---
 
 
-def make_vae(config: Config) -> VideoVAE:
-    return VideoVAE(AutoencoderKLWan(**config))
+def make_vae(config: Config) -> AlikePieces:
+    return AlikePieces(AutoencoderKLWan(**config))
 
 
 def text_bytes(config: Config | None, dtype: torch.dtype = torch.float32) -> int:

@@ -21,7 +21,8 @@ from stream_r1.distill.rollout import Rollout, self_rollout
 from stream_r1.estimate.networks import Network, make_vae
 from stream_r1.estimate.pixels import pixel_phases
 from stream_r1.estimate.plan import Plan, roles
-from stream_r1.estimate.run import SHALLOW, Phase, Run, grown
+from stream_r1.estimate.run import Phase, Run, grown
+from stream_r1.estimate.work import SHALLOW
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.recipe import InitRecipe, Recipe
 from stream_r1.schedule import FlowSchedule

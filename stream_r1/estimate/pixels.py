@@ -10,7 +10,8 @@ import torch
 from stream_r1.distill.weighting import StreamR1Weights
 from stream_r1.estimate.networks import make_reward, make_vae, reward_layers
 from stream_r1.estimate.plan import Plan
-from stream_r1.estimate.run import SHALLOW, Phase, Run, grown
+from stream_r1.estimate.run import Phase, Run, grown
+from stream_r1.estimate.work import SHALLOW
 
 _known: dict[str, list[Phase]] = {}  # by all that they depend on: advice asks for the same ones again
 

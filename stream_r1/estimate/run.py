@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -15,10 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from stream_r1.estimate.live import Bytes, LiveBytes, ShapeNumbers
 from stream_r1.estimate.plan import Plan, Role
 from stream_r1.estimate.streaming import as_on
-from stream_r1.estimate.work import Work, count, fake_tensors
+from stream_r1.estimate.work import Work, count, fake_tensors, grown_work
 
 T = TypeVar("T")
-SHALLOW = (1, 2)  # layers
 
 
 @dataclass(frozen=True)
@@ -50,21 +48,13 @@ def grown(onto: Phase, a: Phase, b: Phase, times: int) -> Phase:
         onto,
         peak=_line(onto.peak, a.peak, b.peak, times),
         after=_line(onto.after, a.after, b.after, times),
-        work=_grown_work(onto.work, a.work, b.work, times),
+        work=tuple(grown_work(onto.work, a.work, b.work, times)),
     )
 
 
 def _line(onto: Bytes, a: Bytes, b: Bytes, times: int) -> Bytes:
     parts = sorted(onto.keys() | a.keys() | b.keys())
     return {part: onto.get(part, 0) + (b.get(part, 0) - a.get(part, 0)) * times for part in parts}
-
-
-def _grown_work(onto: Iterable[Work], a: Iterable[Work], b: Iterable[Work], times: int) -> tuple[Work, ...]:
-    calls: Counter[Work] = Counter()
-    for factor, work in ((1, onto), (-times, a), (times, b)):
-        for w in work:
-            calls[replace(w, calls=1)] += factor * w.calls
-    return tuple(w.times(n) for w, n in calls.items() if n > 0)
 
 
 class Run:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +12,9 @@ from diffusers import AutoencoderKLWan
 
 from stream_r1.estimate import roofline
 from stream_r1.estimate.devices import DEVICES, Device
-from stream_r1.estimate.work import Work, cast, count, fake_tensors
+from stream_r1.estimate.once import AlikePieces
+from stream_r1.estimate.work import SHALLOW, Work, cast, count, fake_tensors, grown_work
 from stream_r1.models.transformer import CausalWanTransformer
-from stream_r1.models.vae import VideoVAE
 from stream_r1.sampling.sampler import Sampler
 from stream_r1_kernels import backends, dispatch
 
@@ -48,8 +48,8 @@ def as_on(device: Device) -> AbstractContextManager[None]:
 
 
 def chunk_work(
-    student: Mapping[str, Any],
-    autoencoder: Mapping[str, Any],
+    student: dict[str, Any],
+    autoencoder: dict[str, Any],
     latent: tuple[int, int],
     steps: Sequence[float],
     device: Device,
@@ -68,20 +68,24 @@ def chunk_work(
     if student.get("window_frames") is None:
         raise ValueError("chunk_work: expected a student with window_frames, got one that sees everything")
     with fake_tensors(), as_on(device):
-        model = cast(CausalWanTransformer(**student), torch.bfloat16).eval()
-        config: Any = model.config
-        text = torch.zeros(1, config.text_len, config.text_dim)
-        stream = Sampler(model, steps=steps, merge_passes=False).stream(text, latent_size=latent)
-        for _ in range(-(-config.window_frames // config.frames_per_chunk)):  # as if chunks had been made
-            stream.cache.begin_chunk()
-            stream.cache.commit()
-        for _ in range(2):  # each timestep has been read by then; a cache pass is the next chunk's
-            next(stream)
-        work = count(lambda: next(stream))
+        shallow, deeper = (_student_work(student | {"num_layers": n}, latent, steps) for n in SHALLOW)
+        work = grown_work(shallow, shallow, deeper, student["num_layers"] - SHALLOW[0])
         network: Any = AutoencoderKLWan(**autoencoder)
-        vae = VideoVAE(cast(network, torch.bfloat16))
-        decoder = vae.stream_decoder(1)
-        latents = torch.zeros(1, config.frames_per_chunk, config.in_channels, *latent)
-        decoder.decode(latents)
-        decoding = count(lambda: decoder.decode(latents))
-        return ChunkWork(work, decoding, vae.temporal_factor * config.frames_per_chunk)
+        vae = AlikePieces(cast(network, torch.bfloat16))
+        frames, channels = student.get("frames_per_chunk", 3), student.get("in_channels", 16)
+        decoder, latents = vae.stream_decoder(1), torch.zeros(1, frames, channels, *latent)
+        decoding = [count(lambda: decoder.decode(latents)) for _ in range(2)]  # the first piece is shorter
+        return ChunkWork(work, decoding[1], vae.temporal_factor * frames)
+
+
+def _student_work(student: dict[str, Any], latent: tuple[int, int], steps: Sequence[float]) -> list[Work]:
+    model = cast(CausalWanTransformer(**student), torch.bfloat16).eval()
+    config: Any = model.config
+    text = torch.zeros(1, config.text_len, config.text_dim)
+    stream = Sampler(model, steps=steps, merge_passes=False).stream(text, latent_size=latent)
+    for _ in range(-(-config.window_frames // config.frames_per_chunk)):  # as if chunks had been made
+        stream.cache.begin_chunk()
+        stream.cache.commit()
+    for _ in range(2):  # each timestep has been read by then; a cache pass is the next chunk's
+        next(stream)
+    return count(lambda: next(stream))

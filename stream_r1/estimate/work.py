@@ -13,24 +13,26 @@ kernel is one.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from stream_r1_kernels import ChunkMask
 
 Module = TypeVar("Module", bound=nn.Module)
 Engine = Literal["matmul", "attention", "convolution", "elementwise"]
+_Calls = Counter[tuple[str, Engine, torch.dtype, int, int]]  # of the fields of `Work`, in their order
+
+SHALLOW = (1, 2)  # layers of networks that are run; what the second adds every further one adds
 
 
 @dataclass(frozen=True)
@@ -83,50 +85,134 @@ def cast(model: Module, dtype: torch.dtype) -> Module:
 
 def count(run: Callable[[], object]) -> list[Work]:
     """What `run` does, most expensive first in flops and then bytes. Call it within `fake_tensors()`."""
-    with _Counting() as counting:
+    with Counting() as counting:
         run()
-    work = [replace(w, calls=calls) for w, calls in counting.seen.items()]
+    return counting.work()
+
+
+def grown_work(onto: Iterable[Work], a: Iterable[Work], b: Iterable[Work], times: int) -> list[Work]:
+    """Work and so many times what b has more than a, in the order of `count`.
+
+    What b does with one more layer is either more calls, or calls that are larger: of an op for all layers.
+    """
+    calls, before, after = (Counter({replace(w, calls=1): w.calls for w in work}) for work in (onto, a, b))
+    gone, new = before - after, after - before
+    for x, n in gone.items():
+        y = next((y for y in new if (y.op, y.dtype, new[y]) == (x.op, x.dtype, n)), None)
+        if y is None:
+            calls[x] -= times * n
+            continue
+        del new[y]
+        larger = replace(
+            x, flops=x.flops + times * (y.flops - x.flops), bytes=x.bytes + times * (y.bytes - x.bytes)
+        )
+        calls[x] -= n
+        calls[larger] += n
+    for y, n in new.items():
+        calls[y] += times * n
+    return _ordered(w.times(n) for w, n in calls.items() if n > 0)
+
+
+def _ordered(work: Iterable[Work]) -> list[Work]:
     return sorted(work, key=lambda w: (w.flops * w.calls, w.bytes * w.calls), reverse=True)
 
 
-class _Counting(TorchDispatchMode):
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors of an op's arguments or results."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, list | tuple):
+        return [x for item in value for x in tensors_in(item)]
+    return []
+
+
+@cache
+def name_of(func: Any) -> str:
+    """Of an op without its overload: "aten.add"."""
+    return str(func.overloadpacket)
+
+
+class Counting(TorchDispatchMode):
+    """Counts ops while it is active."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.seen: Counter[Work] = Counter()
+        self._seen: _Calls = Counter()
+
+    def work(self) -> list[Work]:
+        return _ordered(Work(*call, calls=calls) for call, calls in self._seen.items())
+
+    def begin(self) -> _Calls:
+        """What `end` is to be given, for what is counted from here on."""
+        return self._seen.copy()
+
+    def end(self, begun: _Calls) -> _Calls:
+        return self._seen - begun
+
+    def again(self, taken: _Calls) -> None:
+        """Counts once more what was counted between a `begin` and an `end`."""
+        self._seen.update(taken)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        moved = _bytes(func, args, kwargs or {}, result)
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        moved = _bytes(func, args, kwargs, result)
         if moved:
-            tensors = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
-            tensors += [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-            engine, flops = _arithmetic(func, args, kwargs or {}, result)
-            self.seen[Work(str(func.overloadpacket), engine, tensors[0].dtype, flops, moved)] += 1
+            dtype = next(
+                x.dtype for value in (result, args, list(kwargs.values())) for x in tensors_in(value)
+            )
+            engine, flops = _arithmetic(func, args, kwargs, result)
+            self._seen[name_of(func), engine, dtype, flops, moved] += 1
         return result
+
+
+@dataclass(frozen=True)
+class _Signature:
+    """What an op does with its tensors.
+
+    Attributes:
+        results: whether each is written, rather than a view of an argument.
+        arguments: name, whether it is written, whether it is read.
+    """
+
+    results: tuple[bool, ...]
+    arguments: tuple[tuple[str, bool, bool], ...]
+    writes: bool  # anything at all
+
+
+@cache
+def _signature(func: Any) -> _Signature:
+    schema, overwrites = func._schema, func.overloadpacket in _OVERWRITES
+    results = tuple(x.alias_info is None or x.alias_info.is_write for x in schema.returns)
+    arguments = []
+    for x in schema.arguments:
+        written = x.alias_info is not None and x.alias_info.is_write
+        arguments.append((x.name, written, not (written and overwrites)))
+    writes = any(results) or any(written for _, written, _ in arguments)
+    return _Signature(results, tuple(arguments), writes and func.overloadpacket not in _ALLOCATIONS)
 
 
 def _bytes(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     """Read and written; 0 for what is no kernel (views, allocation)."""
-    if str(func.overloadpacket) == "stream_r1.renew_sink_":
+    signature = _signature(func)
+    if not signature.writes:
+        return 0
+    if name_of(func) == "stream_r1.renew_sink_":
         return _renewed(*args, **kwargs)
     written: dict[int, Tensor] = {}
     read: dict[int, Tensor] = {}
-    for returned, value in zip(func._schema.returns, _as_tuple(result), strict=False):
-        fresh = returned.alias_info is None
-        if fresh or returned.alias_info.is_write:
-            written |= {id(x): x for x in tree_leaves(value) if isinstance(x, Tensor)}
-    names = [argument.name for argument in func._schema.arguments]
-    given = dict(zip(names, args, strict=False)) | dict(kwargs)
-    for argument in func._schema.arguments:
-        tensors = [x for x in tree_leaves(given.get(argument.name)) if isinstance(x, Tensor)]
-        writes = argument.alias_info is not None and argument.alias_info.is_write
+    for fresh, value in zip(signature.results, _as_tuple(result), strict=False):
+        if fresh:
+            written |= {id(x): x for x in tensors_in(value)}
+    for index, (name, writes, reads) in enumerate(signature.arguments):
+        tensors = tensors_in(args[index] if index < len(args) else kwargs.get(name))
         if writes:
             written |= {id(x): x for x in tensors}
-        if not (writes and _overwrites(func)):
+        if reads:
             read |= {id(x): x for x in tensors}
-    if not written or func.overloadpacket in _ALLOCATIONS:
+    if not written:
         return 0
     return sum(map(_size, written.values())) + sum(map(_size, read.values()))
 
@@ -153,14 +239,16 @@ _ALLOCATIONS = {
 }
 
 
-def _overwrites(func: Any) -> bool:
-    return func.overloadpacket in (torch.ops.aten.copy_, torch.ops.aten.fill_, torch.ops.aten.zero_)
+_OVERWRITES = {torch.ops.aten.copy_, torch.ops.aten.fill_, torch.ops.aten.zero_}
 
 
 def _size(tensor: Tensor) -> int:
     """Bytes of a tensor, what is broadcast once."""
-    distinct = (n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step != 0 or n == 0)
-    return math.prod(distinct) * tensor.element_size()
+    size = tensor.element_size()
+    for n, step in zip(tensor.shape, tensor.stride(), strict=True):
+        if step != 0 or n == 0:
+            size *= n
+    return size
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
@@ -172,15 +260,14 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 
 def _arithmetic(func: Any, args: Any, kwargs: Any, result: Any) -> tuple[Engine, int]:
     packet = func.overloadpacket
-    own = _OWN.get(str(packet))
+    own = _OWN.get(name_of(func))
     if own is not None:
         return "attention", own(*args, **kwargs)
     if packet in flop_registry:
         flops = int(flop_registry[packet](*args, **kwargs, out_val=result))
-        name = str(packet)
-        if "attention" in name:
+        if "attention" in name_of(func):
             return "attention", flops
-        return ("convolution" if "conv" in name else "matmul"), flops
+        return ("convolution" if "conv" in name_of(func) else "matmul"), flops
     return "elementwise", 0
 
 

@@ -2,10 +2,26 @@
 
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 from torch.utils.flop_counter import FlopCounterMode
 
-from stream_r1.estimate.work import cast, count, fake_tensors, repeat, total_bytes, total_flops, visible_pairs
+from stream_r1.estimate import streaming
+from stream_r1.estimate.devices import DEVICES
+from stream_r1.estimate.live import LiveBytes, Reading
+from stream_r1.estimate.once import AlikePieces
+from stream_r1.estimate.work import (
+    Work,
+    cast,
+    count,
+    fake_tensors,
+    grown_work,
+    repeat,
+    total_bytes,
+    total_flops,
+    visible_pairs,
+)
 from stream_r1.models.transformer import CausalWanTransformer
+from stream_r1.models.vae import VideoVAE
 from stream_r1_kernels import ChunkMask, Past, cached_chunk_attention, chunk_attention, gated_add
 
 SMALL = {
@@ -135,3 +151,31 @@ def test_cast_keeps_what_diffusers_keeps() -> None:
     assert dtypes["blocks.0.attn1.to_q.weight"] == torch.bfloat16
     assert dtypes["blocks.0.scale_shift_table"] == torch.float32
     assert dtypes["condition_embedder.time_embedder.linear_1.weight"] == torch.float32
+
+
+def test_a_deep_students_chunk_follows_from_two_shallow_ones() -> None:
+    """The sink's renewal too, which is one call for all layers."""
+    rolling = SMALL | {"positions": "window", "sink_ema": 0.9}
+    with fake_tensors(), streaming.as_on(DEVICES["H100"]):
+        one, two, five = (
+            streaming._student_work(rolling | {"num_layers": n}, (6, 8), [1000]) for n in (1, 2, 5)
+        )
+    assert any(w.op == "stream_r1.renew_sink_" for w in five)
+    assert set(grown_work(one, one, two, 4)) == set(five)
+
+
+def test_alike_pieces_are_decoded_once_and_counted_each_time() -> None:
+    def decoded(kind: type[VideoVAE]) -> tuple[set[Work], set[Work], Reading]:
+        with fake_tensors() as mode, torch.no_grad():
+            vae = kind(cast(AutoencoderKLWan(base_dim=8, num_res_blocks=1), torch.bfloat16))
+            live, latents = LiveBytes(), torch.zeros(1, 5, 16, 60, 104)  # of which one frame is a piece
+            for tensor in (*vae.parameters(), *vae.buffers(), latents):
+                live.ignore(mode.from_tensor(tensor))
+            with live:
+                whole, reading = live.read(lambda: count(lambda: vae.decode(latents)))
+            decoder = vae.stream_decoder(1)
+            first, second = (count(lambda: decoder.decode(latents[:, :3])) for _ in range(2))
+        assert total_flops(first) < total_flops(second)
+        return set(whole), set(second), reading
+
+    assert decoded(AlikePieces) == decoded(VideoVAE)
