@@ -10,6 +10,7 @@
 
 #include "common/checks.h"
 #include "cpu/dmd_kernel.h"
+#include "cpu/registered.h"
 #include "cpu/tensors.h"
 
 namespace stream_r1 {
@@ -187,9 +188,7 @@ std::tuple<Tensor, Tensor, Tensor> loss_below_autograd(const Tensor& x, const Te
                                                        double guidance, const std::optional<Tensor>& w_intra,
                                                        const std::optional<Tensor>& w_inter,
                                                        const std::optional<Tensor>& mask) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("stream_r1::dmd_loss", "")
-                             .typed<decltype(dmd_loss_cpu)>();
+  static const auto op = registered<decltype(dmd_loss_cpu)>("stream_r1::dmd_loss");
   const at::AutoDispatchBelowADInplaceOrView below;
   return op.call(x, fake, real_cond, real_uncond, guidance, w_intra, w_inter, mask);
 }
@@ -210,9 +209,7 @@ struct DmdLoss : torch::autograd::Function<DmdLoss> {
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
                                                  const torch::autograd::variable_list& grads) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("stream_r1::dmd_loss_backward", "")
-                               .typed<decltype(dmd_loss_backward_cpu)>();
+    static const auto op = registered<decltype(dmd_loss_backward_cpu)>("stream_r1::dmd_loss_backward");
     const auto saved = context->get_saved_variables();
     torch::autograd::variable_list result(8);
     result[0] = op.call(grads[0], saved[0], saved[1]);
@@ -237,9 +234,7 @@ void dmd_gradient_autograd(Tensor buffer, const Tensor& x, const Tensor& fake, c
                            const std::optional<Tensor>& real_uncond, double guidance,
                            const std::optional<Tensor>& w_intra, const std::optional<Tensor>& w_inter,
                            const std::optional<Tensor>& mask, double scale) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("stream_r1::dmd_gradient_", "")
-                             .typed<decltype(dmd_gradient_cpu)>();
+  static const auto op = registered<decltype(dmd_gradient_cpu)>("stream_r1::dmd_gradient_");
   const at::AutoDispatchBelowAutograd below;
   op.call(buffer, x, fake, real_cond, real_uncond, guidance, w_intra, w_inter, mask, scale);
   torch::autograd::impl::bump_version(buffer);

@@ -6,6 +6,7 @@
 #include "common/checks.h"
 #include "cpu/gated_add_kernel.h"
 #include "cpu/per_frame.h"
+#include "cpu/registered.h"
 #include "cpu/tensors.h"
 
 namespace stream_r1 {
@@ -59,9 +60,7 @@ std::tuple<Tensor, Tensor> gated_add_backward_cpu(const Tensor& grad_out_, const
 }
 
 Tensor forward_below_autograd(const Tensor& x, const Tensor& y, const Tensor& gate) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("stream_r1::gated_add", "")
-                             .typed<decltype(gated_add_cpu)>();
+  static const auto op = registered<decltype(gated_add_cpu)>("stream_r1::gated_add");
   const at::AutoDispatchBelowADInplaceOrView below;
   return op.call(x, y, gate);
 }
@@ -75,9 +74,7 @@ struct GatedAdd : torch::autograd::Function<GatedAdd> {
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
                                                  const torch::autograd::variable_list& grads) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("stream_r1::gated_add_backward", "")
-                               .typed<decltype(gated_add_backward_cpu)>();
+    static const auto op = registered<decltype(gated_add_backward_cpu)>("stream_r1::gated_add_backward");
     const auto saved = context->get_saved_variables();
     auto [grad_y, grad_gate] = op.call(grads[0], saved[0], saved[1]);
     return {grads[0], grad_y, grad_gate};

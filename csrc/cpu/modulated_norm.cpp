@@ -6,6 +6,7 @@
 #include "common/checks.h"
 #include "cpu/modulated_norm_kernel.h"
 #include "cpu/per_frame.h"
+#include "cpu/registered.h"
 #include "cpu/tensors.h"
 
 namespace stream_r1 {
@@ -83,9 +84,7 @@ std::tuple<Tensor, Tensor, Tensor> modulated_norm_backward_cpu(const Tensor& gra
 
 std::tuple<Tensor, Tensor, Tensor> forward_below_autograd(const Tensor& x, const Tensor& shift,
                                                           const Tensor& scale, double eps) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("stream_r1::modulated_norm", "")
-                             .typed<decltype(modulated_norm_cpu)>();
+  static const auto op = registered<decltype(modulated_norm_cpu)>("stream_r1::modulated_norm");
   const at::AutoDispatchBelowADInplaceOrView below;
   return op.call(x, shift, scale, eps);
 }
@@ -101,9 +100,8 @@ struct ModulatedNorm : torch::autograd::Function<ModulatedNorm> {
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
                                                  const torch::autograd::variable_list& grads) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("stream_r1::modulated_norm_backward", "")
-                               .typed<decltype(modulated_norm_backward_cpu)>();
+    static const auto op =
+        registered<decltype(modulated_norm_backward_cpu)>("stream_r1::modulated_norm_backward");
     const auto saved = context->get_saved_variables();
     auto [grad_x, grad_shift, grad_scale] = op.call(grads[0], saved[0], saved[1], saved[2], saved[3]);
     return {grad_x, grad_shift, grad_scale, Tensor()};

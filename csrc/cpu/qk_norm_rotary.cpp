@@ -8,6 +8,7 @@
 
 #include "common/checks.h"
 #include "cpu/qk_norm_rotary_kernel.h"
+#include "cpu/registered.h"
 #include "cpu/tensors.h"
 
 namespace stream_r1 {
@@ -126,18 +127,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rotary_backward(
           sum_of_side(sums, 1, k_weight.scalar_type())};
 }
 
-template <class Signature>
-auto op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
 class QkNormRotary : public torch::autograd::Function<QkNormRotary> {
  public:
   static variable_list forward(AutogradContext* context, const Tensor& q, const Tensor& k,
                                const Tensor& q_weight, const Tensor& k_weight, const Tensor& cos,
                                const Tensor& sin, int64_t heads, double eps) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    static const auto forward_op = op<decltype(qk_norm_rotary)>("stream_r1::qk_norm_rotary");
+    static const auto forward_op = registered<decltype(qk_norm_rotary)>("stream_r1::qk_norm_rotary");
     auto [q_out, k_out] = forward_op.call(q, k, q_weight, k_weight, cos, sin, heads, eps);
     context->save_for_backward({q, k, q_weight, k_weight, cos, sin});
     context->saved_data["heads"] = heads;
@@ -147,7 +143,7 @@ class QkNormRotary : public torch::autograd::Function<QkNormRotary> {
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     static const auto backward_op =
-        op<decltype(qk_norm_rotary_backward)>("stream_r1::qk_norm_rotary_backward");
+        registered<decltype(qk_norm_rotary_backward)>("stream_r1::qk_norm_rotary_backward");
     const variable_list saved = context->get_saved_variables();
     const int64_t heads = context->saved_data["heads"].toInt();
     auto [q, k, q_weight, k_weight] =
@@ -162,7 +158,7 @@ std::tuple<Tensor, Tensor> qk_norm_rotary_autograd(const Tensor& q, const Tensor
                                                    const Tensor& sin, int64_t heads, double eps) {
   if (!needs_graph({q, k, q_weight, k_weight})) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    static const auto forward_op = op<decltype(qk_norm_rotary)>("stream_r1::qk_norm_rotary");
+    static const auto forward_op = registered<decltype(qk_norm_rotary)>("stream_r1::qk_norm_rotary");
     return forward_op.call(q, k, q_weight, k_weight, cos, sin, heads, eps);
   }
   const variable_list out = QkNormRotary::apply(q, k, q_weight, k_weight, cos, sin, heads, eps);
@@ -175,7 +171,7 @@ Tensor qk_norm_rotary_into_autograd(const Tensor& q, const Tensor& k, const Tens
   TORCH_CHECK_VALUE(!needs_graph({q, k, q_weight, k_weight, k_out}),
                     "qk_norm_rotary: k_out: expected tensors without requires_grad beside it, as keys in a "
                     "buffer carry no gradient");
-  static const auto into_op = op<decltype(qk_norm_rotary_into)>("stream_r1::qk_norm_rotary_into");
+  static const auto into_op = registered<decltype(qk_norm_rotary_into)>("stream_r1::qk_norm_rotary_into");
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   Tensor q_out = into_op.call(q, k, q_weight, k_weight, cos, sin, heads, eps, k_out);
   torch::autograd::impl::bump_version(k_out);

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "common/checks.h"
+#include "cpu/registered.h"
 #include "cpu/rms_norm_silu_kernel.h"
 #include "cpu/tensors.h"
 
@@ -51,9 +52,7 @@ Tensor rms_norm_cpu(const Tensor& x, const Tensor& weight, double eps) {
 
 Tensor forward_below_autograd(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& before,
                               double eps) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("stream_r1::rms_norm_silu", "")
-                             .typed<decltype(rms_norm_silu_cpu)>();
+  static const auto op = registered<decltype(rms_norm_silu_cpu)>("stream_r1::rms_norm_silu");
   const at::AutoDispatchBelowADInplaceOrView below;
   return op.call(x, weight, before, eps);
 }
