@@ -2,10 +2,6 @@
 
 #include "cuda/launch.cuh"
 
-using stream_r1::Bf16;
-using stream_r1::Fp16;
-using stream_r1::cuda::AttentionArgs;
-
 // Blocks on a processor at least: what the registers allow. Two blocks of width 64 fit 128 registers a
 // thread, but for sm_80 the compiler spills a few of them.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 800
@@ -14,28 +10,27 @@ using stream_r1::cuda::AttentionArgs;
 #define STREAM_R1_BLOCKS(head_dim) (128 / (head_dim))
 #endif
 
-#define STREAM_R1_ATTENTION(name, T, head_dim)                                                        \
-  extern "C" __global__ void __launch_bounds__(stream_r1::cuda::kThreads, STREAM_R1_BLOCKS(head_dim)) \
-      name(const __grid_constant__ AttentionArgs args) {                                              \
-    stream_r1::cuda::attention_block<T, head_dim>(args);                                              \
-  }
-
-STREAM_R1_ATTENTION(attention_bf16_64, Bf16, 64)
-STREAM_R1_ATTENTION(attention_bf16_128, Bf16, 128)
-STREAM_R1_ATTENTION(attention_fp16_64, Fp16, 64)
-STREAM_R1_ATTENTION(attention_fp16_128, Fp16, 128)
-
-extern "C" __global__ void __launch_bounds__(stream_r1::cuda::kThreads)
-    attention_combine_bf16(const __grid_constant__ AttentionArgs args) {
-  stream_r1::cuda::combine_parts<Bf16>(args);
-}
-
-extern "C" __global__ void __launch_bounds__(stream_r1::cuda::kThreads)
-    attention_combine_fp16(const __grid_constant__ AttentionArgs args) {
-  stream_r1::cuda::combine_parts<Fp16>(args);
-}
-
 namespace stream_r1::cuda {
+
+#define STREAM_R1_ATTENTION(suffix, T, head_dim)                                                         \
+  STREAM_R1_KERNEL(attention_##suffix##_##head_dim, kThreads, STREAM_R1_BLOCKS(head_dim), AttentionArgs, \
+                   attention_block<T, head_dim>)
+
+STREAM_R1_ATTENTION(bf16, Bf16, 64)
+STREAM_R1_ATTENTION(bf16, Bf16, 128)
+STREAM_R1_ATTENTION(fp16, Fp16, 64)
+STREAM_R1_ATTENTION(fp16, Fp16, 128)
+
+extern "C" __global__ void __launch_bounds__(kThreads)
+    attention_combine_bf16(const __grid_constant__ AttentionArgs args) {
+  combine_parts<Bf16>(args);
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads)
+    attention_combine_fp16(const __grid_constant__ AttentionArgs args) {
+  combine_parts<Fp16>(args);
+}
+
 namespace {
 
 int64_t query_blocks(const AttentionArgs& args) {

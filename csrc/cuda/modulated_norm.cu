@@ -2,34 +2,22 @@
 
 #include "cuda/launch.cuh"
 
-using stream_r1::Bf16;
-using stream_r1::Fp16;
-using stream_r1::cuda::ModulatedNormArgs;
+namespace stream_r1::cuda {
 
-#define STREAM_R1_MODULATED_NORM(suffix, T)                                                     \
-  extern "C" __global__ void __launch_bounds__(256, 3)                                          \
-      modulated_norm_##suffix(const __grid_constant__ ModulatedNormArgs args) {                 \
-    stream_r1::cuda::modulated_norm<T>(args);                                                   \
-  }                                                                                             \
-  extern "C" __global__ void __launch_bounds__(256, 3)                                          \
-      modulated_norm_grad_x_##suffix(const __grid_constant__ ModulatedNormArgs args) {          \
-    stream_r1::cuda::modulated_norm_grad_x<T>(args);                                            \
-  }                                                                                             \
-  extern "C" __global__ void __launch_bounds__(256, 3)                                          \
-      modulated_norm_grad_modulation_##suffix(const __grid_constant__ ModulatedNormArgs args) { \
-    stream_r1::cuda::modulated_norm_grad_modulation<T>(args);                                   \
-  }
+#define STREAM_R1_MODULATED_NORM(suffix, T)                                                             \
+  STREAM_R1_KERNEL(modulated_norm_##suffix, 256, 3, ModulatedNormArgs, modulated_norm<T>)               \
+  STREAM_R1_KERNEL(modulated_norm_grad_x_##suffix, 256, 3, ModulatedNormArgs, modulated_norm_grad_x<T>) \
+  STREAM_R1_KERNEL(modulated_norm_grad_modulation_##suffix, 256, 3, ModulatedNormArgs,                  \
+                   modulated_norm_grad_modulation<T>)
 
 STREAM_R1_MODULATED_NORM(fp32, float)
 STREAM_R1_MODULATED_NORM(bf16, Bf16)
 STREAM_R1_MODULATED_NORM(fp16, Fp16)
 
-namespace stream_r1::cuda {
-
 LaunchError launch_modulated_norm(const ModulatedNormArgs& args, Stream stream) {
   const int64_t rows = args.batch * args.tokens;
   if (rows == 0 || args.width == 0) return nullptr;
-  const auto kernel = by_element(args.element, modulated_norm_fp32, modulated_norm_bf16, modulated_norm_fp16);
+  const auto kernel = STREAM_R1_BY_ELEMENT(args.element, modulated_norm);
   kernel<<<blocks_for(rows, kNormWarps), kNormWarps * kWarp, 0, stream>>>(args);
   return launch_error();
 }
@@ -38,12 +26,10 @@ LaunchError launch_modulated_norm_backward(const ModulatedNormArgs& args, Stream
   const int64_t rows = args.batch * args.tokens, units = args.batch * args.frames;
   if (units == 0 || args.width == 0) return nullptr;
   if (rows > 0) {
-    const auto kernel = by_element(args.element, modulated_norm_grad_x_fp32, modulated_norm_grad_x_bf16,
-                                   modulated_norm_grad_x_fp16);
+    const auto kernel = STREAM_R1_BY_ELEMENT(args.element, modulated_norm_grad_x);
     kernel<<<blocks_for(rows, kNormWarps), kNormWarps * kWarp, 0, stream>>>(args);
   }
-  const auto kernel = by_element(args.element, modulated_norm_grad_modulation_fp32,
-                                 modulated_norm_grad_modulation_bf16, modulated_norm_grad_modulation_fp16);
+  const auto kernel = STREAM_R1_BY_ELEMENT(args.element, modulated_norm_grad_modulation);
   const dim3 grid(static_cast<unsigned>(units * args.parts), blocks_for(args.width, kSumColumns));
   kernel<<<grid, kSumThreads, 0, stream>>>(args);
   return launch_error();
