@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from stream_r1.config import SettingsError
 from stream_r1.distill.initialise import InitTrainer, Objective, Samples
-from stream_r1.distill.ode import OdePairs, OdeRegression, load_ode_pairs, make_ode_pairs
+from stream_r1.distill.ode import (
+    OdePairs,
+    OdeRegression,
+    StoredTrajectories,
+    load_ode_pairs,
+    make_ode_pairs,
+    texts_used,
+)
 from stream_r1.distill.ranks import Ranks
 from stream_r1.distill.teacher_forcing import TeacherForcing
 from stream_r1.distill.trainer import DistillTrainer, hashed
@@ -94,18 +101,20 @@ def make_init_trainer(recipe: InitRecipe, folder: Path | str, ranks: Ranks | Non
             "stream-r1 data ode-pairs RECIPE makes them"
         )
     ranks = ranks or Ranks()
-    prompts = read_prompts(recipe.prompts)
+    everything = read_prompts(recipe.prompts)
+    prompts = everything[: texts_used(pairs_folder)]
     shown = list(recipe.watch.prompts or prompts[:2]) if recipe.models.vae is not None else []
     text = _embeddings(recipe, [*prompts, *shown], ranks)
     try:
-        pairs = load_ode_pairs(pairs_folder, text[: len(prompts)], data=_pairs_data(recipe, prompts))
+        pairs = load_ode_pairs(pairs_folder, text[: len(prompts)], data=_pairs_data(recipe, everything))
     except ValueError as error:
         raise SettingsError(f"pairs.folder: {error}") from None
     _require_fitting(recipe, pairs)
     schedule = FlowSchedule(recipe.rollout.shift)
     objective: Objective = OdeRegression(pairs)
     if recipe.kind == "teacher-forcing":
-        videos = pairs.trajectories[:, -1]
+        assert isinstance(pairs.trajectories, StoredTrajectories)
+        videos = pairs.trajectories.only(-1)
         objective = TeacherForcing(
             videos, pairs.text, pairs.text_index, schedule=schedule, steps=recipe.rollout.steps
         )
@@ -127,8 +136,9 @@ def write_ode_pairs(recipe: InitRecipe, ranks: Ranks | None = None) -> Iterator[
     require_models(recipe)
     ranks, size = ranks or Ranks(), recipe.rollout
     prompts = read_prompts(recipe.prompts)
-    text = _embeddings(recipe, [*prompts, recipe.pairs.negative_text], ranks)
-    teacher = _score_model(recipe.models.teacher, ranks.device).eval()
+    used = prompts[: recipe.pairs.count]  # pair i has prompt i, in a circle
+    text = _embeddings(recipe, [*used, recipe.pairs.negative_text], ranks)
+    teacher = _score_model(recipe.models.teacher, ranks.device).eval().requires_grad_(False)
     channels: int = teacher.config.in_channels  # type: ignore[union-attr, assignment]
     yield from make_ode_pairs(
         teacher,
@@ -144,6 +154,7 @@ def write_ode_pairs(recipe: InitRecipe, ranks: Ranks | None = None) -> Iterator[
         order=recipe.pairs.order,
         batch=recipe.pairs.batch,
         seed=recipe.seed,
+        precision=recipe.precision,
         data=_pairs_data(recipe, prompts),
         share=(ranks.rank, ranks.size),
     )

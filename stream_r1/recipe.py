@@ -23,7 +23,7 @@ from stream_r1.distill.settings import (
     Positive,
     RolloutSettings,
 )
-from stream_r1.models.text import WAN_NEGATIVE_PROMPT
+from stream_r1.models.text import MINILM_DIM, WAN_NEGATIVE_PROMPT
 from stream_r1.models.weight_files import read_json
 from stream_r1.watch.settings import WatchSettings
 
@@ -319,6 +319,13 @@ def _misfits(recipe: Recipe | InitRecipe) -> list[str]:
             f"models.vae: expected {student.get('in_channels')} latent channels as the student's, "
             f"got {vae['z_dim']}"
         )
+    width = _text_width(recipe.models.text)
+    reads = (student or teacher).get("text_dim", width)
+    if width is not None and reads != width:
+        problems.append(
+            f"models.text: expected embeddings of {reads} numbers as the student's text_dim, "
+            f"got {width} of {recipe.models.text}"
+        )
     if recipe.watch.prompts and recipe.models.vae is None:
         problems.append("watch.prompts: expected models.vae too, which decodes sample videos, got none")
     if isinstance(recipe, Recipe) and reward.get("type") == "film" and recipe.reward.overrides():
@@ -368,6 +375,14 @@ def _stream_misfits(recipe: Recipe | InitRecipe, student: dict[str, Any]) -> lis
             f"stream.sink_ema: expected sink_frames equal to a chunk ({chunk}) for a moving sink, got {sink}"
         )
     return problems
+
+
+def _text_width(text: str) -> int | None:
+    """Of an embedding; None: the encoder's folder is not there."""
+    if text == "minilm":
+        return MINILM_DIM
+    width = _config(str(Path(text) / "text_encoder")).get("d_model")
+    return width if isinstance(width, int) else None
 
 
 def _config(folder: str | None) -> dict[str, Any]:

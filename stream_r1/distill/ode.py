@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stream_r1.distill.dmd import velocity
 from stream_r1.distill.initialise import per_chunk
 from stream_r1.distill.noise import SampleNoise
+from stream_r1.distill.precision import Precision, computing_in
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.schedule import FlowSchedule
 
@@ -85,10 +86,59 @@ def _guided(
     return cond + guidance * (cond - uncond)
 
 
+class StoredTrajectories:
+    """Trajectories [N, K + 1, F, C, h, w] that stay in their files; an index reads those that it names.
+
+    One at Wan's size is 21 MB in float16: a process a GPU that held them all would fill the machine.
+
+    Args:
+        files: as `make_ode_pairs` writes them.
+        state: of all states only this one, [N, F, C, h, w]; None: all.
+
+    Raises:
+        ValueError: files of different shapes.
+    """
+
+    def __init__(self, files: Sequence[Path], state: int | None = None) -> None:
+        self.files, self.state = list(files), state
+        shapes = []
+        for path in self.files:
+            with safe_open(path, framework="pt") as file:
+                shapes.append(file.get_slice("trajectories").get_shape())
+        other = next((i for i, shape in enumerate(shapes) if shape[1:] != shapes[0][1:]), None)
+        if other is not None:
+            raise ValueError(
+                f"StoredTrajectories: files: expected {shapes[0][1:]} in {self.files[other]} as in "
+                f"{self.files[0]}, got {shapes[other][1:]}"
+            )
+        self._rows = [
+            (path, row) for path, shape in zip(files, shapes, strict=True) for row in range(shape[0])
+        ]
+        each = shapes[0][1:] if state is None else shapes[0][2:]
+        self.shape = torch.Size([len(self._rows), *each])
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, indices: Sequence[int]) -> Tensor:
+        """[B, K + 1, F, C, h, w], or [B, F, C, h, w] of one state, in the files' dtype."""
+        return torch.stack([self._read(*self._rows[index]) for index in indices])
+
+    def only(self, state: int) -> StoredTrajectories:
+        """One state of every trajectory; -1 is the end."""
+        return StoredTrajectories(self.files, state % self.shape[1])
+
+    def _read(self, path: Path, row: int) -> Tensor:
+        with safe_open(path, framework="pt") as file:
+            stored = file.get_slice("trajectories")
+            out: Tensor = stored[row] if self.state is None else stored[row, self.state]
+            return out
+
+
 class OdePairs(NamedTuple):
     """Trajectories of a teacher, ready to learn from."""
 
-    trajectories: Tensor  # [N, K + 1, F, C, h, w], noise first, x0 last
+    trajectories: Tensor | StoredTrajectories  # [N, K + 1, F, C, h, w], noise first, x0 last
     text_index: Tensor  # [N], which of `text` each belongs to
     text: Tensor  # [P, L, D]
     timesteps: Tensor  # [K], shifted, of all states but the last
@@ -110,6 +160,7 @@ def make_ode_pairs(
     batch: int = 16,
     seed: int = 0,
     dtype: torch.dtype = torch.float16,
+    precision: Precision = "float32",
     data: str = "",
     share: tuple[int, int] = (0, 1),
 ) -> Iterator[int]:
@@ -124,6 +175,7 @@ def make_ode_pairs(
         pairs: how many trajectories.
         latent_shape: (F, C, h, w).
         dtype: of the trajectories on disk.
+        precision: that the teacher computes in; the solver's sums are float32.
         data: tells other texts from these.
         share: (which, of how many): write only every so many-th file; processes that share the work make the
             files that one would make.
@@ -138,7 +190,7 @@ def make_ode_pairs(
         "order": order,
         "seed": seed,
         "batch": batch,
-        "texts": len(text),
+        "precision": precision,
         "latent_shape": list(latent_shape),
         "shift": schedule.shift,
         "data": data,
@@ -151,17 +203,18 @@ def make_ode_pairs(
             index = torch.arange(start, start + count)
             noise = SampleNoise([seed * 1_000_003 + i for i in index.tolist()], device).randn(*latent_shape)
             words = text[index % len(text)].to(device, torch.float32)
-            found = ode_pairs(
-                teacher,
-                words,
-                noise,
-                negative=negative,
-                schedule=schedule,
-                steps=steps,
-                solver_steps=solver_steps,
-                guidance=guidance,
-                order=order,
-            )
+            with computing_in(precision, device):
+                found = ode_pairs(
+                    teacher,
+                    words,
+                    noise,
+                    negative=negative,
+                    schedule=schedule,
+                    steps=steps,
+                    solver_steps=solver_steps,
+                    guidance=guidance,
+                    order=order,
+                )
             partial = path.with_suffix(".partial")
             tensors = {"trajectories": found.to("cpu", dtype).contiguous(), "text_index": index % len(text)}
             tensors["timesteps"] = torch.tensor(schedule.denoising_steps(steps))
@@ -187,7 +240,8 @@ def _pairs_in(path: Path, settings: dict[str, Any]) -> int:
 
 
 def load_ode_pairs(folder: Path | str, text: Tensor, *, data: str = "") -> OdePairs:
-    """Reads what `make_ode_pairs` wrote for the same `text` [P, L, D], told by the same `data`.
+    """Opens what `make_ode_pairs` wrote for the same `text` [P, L, D], told by the same `data`; trajectories
+    are read from the files when they are learnt from.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -196,15 +250,24 @@ def load_ode_pairs(folder: Path | str, text: Tensor, *, data: str = "") -> OdePa
     paths = sorted(Path(folder).glob("pairs-*.safetensors"))
     if not paths:
         raise FileNotFoundError(f"load_ode_pairs: no pairs-*.safetensors in {folder}")
+    indices = []
     for path in paths:
         with safe_open(path, framework="pt") as file:
             made_with = json.loads(file.metadata()["settings"])
-        if (made_with["texts"], made_with["data"]) != (len(text), data):
+            indices.append(file.get_tensor("text_index"))
+            timesteps = file.get_tensor("timesteps")
+        if made_with["data"] != data or int(indices[-1].max()) >= len(text):
             raise ValueError(f"load_ode_pairs: folder: {path} was made of other prompts")
-    files = [load_file(path) for path in paths]
-    trajectories = torch.cat([file["trajectories"] for file in files])
-    index = torch.cat([file["text_index"] for file in files])
-    return OdePairs(trajectories, index, text, files[0]["timesteps"])
+    return OdePairs(StoredTrajectories(paths), torch.cat(indices), text, timesteps)
+
+
+def texts_used(folder: Path | str) -> int:
+    """How many texts, the first ones, the trajectories in a folder need."""
+    most = 0
+    for path in Path(folder).glob("pairs-*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            most = max(most, int(file.get_tensor("text_index").max()) + 1)
+    return most
 
 
 class OdeRegression:

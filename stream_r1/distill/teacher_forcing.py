@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stream_r1.distill.initialise import per_chunk
 from stream_r1.distill.noise import SampleNoise
+from stream_r1.distill.ode import StoredTrajectories
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.schedule import FlowSchedule
 
@@ -20,7 +21,8 @@ class TeacherForcing:
     """Flow matching of latents over [clean | noisy], with a timestep a chunk; an objective for `InitTrainer`.
 
     Args:
-        latents: [N, F, C, h, w] of the data, any floating dtype; used in float32.
+        latents: [N, F, C, h, w] of the data, any floating dtype; used in float32. Those of a teacher can stay
+            in their files.
         text: [N, L, D] embeddings; or [P, L, D] with `text_index`.
         text_index: [N], which text each sample has.
         steps: unshifted timesteps to learn at, as (1000, 750, 500, 250); "all" learns at all 1000.
@@ -29,7 +31,7 @@ class TeacherForcing:
 
     def __init__(
         self,
-        latents: Tensor,
+        latents: Tensor | StoredTrajectories,
         text: Tensor,
         text_index: Tensor | None = None,
         *,
@@ -38,7 +40,7 @@ class TeacherForcing:
         clean: bool = True,
     ) -> None:
         index = torch.arange(len(text)) if text_index is None else text_index
-        if latents.dim() != 5 or text.dim() != 3 or index.shape != (len(latents),):
+        if len(latents.shape) != 5 or text.dim() != 3 or index.shape != (len(latents),):
             raise ValueError(
                 "TeacherForcing: expected latents [N, F, C, h, w], text [P, L, D] and text_index [N], "
                 f"got {list(latents.shape)}, {list(text.shape)} and {list(index.shape)}"

@@ -29,6 +29,8 @@ WAN_NEGATIVE_PROMPT = (
     "静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
 
+MINILM_DIM = 384
+
 _KEPT_PROMPTS = 1024
 
 

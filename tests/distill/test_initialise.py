@@ -1,9 +1,11 @@
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from distill_models import LATENT, tiny_student, tiny_teacher
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from stream_r1.distill.events import StepDone
@@ -171,10 +173,41 @@ def test_making_pairs_goes_on_where_it_broke_off(tmp_path: Path) -> None:
     text = torch.zeros(2, 8, 16)
     a, b = load_ode_pairs(tmp_path / "whole", text), load_ode_pairs(tmp_path / "broken", text)
     assert a.trajectories.shape == (5, 3, 3, *LATENT)
-    assert torch.equal(a.trajectories, b.trajectories)
+    files = [load_file(path)["trajectories"] for path in sorted((tmp_path / "whole").iterdir())]
+    everything = torch.cat(files)
+    order = [4, 0, 3, 1, 2]
+    assert torch.equal(a.trajectories[order], everything[order])
+    assert torch.equal(b.trajectories[order], everything[order])
+    assert torch.equal(a.trajectories.only(-1)[order], everything[order, -1])
+    assert a.trajectories.only(-1).shape == everything[:, -1].shape
     assert a.text_index.tolist() == b.text_index.tolist() == [0, 1, 0, 1, 0]
     with pytest.raises(ValueError, match="was made with"):
         make(tmp_path / "whole", 5, guidance=1.0)
+    with pytest.raises(ValueError, match="made of other prompts"):
+        load_ode_pairs(tmp_path / "whole", text[:1])
+    (tmp_path / "broken" / "pairs-000002.safetensors").unlink()
+    make(tmp_path / "other", 4, latent_shape=(6, *LATENT))
+    shutil.copy(tmp_path / "other" / "pairs-000002.safetensors", tmp_path / "broken")
+    with pytest.raises(ValueError, match=r"expected \[3, 3, .* in .*pairs-000002.* got \[3, 6, "):
+        load_ode_pairs(tmp_path / "broken", text)
+
+
+def test_pairs_are_made_in_the_precision_asked_for(tmp_path: Path) -> None:
+    """A teacher's matmuls in bfloat16, the solver's sums in float32: near the float32 trajectories, not on
+    a grid of bfloat16.
+    """
+    for precision in ("float32", "bfloat16"):
+        make(tmp_path / precision, 2, precision=precision, dtype=torch.float32)
+    full, narrow = (
+        load_file(tmp_path / name / "pairs-000000.safetensors")["trajectories"]
+        for name in ("float32", "bfloat16")
+    )
+    assert torch.equal(full[:, 0], narrow[:, 0])
+    error = (full - narrow).norm() / full.norm()
+    assert 1e-5 < error < 2e-2
+    assert not torch.equal(narrow, narrow.bfloat16().float())
+    with pytest.raises(ValueError, match="precision = 'float32', this is 'bfloat16'"):
+        make(tmp_path / "float32", 4, precision="bfloat16")
 
 
 def test_wrong_data_is_refused() -> None:

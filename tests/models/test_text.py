@@ -35,12 +35,12 @@ def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def save_umt5(folder: Path, seed: int) -> None:
+def save_umt5(folder: Path, seed: int, width: int = 24) -> None:
     from tokenizers import SentencePieceUnigramTokenizer
     from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
     torch.manual_seed(seed)
-    config = UMT5Config(vocab_size=64, d_model=24, d_kv=6, d_ff=32, num_layers=2, num_heads=4)
+    config = UMT5Config(vocab_size=64, d_model=width, d_kv=6, d_ff=32, num_layers=2, num_heads=4)
     UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
     pieces = SentencePieceUnigramTokenizer()
     special = ["<pad>", "</s>", "<unk>"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stream_r1 import recipe as recipes
-from stream_r1.assembly import load_models
+from stream_r1.assembly import load_models, make_init_trainer, write_ode_pairs
 from stream_r1.config import SettingsError
 from stream_r1.models.checkpoints import load_student
 from stream_r1.recipe import read_prompts
@@ -29,7 +29,7 @@ def overrides(world, tmp_path_factory):
     """The published recipes' models are the small world's, VideoReward's and UMT5's folders."""
     root = tmp_path_factory.mktemp("wan")
     reward = module(TESTS / "rewards" / "videoalign_folder.py").write_reward(root)
-    module(TESTS / "models" / "test_text.py").save_umt5(root / "umt5", seed=0)
+    module(TESTS / "models" / "test_text.py").save_umt5(root / "umt5", seed=0, width=384)
     folders = {name: world / name for name in ("student", "teacher", "vae")}
     folders |= {"critic": world / "teacher", "reward": reward.folder, "text": root / "umt5"}
     named = [f"models.{name}={folder}" for name, folder in folders.items()]
@@ -69,6 +69,33 @@ def test_prompts_are_encoded_once_and_the_encoder_is_given_back(overrides):
     assert not text.loaded
     text.encode(["a prompt of nobody"])
     assert text.loaded
+
+
+def test_only_prompts_that_trajectories_have_are_encoded(world, overrides, tmp_path):
+    """A file of prompts may be large, and few trajectories are made of it."""
+    (tmp_path / "prompts.txt").write_text("\n".join(f"prompt {i}" for i in range(50)))
+    others = ("models.critic", "models.reward", "prompts")
+    changed = [
+        *(each for each in overrides if each.split("=")[0] not in others),
+        *(
+            f"prompts={tmp_path / 'prompts.txt'}",
+            f"text.cache={tmp_path / 'cache'}",
+            f"out={tmp_path / 'out'}",
+        ),
+        *(f"pairs.folder={tmp_path / 'pairs'}", "pairs.count=2", "pairs.solver_steps=2"),
+        *("rollout.frames=3", "rollout.height=4", "rollout.width=4", "batch=1", "accumulation=1"),
+    ]
+    recipe = recipes.load_start(WAN / "ode-init.yaml", changed)
+    assert list(write_ode_pairs(recipe)) == [1, 2]
+    assert len(list((tmp_path / "cache").iterdir())) == 3  # and the negative prompt
+    trainer = make_init_trainer(recipe, tmp_path / "checkpoints")
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+    assert len(trainer.objective) == 2
+    assert trainer.prompts == ["prompt 0", "prompt 1"]
+    more = recipes.load_start(WAN / "ode-init.yaml", [*changed, "pairs.count=3"])
+    before = {path: path.read_bytes() for path in (tmp_path / "pairs").iterdir()}
+    assert list(write_ode_pairs(more)) == [1, 2, 3]
+    assert all(path.read_bytes() == content for path, content in before.items())
 
 
 def test_prompts_from_parquet(tmp_path):
