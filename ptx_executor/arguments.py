@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .dtypes import is_float
 from .errors import LaunchError
 from .memory import GLOBAL_BASE, Region, round_up
 from .program import Variable
@@ -46,6 +47,8 @@ def _span(value: Any, name: str) -> _Span | None:
     if isinstance(value, Pointer):
         return _span(value.array, name)
     if isinstance(value, np.ndarray):
+        if value.dtype.hasobject:
+            raise LaunchError(f"{name}: expected an array of numbers, got one of {value.dtype}")
         low, high = np.lib.array_utils.byte_bounds(value)
         root: Any = value
         while isinstance(root.base, np.ndarray):
@@ -53,8 +56,10 @@ def _span(value: Any, name: str) -> _Span | None:
         start = root.__array_interface__["data"][0]
         return _Span(name, low, high if value.size else low, start, value.flags.writeable)
     if hasattr(value, "data_ptr") and hasattr(value, "untyped_storage"):
-        if value.device.type != "cpu":
-            raise LaunchError(f"{name}: expected a tensor on the CPU, got one on {value.device}")
+        if value.device.type != "cpu" or str(value.layout) != "torch.strided":
+            raise LaunchError(
+                f"{name}: expected a strided tensor on the CPU, got one on {value.device}, {value.layout}"
+            )
         reach = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True)) + 1
         low = value.data_ptr()
         high = low + (reach * value.element_size() if value.numel() else 0)
@@ -71,7 +76,8 @@ class Arguments:
 
     Args:
         values: one for each parameter: an array or CPU tensor (its address), `None` (a null pointer), a
-            number, `bytes`, or a tuple of these, which is a struct with C's alignment.
+            number, `bytes`, or a tuple of these, which is a struct with C's alignment. Python's own numbers
+            are converted to the type of a scalar parameter; a float for an integer is refused.
         parameters: the parameters of the kernel.
         start: first free byte of global memory.
 
@@ -138,9 +144,10 @@ class Arguments:
         assert parameter.size is not None
         if isinstance(value, tuple):
             data = self._struct(value, name)[0]
+            data += bytes(-len(data) % parameter.align)
         else:
-            data = self._scalar(value, parameter.size, name)
-        if len(data) > parameter.size or (len(data) < parameter.size and not isinstance(value, tuple)):
+            data = self._scalar(_as_type(value, parameter, name), parameter.size, name)
+        if len(data) != parameter.size:
             raise LaunchError(f"{name}: {parameter.name} has {parameter.size} bytes, got {len(data)} bytes")
         return data
 
@@ -185,6 +192,17 @@ class Arguments:
         for span, region in self._places:
             if span.writable:
                 _host_bytes(span.low, span.high)[...] = memory[region.start : region.start + region.size]
+
+
+def _as_type(value: Any, parameter: Variable, name: str) -> Any:
+    """Python's own numbers as C converts them; bits of one kind are no number of the other."""
+    if parameter.type and is_float(parameter.type):
+        return float(value) if isinstance(value, bool | int) else value
+    if isinstance(value, float) and parameter.type[:1] in ("u", "s"):
+        raise LaunchError(
+            f"{name}: {parameter.name} is an integer of type .{parameter.type}, got the float {value}"
+        )
+    return value
 
 
 def parameter_offsets(parameters: list[Variable]) -> list[int]:

@@ -84,9 +84,14 @@ def f32_to_tf32(values: Array) -> NDArray[np.float32]:
 
 
 def poison(array: Array) -> Array:
-    """Fill an array with 0xff bytes, in place: NaN in every float type and -1 in integers.
+    """Fill an array, or a tensor, with NaN in every float type and -1 in integers, in place.
 
     A kernel that leaves part of its output unwritten then shows it.
     """
-    array.view(np.uint8)[...] = 0xFF
+    if isinstance(array, np.ndarray):
+        array[...] = np.frombuffer(b"\xff" * array.itemsize, array.dtype)[0]
+    elif hasattr(array, "fill_"):
+        array.fill_(float("nan") if array.is_floating_point() else -1)
+    else:
+        raise TypeError(f"poison: expected an array or a tensor, got {type(array).__name__}")
     return array

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 _MAX_THREADS = 1024
 _MAX_SHARED = 227 * 1024
+_MAX_BLOCK = (1024, 1024, 64)
+_MAX_GRID = (2**31 - 1, 65535, 65535)
 _WAVE_BLOCKS = 64
 _WAVE_BYTES = 1 << 26
 
@@ -160,7 +163,12 @@ class Kernel:
             DeviceAssertion: for a trap or a failed assertion of the kernel.
             ExecutionTimeout: after `time_limit` seconds.
         """
-        grid3, block3 = _three("grid", grid), _three("block", block)
+        grid3, block3 = _three("grid", grid, _MAX_GRID), _three("block", block, _MAX_BLOCK)
+        for name, number, least in (("seed", seed, 0), ("shared_bytes", shared_bytes, 0)):
+            if not isinstance(number, int | np.integer) or number < least:
+                raise LaunchError(f"{name}: expected an integer from {least} on, got {number!r}")
+        if wave_blocks is not None and wave_blocks < 1:
+            raise LaunchError(f"wave_blocks: expected an integer from 1 on, got {wave_blocks}")
         self._check_launch(grid3, block3, shared_bytes)
         started = time.perf_counter()
         module = self._module
@@ -225,12 +233,17 @@ class Kernel:
         return max(1, min(_WAVE_BLOCKS, _WAVE_BYTES // max(bytes_, 1)))
 
 
-def _three(name: str, size: int | Sequence[int]) -> tuple[int, int, int]:
-    given = (size,) if isinstance(size, int) else tuple(size)
-    if not 1 <= len(given) <= 3 or any(int(each) < 1 for each in given):
-        raise LaunchError(f"{name}: expected one to three positive numbers, got {size}")
-    x, y, z = (*given, 1, 1)[:3]
-    return int(x), int(y), int(z)
+def _three(name: str, size: int | Sequence[int], most: tuple[int, int, int]) -> tuple[int, int, int]:
+    given = tuple(size) if isinstance(size, Iterable) and not isinstance(size, str) else (size,)
+    try:
+        x, y, z = (*map(operator.index, given), *(1,) * (3 - len(given)))
+    except (TypeError, ValueError):
+        x = y = z = 0
+    if min(x, y, z) < 1:
+        raise LaunchError(f"{name}: expected one to three positive numbers, got {size!r}")
+    if any(each > limit for each, limit in zip((x, y, z), most, strict=True)):
+        raise LaunchError(f"{name}: expected at most {most}, got {(x, y, z)}")
+    return x, y, z
 
 
 def _place(variables: list[Variable], space: str, addresses: dict[str, tuple[str, int]]) -> int:

@@ -124,13 +124,14 @@ class _Parser(OperandReader):
             return found
         while not self._accept(")"):
             self._expect(".param") if self._peek() == ".param" else self._expect(".reg")
-            align, size = 0, 0
+            align, size, kind = 0, 0, ""
             while self._peek().startswith("."):
                 token = self._next()
                 if token == ".align":
                     align = self._integer()
                 elif token[1:] in BYTES:
-                    size = BYTES[token[1:]]
+                    kind = token[1:]
+                    size = BYTES[kind]
                 elif token not in (".ptr", ".global", ".const", ".shared", ".local"):
                     raise self._error(f"unexpected {token!r} among the parameters of {function}")
                 elif token == ".ptr":
@@ -143,7 +144,7 @@ class _Parser(OperandReader):
             if self._accept("["):
                 count = self._integer()
                 self._expect("]")
-            found.append(Variable(name, "param", align or size, size * count))
+            found.append(Variable(name, "param", align or size, size * count, type=kind))
             self._accept(",")
         return found
 

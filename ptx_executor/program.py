@@ -97,6 +97,7 @@ class Variable:
     align: int
     size: int | None
     init: tuple[tuple[int, int | Symbol, int], ...] = ()  # (byte offset, value, bytes)
+    type: str = ""  # of a parameter; of a struct, b8
 
 
 @dataclass

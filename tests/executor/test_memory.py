@@ -187,6 +187,61 @@ def test_a_struct_is_laid_out_as_in_c(kernel):
     assert y[16:].view(np.float64)[0] == 0.1
 
 
+def test_a_struct_has_all_of_its_fields(kernel):
+    parameters = ".param .align 8 .b8 s[24]"
+    run = kernel("ld.param.f32 %f0, [s+12];\nst.global.f32 [%rd0], %f0;", 1, parameters=parameters)
+    y = np.zeros(1, np.float32)
+    run.launch(1, 1, [y, (y, 1, 2.5, 3)])  # padded at its end
+    assert y[0] == 2.5
+    for fields in ((y, 1), (y, 1, 2.5, 3, 4, 5, 6)):
+        with pytest.raises(LaunchError, match=r"argument 1: s has 24 bytes, got (16|32) bytes"):
+            run.launch(1, 1, [y, fields])
+
+
+@pytest.mark.parametrize(("kind", "register"), [("f32", "%f0"), ("f64", "%fd0")])
+def test_pythons_integers_are_numbers_where_a_float_is_expected(kernel, kind, register):
+    body = f"ld.param.{kind} {register}, [x];\nst.global.{kind} [%rd0], {register};"
+    run = kernel(body, 1, parameters=f".param .{kind} x")
+    y = np.zeros(1, f"f{int(kind[1:]) // 8}")
+    for value in (2, 2.0, y.dtype.type(2), True):
+        run.launch(1, 1, [y, value])
+        assert y[0] == float(value)
+
+
+@pytest.mark.parametrize("kind", ["u32", "s32"])
+def test_a_float_is_no_integer(kernel, kind):
+    run = kernel("ld.param.b32 %r0, [n];\nst.global.b32 [%rd0], %r0;", 1, parameters=f".param .{kind} n")
+    y = np.zeros(1, np.int32)
+    with pytest.raises(
+        LaunchError, match=f"argument 1: n is an integer of type .{kind}, got the float 100.0"
+    ):
+        run.launch(1, 1, [y, 100.0])
+    run.launch(1, 1, [y, 100])
+    assert y[0] == 100
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((4, 6), np.float32)[:, ::2],
+        np.zeros(3, np.float16),
+        np.zeros((), np.float64),
+        np.zeros(2, np.complex128),
+        torch.zeros(4, 6).T,
+        torch.zeros(3, dtype=torch.bfloat16),
+    ],
+)
+def test_poison_is_not_a_number(array):
+    assert poison(array) is array
+    assert (array != array).all()
+
+
+def test_poison_of_integers_and_of_what_is_neither():
+    assert poison(np.zeros(3, np.int16)).tolist() == poison(torch.zeros(3, dtype=torch.int64)).tolist()
+    with pytest.raises(TypeError, match="expected an array or a tensor, got list"):
+        poison([1.0])
+
+
 def test_parameters_may_be_read_by_address(kernel):
     run = kernel(
         """
@@ -298,7 +353,7 @@ def test_what_a_launch_refuses(kernel):
     with pytest.raises(LaunchError, match="expected 2 arguments, got 1"):
         run.launch(1, 32, [x])
     with pytest.raises(LaunchError, match="more than 1024"):
-        run.launch(1, 1025, [x, x])
+        run.launch(1, (32, 33), [x, x])
     with pytest.raises(LaunchError, match="grid: expected one to three positive numbers"):
         run.launch((1, 0), 32, [x, x])
     with pytest.raises(LaunchError, match="shared_bytes"):
@@ -307,5 +362,23 @@ def test_what_a_launch_refuses(kernel):
         run.launch(1, 32, [x, np.int32(3)])
     with pytest.raises(LaunchError, match="got str"):
         run.launch(1, 32, [x, "x"])
+    for grid, block, message in (
+        ((1, 65536), 32, r"grid: expected at most \(2147483647, 65535, 65535\), got \(1, 65536, 1\)"),
+        (1, (1, 1, 65), r"block: expected at most \(1024, 1024, 64\), got \(1, 1, 65\)"),
+        (1.5, 32, "grid: expected one to three positive numbers, got 1.5"),
+        ("4", 32, "grid: expected one to three positive numbers, got '4'"),
+        (None, 32, "grid: expected one to three positive numbers, got None"),
+        ((1, 1, 1, 1), 32, "grid: expected one to three"),
+    ):
+        with pytest.raises(LaunchError, match=message):
+            run.launch(grid, block, [x, x])
+    with pytest.raises(LaunchError, match="wave_blocks: expected an integer from 1 on, got -1"):
+        run.launch(1, 32, [x, x], wave_blocks=-1)  # no block would run
+    with pytest.raises(LaunchError, match="seed: expected an integer from 0 on, got -1"):
+        run.launch(1, 32, [x, x], seed=-1)
+    with pytest.raises(LaunchError, match="argument 1: expected an array of numbers, got one of object"):
+        run.launch(1, 32, [x, np.array([None] * 32)])
+    with pytest.raises(LaunchError, match="argument 1: expected a strided tensor on the CPU"):
+        run.launch(1, 32, [x, torch.eye(4).to_sparse()])
     with pytest.raises(KeyError, match="this module has test"):
         Module.from_ptx("\n.version 8.7\n.target sm_80\n.entry test() { ret; }")["other"]
