@@ -40,13 +40,11 @@ def _device(name: str) -> Any:
 
     try:
         return devices.find(name)
-    except ValueError:
-        near = difflib.get_close_matches(name.lower(), [d.lower() for d in devices.DEVICES], n=1)
+    except ValueError as error:
         known = {d.lower(): d for d in devices.DEVICES}
+        near = difflib.get_close_matches(name.lower(), known, n=1)
         hint = f" (did you mean {known[near[0]]}?)" if near else ""
-        raise ValueError(
-            f"--device: expected one of {', '.join(devices.DEVICES)}, got {name!r}{hint}"
-        ) from None
+        raise ValueError(f"--{error}{hint}") from None
 
 
 def _show(console: Console, path: Path, result: Any, advice: list[Any]) -> None:
@@ -54,9 +52,9 @@ def _show(console: Console, path: Path, result: Any, advice: list[Any]) -> None:
 
     group = result.cluster
     divided = f", models divided among {group.shards}" if group.shards > 1 else ""
-    title = f"{path} on {group.gpus} x {result.device.name}, {result.samples} a GPU at once{divided}"
+    title = f"{path} on {group.gpus} x {result.device.name}, {result.plan.samples} a GPU at once{divided}"
     console.print(f"Prediction for {title}", soft_wrap=True, highlight=False)
-    for line in result.assumed:
+    for line in result.plan.networks.assumed:
         console.print(f"  {line}", style="dim", soft_wrap=True, highlight=False)
     console.print()
 
@@ -115,11 +113,13 @@ def _verdict(result: Any) -> str:
 
 
 def _times(result: Any) -> list[tuple[str, str]]:
-    steps = result.recipe.steps
+    steps = result.plan.recipe.steps
     lines = [("student's update", f"{result.student_update:.1f} s")]
     if result.critic_update is not None:
         lines.append(("critic's update", f"{result.critic_update:.1f} s"))
-        lines.append((f"a step (one student's in {result.recipe.critic_updates})", f"{result.step:.1f} s"))
+        lines.append(
+            (f"a step (one student's in {result.plan.recipe.critic_updates})", f"{result.step:.1f} s")
+        )
     for count in dict.fromkeys((1000, steps)):
         lines.append((f"{count} steps", f"{result.days(count):.2f} days"))
     if result.fps is not None:
@@ -140,8 +140,8 @@ def _as_json(result: Any, advice: list[Any]) -> dict[str, Any]:
         "device": result.device.name,
         "gpus": result.cluster.gpus,
         "shards": result.cluster.shards,
-        "samples_at_once": result.samples,
-        "assumed": list(result.assumed),
+        "samples_at_once": result.plan.samples,
+        "assumed": list(result.plan.networks.assumed),
         "memory": {
             "fits": result.fits,
             "available": result.device.memory,

@@ -105,13 +105,17 @@ DEVICES = {
 
 
 def find(name: str) -> Device:
-    """A device by its name, case and spaces ignored ("rtx4090").
+    """A device by its name or a part that no other's has, case and spaces ignored ("rtx4090", "4090").
 
     Raises:
-        ValueError: an unknown one; the message lists the known ones.
+        ValueError: an unknown one, or a part of several; the message lists the known ones.
     """
-    wanted = "".join(name.split()).lower()
-    for device in DEVICES.values():
-        if "".join(device.name.split()).lower() == wanted:
-            return device
+    wanted, known = _plain(name), {_plain(each): device for each, device in DEVICES.items()}
+    matching = [device for each, device in known.items() if wanted in each]
+    if wanted in known or len(matching) == 1:
+        return known.get(wanted, matching[0])
     raise ValueError(f"device: expected one of {', '.join(DEVICES)}, got {name!r}")
+
+
+def _plain(name: str) -> str:
+    return "".join(name.split()).lower()

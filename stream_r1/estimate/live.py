@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from stream_r1.estimate.work import name_of, tensors_in
 
@@ -40,15 +39,14 @@ class _Begun(NamedTuple):
     at_peak: Counter[str]
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts fake tensors' storages while it is active.
+class LiveBytes:
+    """Counts the storages of the fake tensors that it sees made.
 
     Args:
         scratch: count what the attention's backward needs inside on a GPU.
     """
 
     def __init__(self, *, scratch: bool = False) -> None:
-        super().__init__()
         self.live: Counter[str] = Counter()
         self._part = "activations"
         self._scratch = scratch
@@ -75,7 +73,6 @@ class LiveBytes(TorchDispatchMode):
         return result, self.end(begun)
 
     def begin(self) -> _Begun:
-        """What `end` is to be given, for a reading from here on. Readings may hold others."""
         begun = _Begun(self.live.copy(), self._peak, self._at_peak)
         self._peak, self._at_peak = sum(self.live.values()), self.live.copy()
         return begun
@@ -93,10 +90,7 @@ class LiveBytes(TorchDispatchMode):
             self._peak, self._at_peak = total, self.live.copy()
             self._at_peak.update(reading.peak)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
+    def saw(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
         part = "working weights" if self._casts_weight(func, args) else self._part
         for x in tensors_in(result):
             if isinstance(x, FakeTensor) and _key(x) not in self._known:
@@ -106,9 +100,8 @@ class LiveBytes(TorchDispatchMode):
         if total > self._peak:
             self._peak, self._at_peak = total, self.live.copy()
             self._at_peak[self._part] += scratch
-        return result
 
-    def _casts_weight(self, func: Any, args: tuple[Any, ...]) -> bool:
+    def _casts_weight(self, func: Any, args: Sequence[Any]) -> bool:
         if func.overloadpacket is not torch.ops.aten._to_copy or not isinstance(args[0], FakeTensor):
             return False
         known = self._known.get(_key(args[0]))
@@ -133,7 +126,7 @@ def _less(a: Counter[str], b: Counter[str]) -> Bytes:
     return {part: a[part] - b[part] for part in a.keys() | b.keys() if a[part] != b[part]}
 
 
-def _attention_scratch(func: Any, args: tuple[Any, ...]) -> int:
+def _attention_scratch(func: Any, args: Sequence[Any]) -> int:
     """Of csrc/cuda/attention_bindings.cpp: float32 copies and gradients, and two matrices of scores."""
     name = name_of(func)
     if name == "stream_r1.cached_chunk_attention_backward":
@@ -150,29 +143,23 @@ def _attention_scratch(func: Any, args: tuple[Any, ...]) -> int:
     return 4 * batch * heads * (rows * width + scores)
 
 
-class ShapeNumbers(TorchDispatchMode):
+def call_with_numbers(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Within fake tensors, computes what depends on no fake tensor and is made of integers.
 
-    Models that reckon with sizes and places of tokens in tensors get numbers, not guesses. Enter it before
-    other modes.
+    Models that reckon with sizes and places of tokens in tensors get numbers, not guesses.
     """
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        tensors = tensors_in((*args, *kwargs.values()))
-        if tensors and not any(isinstance(x, FakeTensor) for x in tensors):
-            with unset_fake_temporarily():
-                return func(*args, **kwargs)
-        if func is torch.ops.aten.index.Tensor:
-            args = (args[0], _places(args[1]), *args[2:])
-        result = func(*args, **kwargs)
-        places = func.overloadpacket is torch.ops.aten.linspace
-        if not tensors and isinstance(result, Tensor) and (places or not result.is_floating_point()):
-            with unset_fake_temporarily():
-                return func(*args, **kwargs)
-        return result
+    tensors = tensors_in((*args, *kwargs.values()))
+    if tensors and not any(isinstance(x, FakeTensor) for x in tensors):
+        with unset_fake_temporarily():
+            return func(*args, **kwargs)
+    if func is torch.ops.aten.index.Tensor:
+        args = (args[0], _places(args[1]), *args[2:])
+    result = func(*args, **kwargs)
+    places = func.overloadpacket is torch.ops.aten.linspace
+    if not tensors and isinstance(result, Tensor) and (places or not result.is_floating_point()):
+        with unset_fake_temporarily():
+            return func(*args, **kwargs)
+    return result
 
 
 def _places(indices: list[Tensor | None]) -> list[Tensor | None]:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from stream_r1.estimate.live import LiveBytes
-from stream_r1.estimate.work import Counting
+from stream_r1.estimate.work import Watching
 from stream_r1.models.vae import VideoVAE
 
 Results = tuple[Tensor, ...]
@@ -19,8 +18,7 @@ Results = tuple[Tensor, ...]
 class Once:
     """A function that runs once for arguments of equal shapes.
 
-    Later calls give tensors like the first one's, and the `Counting` and `LiveBytes` around them, which have
-    to be those of the first one's kinds, take what that call took for theirs.
+    Later calls give tensors like the first one's, and watchers are told that it happened again.
 
     Args:
         function: of tensors and plain values, without a graph; its results share no memory.
@@ -28,22 +26,23 @@ class Once:
 
     def __init__(self, function: Callable[..., Results]) -> None:
         self._function = function
-        self._known: dict[Any, tuple[list[Any], list[Any]]] = {}  # by arguments: results, what it took
+        self._known: dict[
+            Any, tuple[list[Any], list[Any]]
+        ] = {}  # by watchers and arguments: results, what was seen
 
     def __call__(self, *args: Any) -> Results:
-        key = tuple(_like(x) if isinstance(x, Tensor) else x for x in args)
-        around: list[Any] = [
-            m for m in _get_current_dispatch_mode_stack() if isinstance(m, Counting | LiveBytes)
-        ]
+        modes = _get_current_dispatch_mode_stack()
+        around = [watcher for mode in modes if isinstance(mode, Watching) for watcher in mode.watchers]
+        key = (*map(type, around), *(_like(x) if isinstance(x, Tensor) else x for x in args))
         if key not in self._known:
-            begun = [mode.begin() for mode in around]
+            begun = [watcher.begin() for watcher in around]
             results = self._function(*args)
-            taken = [mode.end(begin) for mode, begin in zip(around, begun, strict=True)]
+            taken = [watcher.end(start) for watcher, start in zip(around, begun, strict=True)]
             self._known[key] = [_like(x) for x in results], taken
             return results
         likes, taken = self._known[key]
-        for mode, took in zip(around, taken, strict=True):
-            mode.again(took)
+        for watcher, took in zip(around, taken, strict=True):
+            watcher.again(took)
         return tuple(torch.empty_strided(size, stride, dtype=dtype) for size, stride, dtype in likes)
 
 

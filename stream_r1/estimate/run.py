@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from stream_r1.estimate.live import Bytes, LiveBytes, ShapeNumbers
+from stream_r1.estimate.live import Bytes, LiveBytes, call_with_numbers
 from stream_r1.estimate.plan import Plan, Role
 from stream_r1.estimate.streaming import as_on
-from stream_r1.estimate.work import Work, count, fake_tensors, grown_work
+from stream_r1.estimate.work import Counting, Watching, Work, fake_tensors, grown_work
 
 T = TypeVar("T")
 
@@ -64,29 +64,29 @@ class Run:
         self.plan = plan
         self.phases: list[Phase] = []
         self.fake = stack.enter_context(fake_tensors())
-        stack.enter_context(ShapeNumbers())
+        self._watching = stack.enter_context(Watching(call=call_with_numbers))
         if plan.device is not None:
             stack.enter_context(as_on(plan.device))
         # A GPU does not have oneDNN's convolutions, and neither do fake tensors.
         with warnings.catch_warnings(action="ignore"):  # of GPUs by Intel
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-        self.live = LiveBytes(scratch=plan.on_gpu)
-        self._stack = stack
+        self.live, self._counting = LiveBytes(scratch=plan.on_gpu), Counting()
 
     def begin(self, *modules: Any) -> None:
         """Follows memory from here on; the modules' weights are counted elsewhere."""
         for module in modules:
             for tensor in (*module.parameters(), *module.buffers()):
                 self.live.ignore(tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor))
-        self._stack.enter_context(self.live)
+        self._watching.watchers += [self.live, self._counting]
 
     def phase(
         self, name: str, role: Role | None, run: Callable[[], T], part: str = "activations", **more: Any
     ) -> T:
-        results: list[T] = []
-        work, reading = self.live.read(lambda: count(lambda: results.append(run())), part)
-        self.phases.append(Phase(name, role, reading.peak, reading.after, tuple(work), **more))
-        return results.pop()
+        begun = self._counting.begin()
+        result, reading = self.live.read(run, part)
+        work = tuple(self._counting.as_work(self._counting.end(begun)))
+        self.phases.append(Phase(name, role, reading.peak, reading.after, work, **more))
+        return result
 
     def precision(self) -> torch.autocast:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.plan.half)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from stream_r1.estimate import roofline
 from stream_r1.estimate.devices import Device
@@ -16,7 +17,7 @@ from stream_r1.estimate.networks import read_networks
 from stream_r1.estimate.phases import training_phases
 from stream_r1.estimate.plan import Plan, Role, roles
 from stream_r1.estimate.run import Phase
-from stream_r1.estimate.streaming import ChunkWork, chunk_work
+from stream_r1.estimate.streaming import chunk_work
 from stream_r1.recipe import InitRecipe, Recipe
 
 CONTEXT = 1.5e9  # bytes of CUDA's context, libraries' workspaces and NCCL's buffers
@@ -30,23 +31,31 @@ class Estimate:
 
     Attributes:
         moments: every phase of a step when it needs most.
-        assumed: models that were not there, and what they were taken for.
         student_update, critic_update: None where a step has none.
         step: the mean one.
-        fps: of a stream of the student, all in bfloat16, end to end and without decoding; None without a
-            window, whose chunks are never alike, and for starts.
     """
 
-    recipe: Recipe | InitRecipe
+    plan: Plan
     device: Device
     cluster: Cluster
-    samples: int
     moments: tuple[Moment, ...]
-    assumed: tuple[str, ...]
     student_update: float
     critic_update: float | None
     step: float
-    fps: tuple[float, float] | None
+
+    @cached_property
+    def fps(self) -> tuple[float, float] | None:
+        """Of a stream of the student, all in bfloat16, end to end and without decoding.
+
+        None without a window, whose chunks are never alike, and for starts. Counted when it is asked for.
+        """
+        networks, size = self.plan.networks, self.plan.recipe.rollout
+        student = networks.student.config
+        if networks.vae is None or student.get("window_frames") is None:
+            return None
+        work = chunk_work(student, networks.vae, (size.height, size.width), size.steps, self.device)
+        denoising, _ = work.seconds(self.device)
+        return work.fps(self.device), work.frames / denoising
 
     @property
     def worst(self) -> Moment:
@@ -94,22 +103,17 @@ def estimate(recipe: Recipe | InitRecipe, device: Device, gpus: int) -> Estimate
         updates = -(-(recipe.steps - recipe.critic_warmup) // recipe.critic_updates)
         step = critic + student * updates / recipe.steps
     return Estimate(
-        recipe,
+        plan,
         device,
         group,
-        plan.samples,
         tuple(moments(plan, phases, group.shards)),
-        plan.networks.assumed,
         student,
         critic if isinstance(recipe, Recipe) else None,
         step,
-        _fps(plan, device),
     )
 
 
-# By all that they depend on: advice asks for the same ones again.
-_known: dict[str, list[Phase]] = {}
-_known_chunks: dict[str, ChunkWork] = {}
+_known: dict[str, list[Phase]] = {}  # by all that they depend on: advice asks for the same ones again
 
 
 def _phases(plan: Plan) -> list[Phase]:
@@ -119,18 +123,6 @@ def _phases(plan: Plan) -> list[Phase]:
     if key not in _known:
         _known[key] = training_phases(plan)
     return _known[key]
-
-
-def _fps(plan: Plan, device: Device) -> tuple[float, float] | None:
-    student, size = plan.networks.student.config, plan.recipe.rollout
-    if plan.networks.vae is None or student.get("window_frames") is None:
-        return None
-    asked = (student, plan.networks.vae, (size.height, size.width), size.steps, device)
-    if (key := repr(asked)) not in _known_chunks:
-        _known_chunks[key] = chunk_work(*asked)
-    work = _known_chunks[key]
-    denoising, _ = work.seconds(device)
-    return work.fps(device), work.frames / denoising
 
 
 @dataclass(frozen=True)

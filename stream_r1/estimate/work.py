@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,8 @@ def cast(model: Module, dtype: torch.dtype) -> Module:
 
 def count(run: Callable[[], object]) -> list[Work]:
     """What `run` does, most expensive first in flops and then bytes. Call it within `fake_tensors()`."""
-    with Counting() as counting:
+    counting = Counting()
+    with Watching(counting):
         run()
     return counting.work()
 
@@ -132,40 +133,76 @@ def name_of(func: Any) -> str:
     return str(func.overloadpacket)
 
 
-class Counting(TorchDispatchMode):
-    """Counts ops while it is active."""
+class Watcher(Protocol):
+    """Sees every op that runs, and can be told that what it saw in between happened once more."""
+
+    def saw(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None: ...
+
+    def begin(self) -> Any:
+        """What `end` is to be given, for what is seen from here on."""
+        ...
+
+    def end(self, begun: Any) -> Any:
+        """What was seen since, for `again`."""
+        ...
+
+    def again(self, taken: Any) -> None: ...
+
+
+def _call(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    return func(*args, **kwargs)
+
+
+class Watching(TorchDispatchMode):
+    """Shows ops to watchers while it is active: one mode for all, as each costs as much as an op.
+
+    Args:
+        call: runs an op.
+    """
+
+    def __init__(self, *watchers: Watcher, call: Callable[..., Any] = _call) -> None:
+        super().__init__()
+        self.watchers = list(watchers)
+        self._call = call
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = self._call(func, args, kwargs)
+        for watcher in self.watchers:
+            watcher.saw(func, args, kwargs, result)
+        return result
+
+
+class Counting:
+    """Counts ops."""
 
     def __init__(self) -> None:
-        super().__init__()
         self._seen: _Calls = Counter()
 
     def work(self) -> list[Work]:
-        return _ordered(Work(*call, calls=calls) for call, calls in self._seen.items())
+        return self.as_work(self._seen)
+
+    @staticmethod
+    def as_work(calls: _Calls) -> list[Work]:
+        return _ordered(Work(*call, calls=n) for call, n in calls.items())
 
     def begin(self) -> _Calls:
-        """What `end` is to be given, for what is counted from here on."""
         return self._seen.copy()
 
     def end(self, begun: _Calls) -> _Calls:
         return self._seen - begun
 
     def again(self, taken: _Calls) -> None:
-        """Counts once more what was counted between a `begin` and an `end`."""
         self._seen.update(taken)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+    def saw(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
         moved = _bytes(func, args, kwargs, result)
         if moved:
-            dtype = next(
-                x.dtype for value in (result, args, list(kwargs.values())) for x in tensors_in(value)
-            )
+            dtype = next(x.dtype for value in (result, args, *kwargs.values()) for x in tensors_in(value))
             engine, flops = _arithmetic(func, args, kwargs, result)
             self._seen[name_of(func), engine, dtype, flops, moved] += 1
-        return result
 
 
 @dataclass(frozen=True)

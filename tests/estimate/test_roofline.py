@@ -58,7 +58,14 @@ def test_resident_blocks(size: KernelSize, blocks: int) -> None:
     assert size.occupancy(H100) == blocks * size.threads / 2048
 
 
-def test_devices_by_name() -> None:
-    assert devices.find("rtx4090").name == "RTX 4090"
-    with pytest.raises(ValueError, match="expected one of A100, H100, H200, RTX 4090, B200, got 'V100'"):
-        devices.find("V100")
+@pytest.mark.parametrize(
+    ("name", "device"), [("rtx4090", "RTX 4090"), ("4090", "RTX 4090"), ("h 100", "H100"), ("b2", "B200")]
+)
+def test_devices_by_name(name: str, device: str) -> None:
+    assert devices.find(name).name == device
+
+
+@pytest.mark.parametrize("name", ["V100", "100", "", "H100 80"])
+def test_no_name_or_several(name: str) -> None:
+    with pytest.raises(ValueError, match=f"expected one of A100, H100, H200, RTX 4090, B200, got '{name}'"):
+        devices.find(name)

@@ -22,7 +22,7 @@ def published() -> Estimate:
 
 def test_the_published_setting_fits_eight_gpus_of_80_gb(published: Estimate) -> None:
     assert published.fits
-    assert published.samples == 1
+    assert published.plan.samples == 1
     parts = published.worst.parts
     assert parts["weights"] == pytest.approx((2 * STUDENT + TEACHER) * 4 / 8, rel=0.02)
     assert parts["optimizer"] == pytest.approx(2 * STUDENT * 8 / 8, rel=0.02)
@@ -106,8 +106,8 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (
-            [WAN, "--device", "h10"],
-            "--device: expected one of A100, H100, H200, RTX 4090, B200, got 'h10' (did",
+            [WAN, "--device", "h101"],
+            "--device: expected one of A100, H100, H200, RTX 4090, B200, got 'h101' (did",
         ),
         ([WAN, "--gpus", "0"], "--gpus: expected at least 1, got 0"),
         ([WAN, "--gpus", "12"], "batch: expected a multiple of 12 GPUs x accumulation 8, got 64"),

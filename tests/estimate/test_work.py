@@ -10,6 +10,7 @@ from stream_r1.estimate.devices import DEVICES
 from stream_r1.estimate.live import LiveBytes, Reading
 from stream_r1.estimate.once import AlikePieces
 from stream_r1.estimate.work import (
+    Watching,
     Work,
     cast,
     count,
@@ -171,7 +172,7 @@ def test_alike_pieces_are_decoded_once_and_counted_each_time() -> None:
             live, latents = LiveBytes(), torch.zeros(1, 5, 16, 60, 104)  # of which one frame is a piece
             for tensor in (*vae.parameters(), *vae.buffers(), latents):
                 live.ignore(mode.from_tensor(tensor))
-            with live:
+            with Watching(live):
                 whole, reading = live.read(lambda: count(lambda: vae.decode(latents)))
             decoder = vae.stream_decoder(1)
             first, second = (count(lambda: decoder.decode(latents[:, :3])) for _ in range(2))
