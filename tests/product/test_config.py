@@ -114,9 +114,13 @@ def test_files_that_are_no_recipes(tmp_path, text, told):
         ("critic_warmup=100000", "the generator would never learn"),
         ("student.lr=0", "student.lr: expected greater than 0, got 0"),
         ("student.lr=.inf", "student.lr"),
+        ("models.text=UMT5", "models.text: expected embeddings of 384 numbers .* got 24 of"),
     ],
 )
-def test_the_tiny_recipe_refuses_what_cannot_work(override, told):
+def test_the_tiny_recipe_refuses_what_cannot_work(override, told, tmp_path):
+    (tmp_path / "text_encoder").mkdir()
+    (tmp_path / "text_encoder" / "config.json").write_text('{"d_model": 24}')
+    override = override.replace("UMT5", str(tmp_path))
     with pytest.raises(SettingsError, match=told.replace("?", r"\?")):
         recipe.load(ROOT / "recipes/tiny/stream-r1.yaml", [override])
 
