@@ -64,7 +64,10 @@ def test_info_of_machine_models_and_recipe(world, tmp_path, capsys):
         assert part in shown
     assert run("info", tmp_path) == 2
     assert run("info", tmp_path / "nowhere") == 2
+    (tmp_path / "cut.safetensors").write_bytes((world / "reference.safetensors").read_bytes()[:100])
+    assert run("info", tmp_path / "cut.safetensors") == 2
     shown = capsys.readouterr().err
+    assert "cut.safetensors: not a readable .safetensors file" in shown
     assert "neither a model folder" in shown
     assert "nowhere: no such file or folder" in shown
 
