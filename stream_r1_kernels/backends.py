@@ -57,8 +57,10 @@ def _load_extension() -> str | None:
     """Register the compiled ops; returns why that was not possible, or None."""
     found = sorted(_FOLDER.glob("_C*.so"))
     record = read_build_record()
-    if not found or record is None:
+    if not found:
         return "the compiled extension is not built: run `pip install -e .` (or install a wheel)"
+    if record is None:
+        return f"the compiled extension's {found[0].parent / '_build.json'} is missing: build it again"
     if _public(record["torch"]) != _public(torch.__version__):
         return (
             f"the compiled extension was built against torch {record['torch']} but torch {torch.__version__} "

@@ -32,7 +32,9 @@ def _machine(console: Console) -> None:
     for name in _PACKAGES:
         table.add_row(name, _version(name))
     table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    table.add_row("cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads, ISA {_isa()}")
+    table.add_row(
+        "cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch's own kernels {_isa()}"
+    )
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     table.add_row("gpu", ", ".join(gpus) or "none that torch can use")
     console.print(table)

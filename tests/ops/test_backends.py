@@ -73,6 +73,16 @@ def test_a_build_against_another_torch_is_explained(monkeypatch: pytest.MonkeyPa
     assert f"torch {torch.__version__} is running" in why
 
 
+def test_an_extension_without_its_record_is_explained(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_FOLDER", tmp_path)
+    assert backends._load_extension() == (
+        "the compiled extension is not built: run `pip install -e .` (or install a wheel)"
+    )
+    (tmp_path / "_C.abi3.so").touch()
+    why = backends._load_extension()
+    assert why == f"the compiled extension's {tmp_path / '_build.json'} is missing: build it again"
+
+
 def test_info_says_what_is_built_and_what_is_left_out() -> None:
     report = info.describe()
     assert f"against torch {torch.__version__.split('+')[0]}" in report
