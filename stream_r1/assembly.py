@@ -157,6 +157,7 @@ def write_ode_pairs(recipe: InitRecipe, ranks: Ranks | None = None) -> Iterator[
         precision=recipe.precision,
         data=_pairs_data(recipe, prompts),
         share=(ranks.rank, ranks.size),
+        agree=ranks.from_first,
     )
 
 

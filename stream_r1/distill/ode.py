@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -163,8 +163,9 @@ def make_ode_pairs(
     precision: Precision = "float32",
     data: str = "",
     share: tuple[int, int] = (0, 1),
+    agree: Callable[[list[int]], list[int]] = list,
 ) -> Iterator[int]:
-    """Writes trajectories to `folder`, `batch` to a file, and yields how many there are after each.
+    """Writes trajectories to `folder`, `batch` to a file, and yields after each the number of its last.
 
     Files that are there are kept, so a broken-off call is continued by the same call; a folder made with
     other settings is refused. Pair i has text i modulo P and noise that depends on `seed` and i alone.
@@ -177,8 +178,9 @@ def make_ode_pairs(
         dtype: of the trajectories on disk.
         precision: that the teacher computes in; the solver's sums are float32.
         data: tells other texts from these.
-        share: (which, of how many): write only every so many-th file; processes that share the work make the
-            files that one would make.
+        share: (which, of how many): write only every so many-th of the missing files; processes that share
+            the work make the files that one would make.
+        agree: gives processes that share the work the first one's list of what is missing.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -195,32 +197,32 @@ def make_ode_pairs(
         "shift": schedule.shift,
         "data": data,
     }
+    files = {start: folder / f"pairs-{start:06d}.safetensors" for start in range(0, pairs, batch)}
+    counts = {start: min(batch, pairs - start) for start in files}
     which, shares = share
-    for start in range(which * batch, pairs, shares * batch):
-        path = folder / f"pairs-{start:06d}.safetensors"
-        count = min(batch, pairs - start)
-        if _pairs_in(path, settings) < count:
-            index = torch.arange(start, start + count)
-            noise = SampleNoise([seed * 1_000_003 + i for i in index.tolist()], device).randn(*latent_shape)
-            words = text[index % len(text)].to(device, torch.float32)
-            with computing_in(precision, device):
-                found = ode_pairs(
-                    teacher,
-                    words,
-                    noise,
-                    negative=negative,
-                    schedule=schedule,
-                    steps=steps,
-                    solver_steps=solver_steps,
-                    guidance=guidance,
-                    order=order,
-                )
-            partial = path.with_suffix(".partial")
-            tensors = {"trajectories": found.to("cpu", dtype).contiguous(), "text_index": index % len(text)}
-            tensors["timesteps"] = torch.tensor(schedule.denoising_steps(steps))
-            save_file(tensors, partial, metadata={"settings": json.dumps(settings)})
-            os.replace(partial, path)
-        yield start + count
+    missing = agree([start for start, path in files.items() if _pairs_in(path, settings) < counts[start]])
+    for start in missing[which::shares]:
+        index = torch.arange(start, start + counts[start])
+        noise = SampleNoise([seed * 1_000_003 + i for i in index.tolist()], device).randn(*latent_shape)
+        words = text[index % len(text)].to(device, torch.float32)
+        with computing_in(precision, device):
+            found = ode_pairs(
+                teacher,
+                words,
+                noise,
+                negative=negative,
+                schedule=schedule,
+                steps=steps,
+                solver_steps=solver_steps,
+                guidance=guidance,
+                order=order,
+            )
+        partial = files[start].with_suffix(".partial")
+        tensors = {"trajectories": found.to("cpu", dtype).contiguous(), "text_index": index % len(text)}
+        tensors["timesteps"] = torch.tensor(schedule.denoising_steps(steps))
+        save_file(tensors, partial, metadata={"settings": json.dumps(settings)})
+        os.replace(partial, files[start])
+        yield start + counts[start]
 
 
 def _pairs_in(path: Path, settings: dict[str, Any]) -> int:

@@ -192,6 +192,18 @@ def test_making_pairs_goes_on_where_it_broke_off(tmp_path: Path) -> None:
         load_ode_pairs(tmp_path / "broken", text)
 
 
+def test_processes_share_what_is_missing(tmp_path: Path) -> None:
+    """Not one process all that one left behind, while the others wait until they give up."""
+    make(tmp_path, 6, batch=1)
+    files = sorted(tmp_path.iterdir())
+    before = [path.read_bytes() for path in files]
+    for path in files[::2]:
+        path.unlink()
+    assert make(tmp_path, 6, batch=1, share=(0, 2)) == [1, 5]
+    assert make(tmp_path, 6, batch=1, share=(1, 2), agree=lambda _: [0, 2, 4]) == [3]
+    assert [path.read_bytes() for path in files] == before
+
+
 def test_pairs_are_made_in_the_precision_asked_for(tmp_path: Path) -> None:
     """A teacher's matmuls in bfloat16, the solver's sums in float32: near the float32 trajectories, not on
     a grid of bfloat16.
