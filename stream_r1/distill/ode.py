@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from stream_r1.distill.initialise import per_chunk
 from stream_r1.distill.noise import SampleNoise
 from stream_r1.distill.precision import Precision, computing_in
 from stream_r1.models.transformer import CausalWanTransformer
+from stream_r1.models.weight_files import CheckpointError
 from stream_r1.schedule import FlowSchedule
 
 
@@ -103,7 +105,7 @@ class StoredTrajectories:
         self.files, self.state = list(files), state
         shapes = []
         for path in self.files:
-            with safe_open(path, framework="pt") as file:
+            with _opened(path) as file:
                 shapes.append(file.get_slice("trajectories").get_shape())
         other = next((i for i, shape in enumerate(shapes) if shape[1:] != shapes[0][1:]), None)
         if other is not None:
@@ -129,7 +131,7 @@ class StoredTrajectories:
         return StoredTrajectories(self.files, state % self.shape[1])
 
     def _read(self, path: Path, row: int) -> Tensor:
-        with safe_open(path, framework="pt") as file:
+        with _opened(path) as file:
             stored = file.get_slice("trajectories")
             out: Tensor = stored[row] if self.state is None else stored[row, self.state]
             return out
@@ -229,16 +231,31 @@ def _pairs_in(path: Path, settings: dict[str, Any]) -> int:
     """How many pairs a file holds, 0 if it is not there. Raises ValueError if it was made otherwise."""
     if not path.exists():
         return 0
-    with safe_open(path, framework="pt") as file:
-        made_with = json.loads(file.metadata()["settings"])
-        differing = [name for name, value in settings.items() if made_with.get(name) != value]
-        if differing:
-            told = [f"{name} = {made_with.get(name)!r}, this is {settings[name]!r}" for name in differing]
-            raise ValueError(
-                f"make_ode_pairs: folder: {path} was made with {'; '.join(told)}: "
-                "name another folder or remove it"
+    try:
+        with _opened(path) as file:
+            made_with, count = (
+                json.loads(file.metadata()["settings"]),
+                file.get_slice("text_index").get_shape()[0],
             )
-        return file.get_slice("text_index").get_shape()[0]
+    except CheckpointError:
+        return 0  # damaged: it is written again
+    differing = [name for name, value in settings.items() if made_with.get(name) != value]
+    if differing:
+        told = [f"{name} = {made_with.get(name)!r}, this is {settings[name]!r}" for name in differing]
+        raise ValueError(
+            f"make_ode_pairs: folder: {path} was made with {'; '.join(told)}: "
+            "name another folder or remove it"
+        )
+    return count
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a readable file of trajectories: {error}") from None
 
 
 def load_ode_pairs(folder: Path | str, text: Tensor, *, data: str = "") -> OdePairs:
@@ -248,13 +265,14 @@ def load_ode_pairs(folder: Path | str, text: Tensor, *, data: str = "") -> OdePa
     Raises:
         FileNotFoundError: nothing is there.
         ValueError: a file was made of other texts.
+        CheckpointError: a file can't be read.
     """
     paths = sorted(Path(folder).glob("pairs-*.safetensors"))
     if not paths:
         raise FileNotFoundError(f"load_ode_pairs: no pairs-*.safetensors in {folder}")
     indices = []
     for path in paths:
-        with safe_open(path, framework="pt") as file:
+        with _opened(path) as file:
             made_with = json.loads(file.metadata()["settings"])
             indices.append(file.get_tensor("text_index"))
             timesteps = file.get_tensor("timesteps")
@@ -267,7 +285,7 @@ def texts_used(folder: Path | str) -> int:
     """How many texts, the first ones, the trajectories in a folder need."""
     most = 0
     for path in Path(folder).glob("pairs-*.safetensors"):
-        with safe_open(path, framework="pt") as file:
+        with _opened(path) as file:
             most = max(most, int(file.get_tensor("text_index").max()) + 1)
     return most
 

@@ -192,6 +192,20 @@ def test_making_pairs_goes_on_where_it_broke_off(tmp_path: Path) -> None:
         load_ode_pairs(tmp_path / "broken", text)
 
 
+def test_a_damaged_file_is_named_and_made_again(tmp_path: Path) -> None:
+    make(tmp_path, 4)
+    path = tmp_path / "pairs-000002.safetensors"
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:100], whole[:-10]):
+        path.write_bytes(damaged)
+        with pytest.raises(
+            ValueError, match=r"pairs-000002\.safetensors: not a readable file of trajectories"
+        ):
+            load_ode_pairs(tmp_path, torch.zeros(2, 8, 16))
+        assert make(tmp_path, 4) == [4]
+        assert path.read_bytes() == whole
+
+
 def test_processes_share_what_is_missing(tmp_path: Path) -> None:
     """Not one process all that one left behind, while the others wait until they give up."""
     make(tmp_path, 6, batch=1)
