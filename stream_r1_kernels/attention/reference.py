@@ -25,7 +25,7 @@ def dense_attention(
     if visible is not None:
         scores = scores.masked_fill(~visible, float("-inf"))
     lse = scores.logsumexp(-1)  # [B, H, T]
-    weights = (scores - lse.masked_fill(lse.isinf(), 0.0)[..., None]).exp()
+    weights = (scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp()
     return torch.einsum("bhqk,bkhd->bqhd", weights, v.to(exact)).to(q.dtype), lse
 
 

@@ -220,12 +220,18 @@ def test_large_scores_do_not_overflow_and_no_key_gives_zeros() -> None:
         assert (torch.autograd.grad(out.sum(), q)[0] == 0).all()
 
 
-def test_not_a_number_is_not_hidden() -> None:
-    q, k, v = torch.randn(3, 1, 20, 2, 16).unbind(0)
-    k[0, 7, 1, 3] = math.nan
-    out = cached_chunk_attention(q, k, v, None)
-    assert out[:, :, 1].isnan().all()
-    assert not out[:, :, 0].isnan().any()
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_is_not_hidden(bad: float, backend: str) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.rand(1, 40, 2, 16) for _ in range(3))  # q > 0: the scores of an infinite key are inf
+    k[0, 7, 1, 3] = bad
+    for out in (
+        cached_chunk_attention(q, k, v, None, backend=backend),
+        chunk_attention(q, k, v, ChunkMask(8, 5), backend=backend),
+    ):
+        assert out[:, :, 1].isnan().all()
+        assert not out[:, :, 0].isnan().any()
 
 
 def test_gradients_that_would_be_lost_are_refused() -> None:
