@@ -21,9 +21,11 @@ from stream_r1.config import SettingsError
 from stream_r1.distill.settings import LoopSettings
 from stream_r1.estimate.live import Bytes
 from stream_r1.estimate.networks import (
+    Config,
     Network,
     make_reward,
     make_vae,
+    remembered,
     reward_layers,
     text_bytes,
 )
@@ -90,6 +92,7 @@ def shard_of(shape: Sequence[int], shards: int) -> int:
     return -(-shape[0] // shards) * math.prod(shape[1:])
 
 
+@remembered
 def sizes(network: Network, shards: int) -> Sizes:
     """Of a network that so many ranks divide."""
     named = [(name, p.shape, p.requires_grad) for name, p in network.make(1).named_parameters()]
@@ -128,13 +131,8 @@ def resident(plan: Plan, networks: Mapping[Role, Sizes]) -> Bytes:
     parts["average"] = 4 * networks["student"].trained
     if isinstance(recipe, Recipe):
         named = plan.networks
-        config, layers = named.reward or {}, reward_layers(named.reward or {})
-        if config["type"] == "film":
-            parts["reward"] = _module_bytes(make_reward(config, layers, plan.on_gpu)) + text_bytes(None)
-        with fake_tensors():
-            if config["type"] != "film":
-                parts["reward"] = _module_bytes(make_reward(config, layers, plan.on_gpu))
-            parts["autoencoder"] = _module_bytes(make_vae(named.vae or {}))
+        parts["reward"] = _reward_bytes(named.reward or {}, plan.on_gpu)
+        parts["autoencoder"] = _vae_bytes(named.vae or {})
         parts["text encoder"] = _embeddings(plan)
         if named.text is None or recipe.text.cache is None:
             parts["text encoder"] += text_bytes(named.text, _text_dtype(plan))
@@ -161,6 +159,21 @@ def _before(plan: Plan) -> list[Moment]:
     if plan.networks.text is None or not alone:
         return []
     return [Moment("start: prompts", {"text encoder": text_bytes(plan.networks.text, _text_dtype(plan))})]
+
+
+@remembered
+def _reward_bytes(config: Config, on_gpu: bool) -> int:
+    layers = reward_layers(config)
+    if config["type"] == "film":  # of real weights
+        return _module_bytes(make_reward(config, layers, on_gpu)) + text_bytes(None)
+    with fake_tensors():
+        return _module_bytes(make_reward(config, layers, on_gpu))
+
+
+@remembered
+def _vae_bytes(config: Config) -> int:
+    with fake_tensors():
+        return _module_bytes(make_vae(config))
 
 
 def _module_bytes(module: Any) -> int:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -24,6 +26,7 @@ from stream_r1.recipe import InitRecipe, Recipe, locate
 from stream_r1.rewards.base import Reward
 
 Config = dict[str, Any]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Published sizes of Wan 2.1 (2503.20314), by what folders' names hold.
 PUBLISHED: dict[str, Config] = {
@@ -53,6 +56,20 @@ QWEN: Config = {
     "vision_config": {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "hidden_size": 1536},
 }
 INSTRUCTION = 600  # tokens around the video, taken for the published instruction and a prompt
+
+
+def remembered(function: Function) -> Function:
+    """Remembers results by what arguments look like: configurations are dictionaries, and can't be keys."""
+    known: dict[str, Any] = {}
+
+    @wraps(function)
+    def remembering(*args: Any) -> Any:
+        key = repr(args)
+        if key not in known:
+            known[key] = function(*args)
+        return known[key]
+
+    return cast(Function, remembering)
 
 
 @dataclass(frozen=True)
@@ -172,6 +189,7 @@ def make_vae(config: Config) -> AlikePieces:
     return AlikePieces(AutoencoderKLWan(**config))
 
 
+@remembered
 def text_bytes(config: Config | None, dtype: torch.dtype = torch.float32) -> int:
     """Bytes of the text encoder's weights."""
     from transformers import BertConfig, BertModel, UMT5Config, UMT5EncoderModel

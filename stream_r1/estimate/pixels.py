@@ -18,8 +18,8 @@ _known: dict[str, list[Phase]] = {}  # by all that they depend on: advice asks f
 
 def pixel_phases(plan: Plan) -> list[Phase]:
     """Of the student's update, with the reward's layers reckoned from shallow stacks."""
-    named = plan.networks
-    key = repr((plan.latents, named.vae, named.reward, plan.settings.weighting, plan.device))
+    named, capability = plan.networks, plan.device and plan.device.capability
+    key = repr((plan.latents, named.vae, named.reward, plan.settings.weighting, capability))
     if key not in _known:
         _known[key] = [_decode(plan), _reward(plan)]
     return _known[key]

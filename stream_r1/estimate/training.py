@@ -117,9 +117,22 @@ _known: dict[str, list[Phase]] = {}  # by all that they depend on: advice asks f
 
 
 def _phases(plan: Plan) -> list[Phase]:
-    apart = {"batch", "accumulation", "distributed", "steps", "prompts", "text", "out", "watch"}
-    asked = (plan.samples, plan.narrow, plan.keeps_gradients, plan.device)
-    key = f"{plan.recipe.model_dump(exclude=apart)} {asked}"
+    apart = {
+        "batch",
+        "accumulation",
+        "distributed",
+        "steps",
+        "prompts",
+        "text",
+        "out",
+        "watch",
+        "models",
+        "reward",
+    }
+    n, settings = plan.networks, plan.recipe.model_dump(exclude=apart)
+    capability = plan.device and plan.device.capability
+    asked = (n.student, n.teacher, n.critic, n.vae, n.reward, plan.samples, plan.narrow, plan.keeps_gradients)
+    key = repr((settings, capability, *asked))
     if key not in _known:
         _known[key] = training_phases(plan)
     return _known[key]

@@ -1,18 +1,22 @@
 """Whole estimates: the published setting, a GPU that is too small, and what the command says."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from stream_r1 import recipe
 from stream_r1.cli import main
-from stream_r1.estimate.advice import advise, changed, larger
-from stream_r1.estimate.devices import DEVICES
+from stream_r1.estimate.advice import Change, advise, changed, larger
+from stream_r1.estimate.devices import DEVICES, Device
 from stream_r1.estimate.training import Estimate, estimate
 
 WAN = "recipes/wan2.1-1.3b/stream-r1.yaml"
+TINY = "recipes/tiny/stream-r1.yaml"
+SMALL = ["rollout={frames: 3, gradient_checkpointing: true}", "batch=1"]
 STUDENT, TEACHER = 1.42e9, 14.3e9  # weights of Wan 2.1 1.3B and 14B
+ENCODER = 5.68e9  # of UMT5-XXL's encoder
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +34,12 @@ def test_the_published_setting_fits_eight_gpus_of_80_gb(published: Estimate) -> 
 
 
 def test_umt5_is_there_while_prompts_are_encoded_and_stays_only_without_a_folder(published: Estimate) -> None:
-    encoder = 5.68e9  # weights of UMT5-XXL's encoder
     embeddings = 1024 * 100 * 4096
     before = next(moment for moment in published.moments if moment.phase == "start: prompts")
-    assert before.parts == {"text encoder": pytest.approx(2 * encoder, rel=0.01)}
+    assert before.parts == {"text encoder": pytest.approx(2 * ENCODER, rel=0.01)}
     assert published.worst.parts["text encoder"] == 2 * embeddings
     kept = estimate(recipe.load(WAN, ["text={dtype: float32, cache: null}"]), DEVICES["A100"], 8)
-    assert kept.worst.parts["text encoder"] == pytest.approx(4 * (encoder + embeddings), rel=0.01)
+    assert kept.worst.parts["text encoder"] == pytest.approx(4 * (ENCODER + embeddings), rel=0.01)
     assert all(moment.phase != "start: prompts" for moment in kept.moments)
 
 
@@ -58,21 +61,47 @@ def test_frames_a_second_are_those_of_the_page_on_gpus(published: Estimate) -> N
     assert row.split(" | ")[-2:] == [shown[0], f"{shown[1]} |\n"]
 
 
-def test_one_gpu_of_24_gb_does_not_and_hears_what_to_change() -> None:
-    short = recipe.load(WAN, ["rollout={frames: 3, height: 16, width: 16}", "batch=2", "accumulation=2"])
-    device = DEVICES["RTX 4090"]
-    before = estimate(short, device, 1)
+def advised(settings: recipe.Recipe, device: Device) -> tuple[Estimate, list[Change]]:
+    before = estimate(settings, device, 1)
     assert not before.fits
-    changes = advise(short, device, 1, before)
-    named = {override.partition("=")[0] for change in changes for override in change.overrides}
-    assert {"student.lora", "critic.lora"} <= named
+    changes = advise(settings, device, 1, before)
     totals = [before.total, *(change.result.total for change in changes)]
     assert totals == sorted(totals, reverse=True)
-    assert larger(90e9, device) == ["H200", "B200"]
+    assert [change.result.fits for change in changes[:-1]] == [False] * (len(changes) - 1)
+    return before, changes
+
+
+def test_one_gpu_of_24_gb_does_not_and_hears_what_to_change() -> None:
+    small = ["models={teacher: weights/1.3B, reward: assets/tiny/reward, text: minilm}", "batch=2"]
+    small += ["rollout={frames: 3, height: 16, width: 16}", "reward.fps=null", "accumulation=2"]
+    small += ["stream.window_frames=6"]
+    _, changes = advised(recipe.load(WAN, small), DEVICES["RTX 4090"])
+    named = {override.partition("=")[0] for change in changes for override in change.overrides}
+    assert {"student.lora", "critic.lora"} <= named
+    assert larger(90e9, DEVICES["RTX 4090"]) == ["H200", "B200"]
+
+
+def test_a_text_encoder_that_does_not_fit_beside_the_rest_is_freed_and_nothing_else_changed() -> None:
+    settings = recipe.load(TINY, [*SMALL, "models.text=weights/UMT5"])
+    _, (change,) = advised(settings, replace(DEVICES["H100"], memory=24e9))
+    assert change.overrides == ("text={dtype: bfloat16, cache: out/tiny/stream-r1/prompts}",)
+    assert change.result.fits
+    assert change.result.worst.parts == {"text encoder": pytest.approx(2 * ENCODER, rel=0.01)}
+
+
+def test_a_shorter_window_is_advised_where_keys_and_values_are_too_much() -> None:
+    size = "rollout={frames: 12, height: 64, width: 64, gradient_checkpointing: true}"
+    settings = recipe.load("recipes/tiny/uniform.yaml", ["batch=1", size, "stream.window_frames=12"])
+    before, (change,) = advised(settings, replace(DEVICES["H100"], memory=2.8e9))
+    assert change.overrides == ("stream.window_frames=6",)  # sink and chunk
+    assert change.result.fits
+    caches = [each.moments[0].parts["cache"] for each in (before, change.result)]
+    a_frame = 4 * 2 * 32 * 32 * 320 * 2  # layers, keys and values, tokens, width, bytes
+    assert caches == [12 * a_frame, 6 * a_frame]
 
 
 def test_a_change_that_is_named_can_be_made() -> None:
-    tiny = recipe.load("recipes/tiny/stream-r1.yaml", ["rollout.gradient_checkpointing=false"])
+    tiny = recipe.load(TINY, ["rollout.gradient_checkpointing=false"])
     tried = changed(tiny, ("rollout.gradient_checkpointing=true", "student.lora={rank: 8}"))
     assert tried.rollout.gradient_checkpointing
     assert tried.student.lora is not None
@@ -87,7 +116,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["recipes/tiny/stream-r1.yaml", "rollout.frames=3", "batch=1", "--gpus", "1"]
+    small = [TINY, *SMALL, "--gpus", "1"]
     code, out, _ = run(capsys, *small, "--device", "h 100")
     assert code == 0
     assert out.startswith("Prediction for recipes/tiny/stream-r1.yaml on 1 x H100")
