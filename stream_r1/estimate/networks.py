@@ -158,13 +158,13 @@ def read_networks(recipe: Recipe | InitRecipe) -> Networks:
         Network(teacher, causal=False),
         Network(critic, causal=False, lora=recipe.critic.lora),
         {key: value for key, value in vae.items() if not key.startswith("_")},
-        _reward(read, recipe.models.reward),
+        _reward(read, recipe.models.reward, recipe.reward.overrides()),
         text,
         tuple(read.assumed),
     )
 
 
-def _reward(read: _Reader, path: str) -> Config:
+def _reward(read: _Reader, path: str, settings: Config) -> Config:
     folder = locate(path)
     config = _read(folder / "config.json")
     if config and config.get("type") == "film":
@@ -175,7 +175,7 @@ def _reward(read: _Reader, path: str) -> Config:
     if not (sizes and sizes.get("model_type") == "qwen2_vl"):
         sizes = QWEN
         read.assumed.append(f"models.reward: the base model of {path} is not there: taken for Qwen2-VL-2B")
-    return {"type": "videoalign", "settings": judge, "base": sizes}
+    return {"type": "videoalign", "settings": judge | settings, "base": sizes}
 
 
 def _read(path: Path) -> Config | None:

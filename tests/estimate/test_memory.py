@@ -212,6 +212,11 @@ def test_a_judge_is_counted_through_its_own_model(folder: Path, tmp_path: Path) 
     assert grown.peak["reward"] == pytest.approx(whole.peak["reward"], rel=0.02)
     assert total_flops(grown.work) == total_flops(whole.work)
 
+    plan = plan_of(load(folder, f"models.reward={tmp_path}", "batch=1", "reward.fps=checkpoint"))
+    fewer = pixels._look(plan, {"vision": 4, "language": 3})
+    embedded = [total_flops([w for w in look.work if w.engine == "convolution"]) for look in (whole, fewer)]
+    assert embedded[0] == 5 * embedded[1]  # of 21 frames, 20 or the least of 4 are shown
+
 
 def test_groups(folder: Path) -> None:
     settings = load(folder, "distributed.shard=hybrid", "batch=64")
