@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from stream_r1.rewards.base import Reward
+from stream_r1.rewards.base import Reward, check_video
 from stream_r1_kernels import intra_weights, region_saliency
 
 NOT_FINITE = "scores/not_finite"
@@ -175,6 +175,9 @@ class StreamR1Weights:
             raise ValueError(
                 f"StreamR1Weights: samples_at_once must be positive or None, got {samples_at_once}"
             )
+        if not isinstance(reward, Reward):
+            got = type(reward).__name__
+            raise TypeError(f"StreamR1Weights: reward must have axes and score(video, prompts), got {got}")
         self.reward = reward
         self.axes = tuple(reward.axes)
         self.mode = mode
@@ -217,15 +220,20 @@ class StreamR1Weights:
             observe: add the scores to the balance history afterwards. P is always that of earlier updates, so
                 micro-batches of one update should pass False and the caller `history.observe` all their
                 scores once.
+
+        Raises:
+            TypeError, ValueError: a video of another type, shape or range, prompts or a latent shape that do
+                not fit it, or a reward that scores something else.
         """
-        prompts = list(prompts)
-        if video.dim() != 5 or video.shape[2] != 3:
-            raise ValueError(f"StreamR1Weights: video must be [B, T, 3, H, W], got {list(video.shape)}")
-        if len(prompts) != video.shape[0]:
+        check_video(video, prompts, name="StreamR1Weights")
+        least, most = video.detach().aminmax() if len(video) else (0.0, 0.0)
+        if least < -0.5 or most > 1.5:  # not a little beyond the range, but another one
             raise ValueError(
-                f"StreamR1Weights: prompts must be one a video, expected {video.shape[0]}, got {len(prompts)}"
+                f"StreamR1Weights: video: expected values in [0, 1], got {float(least):g} to {float(most):g}"
             )
-        frames, rows, columns = latent_shape
+        if len(latent_shape) != 3:
+            raise ValueError(f"StreamR1Weights: latent_shape: expected (F, h, w), got {tuple(latent_shape)}")
+        prompts, (frames, rows, columns) = list(prompts), latent_shape
         scores, saliency = self._look(video.detach(), prompts, (frames, rows, columns))
         inter, log = self._inter(scores)
         if saliency is not None:
@@ -271,6 +279,10 @@ class StreamR1Weights:
         with torch.enable_grad():
             pixels = video.clone().requires_grad_()
             scores = self._score(pixels, prompts)
+            if not scores.requires_grad:
+                raise ValueError(
+                    "StreamR1Weights: reward must be differentiable in the video, got scores without a graph"
+                )
             for axis in range(len(self.axes)):
                 last = axis == len(self.axes) - 1
                 (grad,) = torch.autograd.grad(
@@ -286,8 +298,9 @@ class StreamR1Weights:
     def _score(self, video: Tensor, prompts: list[str]) -> Tensor:
         scores = self.reward.score(video, prompts)
         expected = (len(prompts), len(self.axes))
-        if scores.shape != expected:
-            raise ValueError(f"StreamR1Weights: reward must score {list(expected)}, got {list(scores.shape)}")
+        if not isinstance(scores, Tensor) or scores.shape != expected:
+            got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(f"StreamR1Weights: reward must score {list(expected)}, got {got}")
         return scores
 
     def _inter(self, scores: Tensor) -> tuple[Tensor, dict[str, float]]:

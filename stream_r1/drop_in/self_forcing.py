@@ -29,6 +29,8 @@ KEY = "stream_r1"
 
 CacheDict = dict[str, Any]
 
+_NAMES = ("k", "v", "global_end_index", "local_end_index")
+
 
 def adopt(
     kv_cache: Sequence[CacheDict],
@@ -65,9 +67,20 @@ def adopt(
     Raises:
         ValueError: dictionaries that differ, hold frames already, or sizes that do not fit together.
     """
-    if not kv_cache:
-        raise ValueError("adopt: kv_cache: expected a dictionary a layer, got none")
+    if not isinstance(kv_cache, Sequence) or not kv_cache:
+        got = "none" if isinstance(kv_cache, Sequence) else f"one {type(kv_cache).__name__}"
+        raise ValueError(f"adopt: kv_cache: expected a dictionary a layer, got {got}")
+    for index, entry in enumerate(kv_cache):
+        missing = [name for name in _NAMES if name not in entry]
+        if missing:
+            raise ValueError(
+                f"adopt: kv_cache[{index}]: expected {', '.join(_NAMES)}, got none of the name {missing[0]}"
+            )
     first = kv_cache[0]["k"]
+    if first.dim() != 4:
+        raise ValueError(
+            f"adopt: kv_cache[0]['k']: expected [B, size, heads, width], got {tuple(first.shape)}"
+        )
     for index, entry in enumerate(kv_cache):
         for name in ("k", "v"):
             if entry[name].shape != first.shape or entry[name].dtype != first.dtype:
@@ -174,6 +187,12 @@ def _attend(rotate: _Rotate, v: Tensor, learns: bool, kv_cache: CacheDict, curre
         raise ValueError("attend: kv_cache: expected a dictionary that adopt() was given, got another one")
     stream, index = kv_cache[KEY]
     cache, layer = stream.cache, stream.cache[index]
+    expected = (cache.storage.shape[2], *cache.storage.shape[4:])
+    if v.dim() != 4 or (v.shape[0], *v.shape[2:]) != expected:
+        batch, heads, width = expected
+        raise ValueError(
+            f"attend: q, k, v: expected [{batch}, T, {heads}, {width}] as in the cache, got {list(v.shape)}"
+        )
     learns = learns and torch.is_grad_enabled()
     if stream.enter(kv_cache, current_start, v.shape[1], learns):
         past, (cos, sin) = stream.earlier(index, current_start, v.shape[1])

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -185,7 +186,7 @@ def test_three_lines_in_a_plain_dmd_loop() -> None:
         pixels = (
             latents.detach().repeat_interleave(4, 1)[:, 3:].repeat_interleave(4, 3).repeat_interleave(4, 4)
         )
-        w = weights(pixels.expand(-1, -1, 3, -1, -1), PROMPTS, LATENT)
+        w = weights(pixels.sigmoid().expand(-1, -1, 3, -1, -1), PROMPTS, LATENT)
         loss = dmd_loss(latents, latents.detach(), real, w_inter=w.inter, w_intra=w.intra)
         optimizer.zero_grad()
         loss.backward()
@@ -198,15 +199,44 @@ def test_three_lines_in_a_plain_dmd_loop() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"video": torch.rand(2, 9, 1, 16, 24)}, r"video must be \[B, T, 3, H, W\]"),
-        ({"prompts": ["one"]}, "prompts must be one a video"),
+        ({"video": torch.rand(2, 9, 1, 16, 24)}, r"video: expected shape \[B, T, 3, H, W\]"),
+        (
+            {"video": torch.zeros(2, 9, 3, 16, 24, dtype=torch.uint8)},
+            "video: expected a floating-point.*uint8",
+        ),
+        ({"video": 2 * video() - 1}, r"video: expected values in \[0, 1\], got -0.9\d* to 0.9"),
+        ({"video": 255 * video()}, r"video: expected values in \[0, 1\], got"),
+        ({"prompts": ["one"]}, "prompts: expected 2, one a video"),
+        ({"prompts": "ab"}, "prompts: expected a list of strings, got str"),
         ({"latent_shape": (4, 4, 6)}, "latent_shape"),
+        ({"latent_shape": (2, 3, 16, 4, 6)}, r"latent_shape: expected \(F, h, w\), got \(2, 3, 16, 4, 6\)"),
     ],
 )
-def test_wrong_shapes_are_refused(arguments: dict, message: str) -> None:
+def test_what_does_not_fit_is_refused(arguments: dict, message: str) -> None:
     call = {"video": video(), "prompts": PROMPTS, "latent_shape": LATENT} | arguments
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         StreamR1Weights(SmoothReward())(**call)
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (lambda video: video.mean((1, 2, 3, 4)), r"reward must score \[2, 1\], got \[2\]"),
+        (lambda video: [1.0, 2.0], r"reward must score \[2, 1\], got list"),
+        (lambda video: torch.zeros(2, 1), "reward must be differentiable in the video"),
+    ],
+)
+def test_rewards_that_score_something_else_are_refused(scores: Callable, message: str) -> None:
+    class Own:
+        axes = ("own",)
+
+        def score(self, video: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+            return scores(video)
+
+    with pytest.raises(ValueError, match=message):
+        StreamR1Weights(Own())(video(), PROMPTS, LATENT)
+    with pytest.raises(TypeError, match=r"reward must have axes and score\(video, prompts\), got object"):
+        StreamR1Weights(object())  # type: ignore[arg-type]
 
 
 def test_unknown_modes_and_axes_are_refused() -> None:

@@ -299,6 +299,18 @@ def test_what_does_not_fit_is_refused():
     grid = {"rows": ROWS, "columns": COLUMNS, "frames_per_chunk": CHUNK}
     with pytest.raises(ValueError, match="a dictionary a layer, got none"):
         adopt([], **grid)
+    with pytest.raises(ValueError, match="a dictionary a layer, got one dict"):
+        adopt(dictionaries(9)[0], **grid)
+    lacking = dictionaries(9)
+    del lacking[1]["local_end_index"]
+    with pytest.raises(
+        ValueError, match=r"kv_cache\[1\]: expected k, v, global_end.*none of the name local_end"
+    ):
+        adopt(lacking, **grid)
+    flat = dictionaries(9)
+    flat[0]["k"] = flat[0]["k"][0]
+    with pytest.raises(ValueError, match=r"kv_cache\[0\]\['k'\]: expected \[B, size, heads, width\]"):
+        adopt(flat, **grid)
     with pytest.raises(ValueError, match="whole frames of 2 x 5 tokens, got room for 54 tokens"):
         adopt(dictionaries(9), **grid | {"columns": 5})
     begun = dictionaries(9)
@@ -316,5 +328,7 @@ def test_what_does_not_fit_is_refused():
     adopt([entry], **grid)
     with pytest.raises(ValueError, match="a chunk of 3 frames of 6 tokens, got 6 tokens"):
         attend(q[:, :6], k[:, :6], v[:, :6], entry, 0)
+    with pytest.raises(ValueError, match=r"q, k, v: expected \[.* as in the cache"):
+        attend(q[:, :, :1], k[:, :, :1], v[:, :, :1], entry, 0)
     with pytest.raises(ValueError, match=r"expected 0 \(another pass\), 18 \(the next chunk\).*got 36"):
         attend(q, k, v, entry, 36)
