@@ -164,6 +164,12 @@ class StreamR1Pipeline:
             CheckpointError: weights that can't be used, see `load_student`.
             NotImplementedError: a folder of a Wan model with parts that are not supported, by name.
         """
+        for name, value in (("dtype", dtype), ("vae_dtype", vae_dtype or dtype)):
+            if not isinstance(value, torch.dtype):
+                expected = "a torch.dtype, as torch.bfloat16"
+                raise TypeError(f"from_pretrained: {name} must be {expected}, got {value!r}")
+        if size is not None and (isinstance(size, str) or len(size) != 2):
+            raise ValueError(f"from_pretrained: size must be (height, width), got {size!r}")
         choose_preset(preset, {})  # a misspelt one is refused before anything is downloaded
         if offload:
             for name, value in (("vae_device", vae_device), ("text_device", text_device)):
@@ -281,6 +287,8 @@ class StreamR1Pipeline:
         """
         if output_type not in ("pt", "np", "pil"):
             raise ValueError(f"StreamR1Pipeline: output_type must be pt, np or pil, got {output_type!r}")
+        if not isinstance(seconds, int | float):
+            raise TypeError(f"StreamR1Pipeline: seconds must be a number, got {seconds!r}")
         frames = round(seconds * self.fps) if num_frames is None else num_frames
         if frames < 1:
             expected = f"seconds must be at least 1 / {self.fps:g} and num_frames at least 1"

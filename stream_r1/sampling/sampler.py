@@ -163,6 +163,9 @@ class Sampler:
             return prompts.to(self.device)
         if self.text_encoder is None:
             raise ValueError("stream: prompts must be embeddings, for this Sampler has no text_encoder")
+        if not isinstance(prompts, Sequence):
+            expected = "a str, a sequence of them or embeddings"
+            raise TypeError(f"stream: prompts must be {expected}, got {type(prompts).__name__}")
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         return self.text_encoder.encode(prompts).to(self.device)
 

@@ -184,6 +184,16 @@ def test_bad_folders_are_refused(wan: Path, tmp_path: Path) -> None:
     pipeline = load(wan, size=SIZE, text_encoder=WordEncoder())
     with pytest.raises(ValueError, match="seconds must be at least"):
         pipeline("a", 0)
+    with pytest.raises(TypeError, match="seconds must be a number, got '2'"):
+        pipeline("a", "2")  # type: ignore[arg-type]
+    with pytest.raises(
+        TypeError, match="prompts must be a str, a sequence of them or embeddings, got NoneType"
+    ):
+        pipeline(None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"dtype must be a torch\.dtype, as torch\.bfloat16, got 'bfloat16'"):
+        load(wan, dtype="bfloat16")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"size must be \(height, width\), got '16x32'"):
+        load(wan, size="16x32")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
