@@ -250,6 +250,7 @@ def read_instruction(path: Path) -> str:
 
     Raises:
         FileNotFoundError: no such file; the message says where the published text is.
+        ValueError: it is not in UTF-8.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -257,7 +258,10 @@ def read_instruction(path: Path) -> str:
             'the published weights\' is "detailed_special" in prompt_template.py of KwaiVGI/VideoAlign '
             "(docs/reward-videoalign.md)"
         )
-    text = path.read_bytes().decode("utf-8")  # line ends included
+    try:
+        text = path.read_bytes().decode("utf-8")  # line ends included
+    except UnicodeDecodeError as error:
+        raise ValueError(f"VideoAlignReward: instruction: expected UTF-8 in {path}: {error}") from None
     if hashlib.sha256(text.encode()).hexdigest() != PUBLISHED_INSTRUCTION_SHA256:
         log.warning("%s is not the instruction that the published VideoReward was trained with", path)
     return text

@@ -164,10 +164,10 @@ class StreamR1Pipeline:
             CheckpointError: weights that can't be used, see `load_student`.
             NotImplementedError: a folder of a Wan model with parts that are not supported, by name.
         """
-        for name, value in (("dtype", dtype), ("vae_dtype", vae_dtype or dtype)):
-            if not isinstance(value, torch.dtype):
+        for name, asked in (("dtype", dtype), ("vae_dtype", vae_dtype or dtype)):
+            if not isinstance(asked, torch.dtype):
                 expected = "a torch.dtype, as torch.bfloat16"
-                raise TypeError(f"from_pretrained: {name} must be {expected}, got {value!r}")
+                raise TypeError(f"from_pretrained: {name} must be {expected}, got {asked!r}")
         if size is not None and (isinstance(size, str) or len(size) != 2):
             raise ValueError(f"from_pretrained: size must be (height, width), got {size!r}")
         choose_preset(preset, {})  # a misspelt one is refused before anything is downloaded

@@ -116,6 +116,9 @@ class TestScores:
         (folder / "instruction.txt").unlink()
         with pytest.raises(FileNotFoundError, match=r"instruction.*prompt_template\.py"):
             VideoAlignReward.from_pretrained(folder)
+        (folder / "instruction.txt").write_bytes(b"\xff\xfe")
+        with pytest.raises(ValueError, match=r"instruction: expected UTF-8 in .*instruction\.txt"):
+            VideoAlignReward.from_pretrained(folder)
         (folder / "instruction.txt").write_bytes(TEMPLATE.replace("\n", "\r\n").encode())
         reward = VideoAlignReward.from_pretrained(folder)
         assert reward.template == TEMPLATE.replace("\n", "\r\n")
