@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from stream_r1.distill.weighting import StreamR1Weights
 from stream_r1.estimate.networks import make_reward, make_vae, reward_layers
+from stream_r1.estimate.once import Once
 from stream_r1.estimate.plan import Plan
 from stream_r1.estimate.run import Phase, Run, grown
 from stream_r1.estimate.work import SHALLOW
+from stream_r1.rewards.base import Reward
 
 _known: dict[str, list[Phase]] = {}  # by all that they depend on: advice asks for the same ones again
 
@@ -50,6 +54,21 @@ def _decode(plan: Plan) -> Phase:
     return run.phases[0]
 
 
+class _AlikeSamples(StreamR1Weights):
+    """Weights for which one of the samples, seen one after the other, is differentiated."""
+
+    def __init__(self, reward: Reward, **settings: Any) -> None:
+        super().__init__(reward, **settings)
+        look = super()._differentiate
+        self._once = Once(lambda video, prompts, shape: look(video, list(prompts), shape))
+
+    def _differentiate(
+        self, video: Tensor, prompts: list[str], latent_shape: tuple[int, int, int]
+    ) -> tuple[Tensor, Tensor]:
+        scores, saliency = self._once(video, tuple(prompts), latent_shape)
+        return scores, saliency
+
+
 def _look(plan: Plan, layers: dict[str, int]) -> Phase:
     config = plan.networks.reward
     assert config is not None
@@ -64,7 +83,7 @@ def _look(plan: Plan, layers: dict[str, int]) -> Phase:
         run.begin(reward)
         pixels = 1 + vae.temporal_factor * (frames - 1)
         video = torch.zeros(batch, pixels, 3, height * vae.spatial_factor, width * vae.spatial_factor)
-        weights = StreamR1Weights(reward, **plan.settings.weighting.model_dump())
+        weights = _AlikeSamples(reward, **plan.settings.weighting.model_dump())
         look = partial(weights._look, video, ["a prompt"] * batch, (frames, height, width))
         run.phase("student: reward", None, look, "reward", shown=True)
     return run.phases[0]

@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from stream_r1 import assembly, recipe
 from stream_r1.distill.events import Clock
 from stream_r1.distill.trainer import DistillTrainer
+from stream_r1.distill.weighting import StreamR1Weights
 from stream_r1.estimate import memory, phases, pixels
 from stream_r1.estimate.memory import cluster, moments, resident, shard_of, sizes
 from stream_r1.estimate.networks import read_networks
@@ -196,7 +197,9 @@ def test_a_weights_part_is_what_torch_gives_the_first_rank(rows: int) -> None:
         assert shard_of((rows, 7), shards) == first * 7
 
 
-def test_a_judge_is_counted_through_its_own_model(folder: Path, tmp_path: Path) -> None:
+def test_a_judge_is_counted_through_its_own_model(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """transformers' Qwen2-VL runs on fake tensors: as many weights as it has, and layers that add up."""
     judge = {"type": "videoalign", "base_model": "base", "fps": "all", "video_fps": 16}
     base = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -216,6 +219,14 @@ def test_a_judge_is_counted_through_its_own_model(folder: Path, tmp_path: Path) 
     fewer = pixels._look(plan, {"vision": 4, "language": 3})
     embedded = [total_flops([w for w in look.work if w.engine == "convolution"]) for look in (whole, fewer)]
     assert embedded[0] == 5 * embedded[1]  # of 21 frames, 20 or the least of 4 are shown
+
+    one_by_one = ["batch=3", "weighting.samples_at_once=1", "reward.fps=checkpoint"]
+    plan = plan_of(load(folder, f"models.reward={tmp_path}", *one_by_one))
+    once = pixels._look(plan, {"vision": 1, "language": 1})
+    monkeypatch.setattr(pixels, "_AlikeSamples", StreamR1Weights)
+    each = pixels._look(plan, {"vision": 1, "language": 1})
+    assert set(once.work) == set(each.work)
+    assert once.peak["reward"] == pytest.approx(each.peak["reward"], rel=0.02)
 
 
 def test_groups(folder: Path) -> None:
