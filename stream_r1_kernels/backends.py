@@ -57,6 +57,8 @@ def _load_extension() -> str | None:
     """Register the compiled ops; returns why that was not possible, or None."""
     found = sorted(_FOLDER.glob("_C*.so"))
     record = read_build_record()
+    if not found and os.environ.get("STREAM_R1_EXTENSION"):
+        return f"STREAM_R1_EXTENSION: expected a folder with the extension, _C*.so, got {_FOLDER}"
     if not found:
         return "the compiled extension is not built: run `pip install -e .` (or install a wheel)"
     if record is None:
@@ -69,7 +71,7 @@ def _load_extension() -> str | None:
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
-        return f"the compiled extension could not be loaded: {error}"
+        return f"the compiled extension could not be loaded: {error.__cause__ or error}"  # torch hides why
     return None
 
 

@@ -1,5 +1,6 @@
 """What can run here, what can't and why, and that every built instruction set computes the same."""
 
+import json
 import os
 import subprocess
 import sys
@@ -40,13 +41,24 @@ print(torch.ops.stream_r1.cpu_isa())
 """
 
 
+def best_instruction_set() -> str:
+    """What the machine has, whatever these tests run with."""
+    code = "import torch, stream_r1_kernels; print(torch.ops.stream_r1.cpu_isa())"
+    environment = {name: value for name, value in os.environ.items() if name != "STREAM_R1_ISA"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_every_instruction_set_that_runs_here(isa: str) -> None:
     environment = {**os.environ, "STREAM_R1_ISA": isa}
     command = [sys.executable, "-c", EVERY_OP_OF_AN_INSTRUCTION_SET]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    best = torch.ops.stream_r1.cpu_isa()  # a wish for more than the machine has gives what it has
+    # a wish for more than the machine has gives what it has
+    best = best_instruction_set() if os.environ.get("STREAM_R1_ISA") else torch.ops.stream_r1.cpu_isa()
     order = ["baseline", "avx2", "avx512", "avx512_bf16", "amx"]
     if isa == "amx" and best == "avx512_bf16":  # torch multiplies without tiles then
         best = "amx"
@@ -75,12 +87,23 @@ def test_a_build_against_another_torch_is_explained(monkeypatch: pytest.MonkeyPa
 
 def test_an_extension_without_its_record_is_explained(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_FOLDER", tmp_path)
+    monkeypatch.setenv("STREAM_R1_EXTENSION", str(tmp_path))
+    assert backends._load_extension() == (
+        f"STREAM_R1_EXTENSION: expected a folder with the extension, _C*.so, got {tmp_path}"
+    )
+    monkeypatch.delenv("STREAM_R1_EXTENSION")
     assert backends._load_extension() == (
         "the compiled extension is not built: run `pip install -e .` (or install a wheel)"
     )
     (tmp_path / "_C.abi3.so").touch()
     why = backends._load_extension()
     assert why == f"the compiled extension's {tmp_path / '_build.json'} is missing: build it again"
+    (tmp_path / "_build.json").write_text(json.dumps({"torch": torch.__version__}))
+    why = backends._load_extension()
+    assert why is not None
+    assert why.startswith(
+        f"the compiled extension could not be loaded: {tmp_path / '_C.abi3.so'}: file too short"
+    )
 
 
 def test_info_says_what_is_built_and_what_is_left_out() -> None:
