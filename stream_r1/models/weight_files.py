@@ -21,6 +21,9 @@ NETWORKS = ("generator_ema", "generator", "critic")
 
 _CLASSES = ("CausalWanTransformer", "WanTransformer3DModel")
 _DIFFUSERS = "diffusion_pytorch_model"
+_OF_A_RUN = (
+    "{}: a training run's checkpoint; the run exports its student to OUT/student when it ends or is stopped"
+)
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 
@@ -50,6 +53,8 @@ def read_tensors(path: str | Path, network: str | None = None) -> dict[str, Tens
         state = read_file(path)
     else:
         raise FileNotFoundError(f"{path}: no such file or folder of weights")
+    if any(str(name).startswith("student/") for name in state):
+        raise CheckpointError(_OF_A_RUN.format(path))
     return _choose_network(state, network, str(path))
 
 
@@ -96,6 +101,8 @@ def _weight_files(folder: Path) -> list[Path]:
     if any(folder.glob("*.distcp")):
         convert = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pt"
         raise CheckpointError(f"{folder}: a distributed checkpoint; make one file of it first: {convert}")
+    if (folder / "values.json").is_file() and any(folder.glob("shard-*.safetensors")):
+        raise CheckpointError(_OF_A_RUN.format(folder))
     indices = sorted(folder.glob(f"{_DIFFUSERS}*.index.json")) or sorted(folder.glob("*.index.json"))
     if indices:
         weight_map = read_json(indices[-1]).get("weight_map")

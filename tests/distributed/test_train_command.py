@@ -77,7 +77,10 @@ def test_torchrun_trains_what_one_process_trains(world: Path, tmp_path: Path) ->
     ]
     assert len(videos) == 4
     assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == 1
-    assert [p.name for p in (tmp_path / "two" / "checkpoints").iterdir()] == ["step-00000004"]
+    (checkpoint,) = (tmp_path / "two" / "checkpoints").iterdir()
+    assert checkpoint.name == "step-00000004"
+    with pytest.raises(ValueError, match="step-00000004: a training run's checkpoint; the run exports"):
+        load_student(checkpoint)
 
 
 def test_sigterm_to_torchrun_ends_all_after_the_same_step(world: Path, tmp_path: Path) -> None:
