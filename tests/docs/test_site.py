@@ -45,6 +45,12 @@ def pages_of(entry):
             yield from pages_of(child)
 
 
+def test_the_reference_has_every_op():
+    page = (ROOT / "docs/reference/ops.md").read_text()
+    described = re.findall(r"^::: stream_r1_kernels\.(\w+)$", page, re.M)
+    assert sorted(described) == sorted([*stream_r1_kernels.__all__, "backends"])
+
+
 def test_every_page_is_in_the_navigation():
     config = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
     docs = ROOT / "docs"
