@@ -38,7 +38,8 @@ def fused_linear(
         [B, T, sum of N] in x's dtype, contiguous. Differentiable in everything.
 
     Raises:
-        ValueError: a shape that does not fit, or grad for a backend without.  TypeError: a dtype.
+        ValueError: a shape that does not fit, or grad for a backend without.
+        TypeError: a dtype that is not allowed, or no sequence of tensors.
     """
     check_fused_linear(x, weights, biases, residual, gate)
     if resolve(backend, "fused_linear", x, *weights, *biases, residual, gate) == "reference":
