@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from diffusers import WanTransformer3DModel
-from torch import Tensor, nn
+from torch import nn
 
 from stream_r1.config import SettingsError
 from stream_r1.distill.initialise import InitTrainer, Objective, Samples
@@ -25,7 +25,8 @@ from stream_r1.distill.teacher_forcing import TeacherForcing
 from stream_r1.distill.trainer import DistillTrainer, hashed
 from stream_r1.models.checkpoints import load_student
 from stream_r1.models.library import read_library_model
-from stream_r1.models.text import TextEncoder, load_text_encoder
+from stream_r1.models.prompt_cache import PromptEmbeddings
+from stream_r1.models.text import TextEncoder, TransformersEncoder, load_text_encoder
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.models.vae import VideoVAE
 from stream_r1.recipe import InitRecipe, Recipe, locate, read_prompts
@@ -104,9 +105,9 @@ def make_init_trainer(recipe: InitRecipe, folder: Path | str, ranks: Ranks | Non
     everything = read_prompts(recipe.prompts)
     prompts = everything[: texts_used(pairs_folder)]
     shown = list(recipe.watch.prompts or prompts[:2]) if recipe.models.vae is not None else []
-    text = _embeddings(recipe, [*prompts, *shown], ranks)
+    text, texts_shown = _embeddings(recipe, ranks, prompts, shown)
     try:
-        pairs = load_ode_pairs(pairs_folder, text[: len(prompts)], data=_pairs_data(recipe, everything))
+        pairs = load_ode_pairs(pairs_folder, text, data=_pairs_data(recipe, everything))
     except ValueError as error:
         raise SettingsError(f"pairs.folder: {error}") from None
     _require_fitting(recipe, pairs)
@@ -121,7 +122,7 @@ def make_init_trainer(recipe: InitRecipe, folder: Path | str, ranks: Ranks | Non
     samples = None
     if recipe.models.vae is not None:
         vae = VideoVAE.from_pretrained(locate(recipe.models.vae)).to(ranks.device)
-        texts = dict(zip(shown, text[len(prompts) :].split(1), strict=True))
+        texts = {prompt: texts_shown[[index]] for index, prompt in enumerate(shown)}
         samples = Samples(vae, texts, recipe.rollout)
     return InitTrainer(
         recipe.training(), _student(recipe, ranks), objective, folder=folder, ranks=ranks, samples=samples
@@ -137,16 +138,16 @@ def write_ode_pairs(recipe: InitRecipe, ranks: Ranks | None = None) -> Iterator[
     ranks, size = ranks or Ranks(), recipe.rollout
     prompts = read_prompts(recipe.prompts)
     used = prompts[: recipe.pairs.count]  # pair i has prompt i, in a circle
-    text = _embeddings(recipe, [*used, recipe.pairs.negative_text], ranks)
+    text, negative = _embeddings(recipe, ranks, used, [recipe.pairs.negative_text])
     teacher = _score_model(recipe.models.teacher, ranks.device).eval().requires_grad_(False)
     channels: int = teacher.config.in_channels  # type: ignore[union-attr, assignment]
     yield from make_ode_pairs(
         teacher,
-        text[:-1],
+        text,
         recipe.pairs.folder,
         pairs=recipe.pairs.count,
         latent_shape=(size.frames, channels, size.height, size.width),
-        negative=text[-1:].to(ranks.device),
+        negative=negative[[0]].to(ranks.device),
         schedule=FlowSchedule(size.shift),
         steps=size.steps,
         solver_steps=recipe.pairs.solver_steps,
@@ -225,7 +226,7 @@ def _score_model(path: str, device: torch.device) -> nn.Module:
     return model.to(device)
 
 
-def _text_encoder(recipe: Recipe | InitRecipe, prompts: list[str], ranks: Ranks) -> TextEncoder:
+def _text_encoder(recipe: Recipe | InitRecipe, prompts: list[str], ranks: Ranks) -> TransformersEncoder:
     """The encoder; with a cache, the prompts are in it, each rank having encoded its share."""
     spec, chosen = recipe.models.text, recipe.text
     encoder = load_text_encoder(
@@ -240,7 +241,7 @@ def _text_encoder(recipe: Recipe | InitRecipe, prompts: list[str], ranks: Ranks)
     return encoder
 
 
-def _embeddings(recipe: InitRecipe, prompts: list[str], ranks: Ranks) -> Tensor:
-    """[P, L, D], in the encoder's dtype, in host memory."""
-    encoder = _text_encoder(recipe, prompts, ranks)
-    return torch.cat([encoder.encode([prompt]).cpu() for prompt in prompts])
+def _embeddings(recipe: InitRecipe, ranks: Ranks, *prompts: list[str]) -> list[PromptEmbeddings]:
+    """Of each list of prompts, in the encoder's dtype, in host memory or on the disk."""
+    encoder = _text_encoder(recipe, [prompt for some in prompts for prompt in some], ranks)
+    return [encoder.embeddings(some) for some in prompts]

@@ -23,6 +23,7 @@ from stream_r1.distill.dmd import velocity
 from stream_r1.distill.initialise import per_chunk
 from stream_r1.distill.noise import SampleNoise
 from stream_r1.distill.precision import Precision, computing_in
+from stream_r1.models.prompt_cache import PromptEmbeddings
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.models.weight_files import CheckpointError
 from stream_r1.schedule import FlowSchedule
@@ -142,13 +143,13 @@ class OdePairs(NamedTuple):
 
     trajectories: Tensor | StoredTrajectories  # [N, K + 1, F, C, h, w], noise first, x0 last
     text_index: Tensor  # [N], which of `text` each belongs to
-    text: Tensor  # [P, L, D]
+    text: Tensor | PromptEmbeddings  # [P, L, D]
     timesteps: Tensor  # [K], shifted, of all states but the last
 
 
 def make_ode_pairs(
     teacher: nn.Module,
-    text: Tensor,
+    text: Tensor | PromptEmbeddings,
     folder: Path | str,
     *,
     pairs: int,
@@ -258,7 +259,7 @@ def _opened(path: Path) -> Iterator[Any]:
         raise CheckpointError(f"{path}: not a readable file of trajectories: {error}") from None
 
 
-def load_ode_pairs(folder: Path | str, text: Tensor, *, data: str = "") -> OdePairs:
+def load_ode_pairs(folder: Path | str, text: Tensor | PromptEmbeddings, *, data: str = "") -> OdePairs:
     """Opens what `make_ode_pairs` wrote for the same `text` [P, L, D], told by the same `data`; trajectories
     are read from the files when they are learnt from.
 

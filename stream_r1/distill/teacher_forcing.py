@@ -13,6 +13,7 @@ from torch import Tensor
 from stream_r1.distill.initialise import per_chunk
 from stream_r1.distill.noise import SampleNoise
 from stream_r1.distill.ode import StoredTrajectories
+from stream_r1.models.prompt_cache import PromptEmbeddings
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.schedule import FlowSchedule
 
@@ -32,7 +33,7 @@ class TeacherForcing:
     def __init__(
         self,
         latents: Tensor | StoredTrajectories,
-        text: Tensor,
+        text: Tensor | PromptEmbeddings,
         text_index: Tensor | None = None,
         *,
         schedule: FlowSchedule,
@@ -40,7 +41,7 @@ class TeacherForcing:
         clean: bool = True,
     ) -> None:
         index = torch.arange(len(text)) if text_index is None else text_index
-        if len(latents.shape) != 5 or text.dim() != 3 or index.shape != (len(latents),):
+        if len(latents.shape) != 5 or len(text.shape) != 3 or index.shape != (len(latents),):
             raise ValueError(
                 "TeacherForcing: expected latents [N, F, C, h, w], text [P, L, D] and text_index [N], "
                 f"got {list(latents.shape)}, {list(text.shape)} and {list(index.shape)}"

@@ -28,15 +28,20 @@ def read_library_model(kind: Any, folder: str | Path, **arguments: Any) -> Any:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: expected a folder with the config.json of a {kind.__name__}")
     read_json(folder / "config.json")
+    return read_whole(kind, folder, **arguments)
+
+
+def read_whole(kind: Any, source: str | Path, **arguments: Any) -> Any:
+    """The same from a folder or a repository of the hub. Raises CheckpointError alone."""
     try:
-        model, told = kind.from_pretrained(folder, output_loading_info=True, **arguments)
+        model, told = kind.from_pretrained(source, output_loading_info=True, **arguments)
     except Exception as error:  # of any kind: they are the libraries' and their parsers' own
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{folder}: not a readable {kind.__name__}: {reason}") from error
+        raise CheckpointError(f"{source}: not a readable {kind.__name__}: {reason}") from error
     missing = sorted(told["missing_keys"])
     if missing:
         raise CheckpointError(
-            f"{folder}: the weights do not fit the {kind.__name__}; {len(missing)} missing: {some(missing)}"
+            f"{source}: the weights do not fit the {kind.__name__}; {len(missing)} missing: {some(missing)}"
         )
     return model
 

@@ -1,13 +1,16 @@
-"""Prompt embeddings kept on disk: for a prompt seen before, no encoder of many gigabytes has to be loaded."""
+"""Prompt embeddings on disk and in memory: for a prompt seen before, no encoder of many gigabytes is loaded,
+and of many prompts only the tokens take room.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -55,6 +58,56 @@ class PromptCache:
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
+
+
+class PromptEmbeddings:
+    """Embeddings [P, L, D] of many prompts, of which an index makes those that it names.
+
+    One of Wan's is 4 MB in bfloat16, most of it padding: in memory are the tokens' states, or, where a cache
+    keeps them, only the prompts.
+
+    Args:
+        states: by prompt its states [tokens, D], or the prompt where `cache` has them.
+        length: L, positions with padding; states are zero there.
+        dim: D.
+        cache: where to read states from.
+    """
+
+    def __init__(
+        self, states: Sequence[Tensor | str], length: int, dim: int, cache: PromptCache | None = None
+    ) -> None:
+        self._states, self._cache = list(states), cache
+        self.shape = torch.Size([len(self._states), length, dim])
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def __getitem__(self, indices: Tensor | Sequence[int]) -> Tensor:
+        """[B, L, D] on the CPU, in the encoder's dtype.
+
+        Raises FileNotFoundError where a file of the cache is not there any more.
+        """
+        numbers = indices.tolist() if isinstance(indices, Tensor) else indices
+        return padded([self._read(self._states[number]) for number in numbers], self.shape[1])
+
+    def _read(self, states: Tensor | str) -> Tensor:
+        if isinstance(states, Tensor):
+            return states
+        assert self._cache is not None
+        found = self._cache.get(states)
+        if found is None:
+            raise FileNotFoundError(
+                f"{self._cache.path(states)}: the embedding of {states!r} was here and can't be read any more"
+            )
+        return found
+
+
+def padded(states: Sequence[Tensor], length: int) -> Tensor:
+    """B states [tokens <= length, D] -> [B, length, D], zeros after the last token of each."""
+    out = states[0].new_zeros(len(states), length, states[0].shape[1])
+    for row, state in zip(out, states, strict=True):
+        row[: len(state)] = state
+    return out
 
 
 def fingerprint(folders: Iterable[Path], *settings: object) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stream_r1.models.library import read_library_model, read_tokenizer
 from stream_r1.models.offload import ModelOffload
-from stream_r1.models.prompt_cache import PromptCache, fingerprint
+from stream_r1.models.prompt_cache import PromptCache, PromptEmbeddings, fingerprint, padded
 from stream_r1.models.weight_files import CheckpointError, read_json
 
 # What Wan 2.1's teachers are guided away from, as its own pipelines have it: over-exposed, static, blurred,
@@ -123,10 +123,19 @@ class TransformersEncoder(ABC):
         finally:
             if not self.keep_loaded:
                 self.free()
-        out = states[0].new_zeros(len(prompts), self.text_len, self.dim)
-        for row, state in zip(out, states, strict=True):
-            row[: len(state)] = state
-        return out
+        return padded(states, self.text_len)
+
+    @torch.no_grad()
+    def embeddings(self, prompts: list[str]) -> PromptEmbeddings:
+        """What `encode` gives of many prompts, by index and on the CPU; with a cache, from there."""
+        texts = [clean(prompt) for prompt in prompts]
+        if self._cache is None:
+            states = [self._remembered(text).cpu() for text in texts]
+            return PromptEmbeddings(states, self.text_len, self.dim)
+        missing = [text for text in texts if not self._cache.path(text).exists()]
+        if missing:
+            self.keep(missing)
+        return PromptEmbeddings(texts, self.text_len, self.dim, self._cache)
 
     def _remembered(self, prompt: str) -> Tensor:
         if prompt not in self._known:

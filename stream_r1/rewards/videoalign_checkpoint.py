@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, Qwen2VLModel
 
 from stream_r1.models.checkpoints import check_fit
+from stream_r1.models.library import read_whole
 from stream_r1.models.weight_files import CheckpointError, read_file, read_json
 from stream_r1.rewards.base import ScoreNormalizer
 
@@ -264,7 +265,7 @@ def _read_checkpoint(checkpoint: Path, base: str) -> dict[str, Tensor]:
             f"{checkpoint}: expected model.pth or model.safetensors, or adapter_model.safetensors with "
             "non_lora_state_dict.pth, found none of these"
         )
-    model = Qwen2VLModel.from_pretrained(base)
+    model = read_whole(Qwen2VLModel, base)
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
     trained = {to_transformers_name(name): value for name, value in read_file(rest).items()}
     state |= {name if name == _HEAD else f"model.{name}": value for name, value in trained.items() if name}

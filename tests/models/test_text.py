@@ -144,6 +144,30 @@ def test_prompts_are_kept_before_they_are_needed(wan_folder: Path, tmp_path: Pat
     assert torch.equal(got, UMT5Encoder(wan_folder, dtype=torch.bfloat16).encode(PROMPTS))
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_embeddings_of_many_prompts_by_index(wan_folder: Path, tmp_path: Path, cached: bool) -> None:
+    """Equal to encoding them; in memory are their tokens, or nothing where they are on the disk."""
+    cache = tmp_path if cached else None
+    encoder = UMT5Encoder(wan_folder, 40, torch.bfloat16, cache=cache)
+    many = encoder.embeddings(PROMPTS)
+    assert encoder.loaded is not cached
+    expected = encoder.encode(PROMPTS)
+    assert many.shape == expected.shape
+    for index in ([2, 0], torch.tensor([1, 1, 2])):
+        assert torch.equal(many[index], expected[index])
+    in_memory = sum(x.untyped_storage().nbytes() for x in many._states if isinstance(x, torch.Tensor))
+    tokens = int((expected != 0).any(dim=2).sum())
+    assert in_memory == (0 if cached else 2 * tokens * 24)
+    if cached:
+        again = UMT5Encoder(wan_folder, 40, torch.bfloat16, cache=cache)
+        assert torch.equal(again.embeddings(PROMPTS)[[0, 1, 2]], expected)
+        assert not again.loaded
+        file = encoder._cache.path(PROMPTS[0])
+        file.unlink()
+        with pytest.raises(FileNotFoundError, match=f"{file.name}: the embedding of .* can't be read any"):
+            many[[0]]
+
+
 def test_kept_embeddings_are_those_of_the_model_and_its_settings(wan_folder: Path, tmp_path: Path) -> None:
     kept, other = tmp_path / "prompts", tmp_path / "other"
     first = UMT5Encoder(wan_folder, 40, cache=kept).encode(["a rabbit"])

@@ -93,6 +93,10 @@ class TestFiles:
         torch.testing.assert_close(
             same.score(video, ["x"]), videoalign.score(video, ["x"]), atol=1e-6, rtol=1e-6
         )
+        del base["model.norm.weight"]
+        save_file(base, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=r"with-weights: the weights .* 1 missing: .*norm\.weight"):
+            open_reward(changed, base_model="with-weights")
 
     def test_last_checkpoint_or_the_one_that_is_named(self, written):
         with pytest.raises(FileNotFoundError, match=r"checkpoint-5: expected model\.pth"):
