@@ -93,6 +93,15 @@ def test_what_cannot_work_is_refused_in_one_line(world, tmp_path, capsys, overri
     assert not out.exists()
 
 
+def test_a_folder_that_cannot_be_is_refused_before_models_are_loaded(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("stream_r1.assembly.load_models", None)  # would fail
+    (tmp_path / "file").touch()
+    assert run("train", world / "recipe.yaml", f"out={tmp_path / 'file' / 'out'}") == 2
+    told = capsys.readouterr().err.replace("\n", " ")
+    assert "out: expected a folder that can be written to" in told
+    assert f"{tmp_path / 'file'} can't be" in told
+
+
 def test_a_teacher_that_lacks_weights_is_refused(world, tmp_path, capsys):
     shutil.copytree(world / "teacher", tmp_path / "teacher")
     file = tmp_path / "teacher" / "diffusion_pytorch_model.safetensors"
