@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from stream_r1.distill.events import Clock, StepDone
-from stream_r1.distill.loop import TrainingLoop, make_adamw
+from stream_r1.distill.loop import Decoder, TrainingLoop, make_adamw
 from stream_r1.distill.noise import SampleNoise
 from stream_r1.distill.order import ShuffledOrder
-from stream_r1.distill.precision import computing_in
 from stream_r1.distill.ranks import Ranks
 from stream_r1.distill.rollout import Rollout, self_rollout
 from stream_r1.distill.settings import InitSettings, RolloutSettings
@@ -25,7 +24,6 @@ from stream_r1.distill.state import (
     optimizer_tensors,
     trained_state,
 )
-from stream_r1.distill.trainer import Decoder
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.schedule import FlowSchedule
 
@@ -112,7 +110,7 @@ class InitTrainer(TrainingLoop):
         for start in range(own, own + size * self.settings.accumulation, size):
             noise = SampleNoise(seeds[start : start + size], self.device)
             self._seed_dropout(seeds[start:])
-            with clock.part("forward"), computing_in(self.settings.precision, self.device):
+            with clock.part("forward"), self._precision():
                 loss = self.objective.loss(self.student, indices[start : start + size], noise)
             with clock.part("backward"):
                 (loss / self.settings.accumulation).backward()
@@ -131,38 +129,28 @@ class InitTrainer(TrainingLoop):
         self.step += 1
         return StepDone(self.step, self.settings.steps, scalars, clock.whole())
 
-    @torch.no_grad()
-    def sample(self, prompts: list[str], seeds: list[int]) -> Tensor:
-        """Latents [B, F, C, h, w] as the exported student would make them, of prompts in `samples`; a seed a
-        sample. Trains nothing and draws from no stream of the training. Of models in parts, every rank must
-        ask.
-        """
+    def _sample(self, prompts: list[str], seeds: list[int]) -> Tensor:
         if self.samples is None:
             raise ValueError("InitTrainer.sample: the trainer was made without samples")
-        size, training, config = self.samples.rollout, self.student.training, self.student.config
+        size, config = self.samples.rollout, self.student.config
         channels: int = config.in_channels  # type: ignore[attr-defined]
         schedule = FlowSchedule(size.shift)
         steps = schedule.denoising_steps(size.steps)
         text = torch.cat([self.samples.texts[prompt] for prompt in prompts]).to(self.device, torch.float32)
         noise = SampleNoise(seeds, self.device)
-        self.student.eval()
-        try:
-            with self.ema.applied(), computing_in(self.settings.precision, self.device):
-                rollout = Rollout(
-                    self.student,
-                    self.student.encode_text(text),
-                    (len(noise), size.height, size.width),
-                    max_frames=size.frames,
-                    schedule=schedule,
-                    steps=steps,
-                    exit_step=len(steps) - 1,
-                    renoise=noise.randn_like,
-                    context_noise=size.context_noise,
-                )
-                latents = noise.randn(size.frames, channels, size.height, size.width)
-                return self_rollout(rollout, latents, grad=False)
-        finally:
-            self.student.train(training)
+        rollout = Rollout(
+            self.student,
+            self.student.encode_text(text),
+            (len(noise), size.height, size.width),
+            max_frames=size.frames,
+            schedule=schedule,
+            steps=steps,
+            exit_step=len(steps) - 1,
+            renoise=noise.randn_like,
+            context_noise=size.context_noise,
+        )
+        latents = noise.randn(size.frames, channels, size.height, size.width)
+        return self_rollout(rollout, latents, grad=False)
 
     def _owners(self) -> dict[str, nn.Module]:
         return dict.fromkeys(("student", "ema", "optimizer"), self.student)

@@ -6,13 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from stream_r1.distill.events import Event, Saved, StepDone
 from stream_r1.distill.lora import add_adapters
+from stream_r1.distill.precision import computing_in
 from stream_r1.distill.ranks import Ranks
 from stream_r1.distill.settings import LoopSettings, LoraSettings, OptimizerSettings
 from stream_r1.distill.sharded_state import SharedCheckpoints, load_shared_checkpoint
@@ -45,11 +46,19 @@ class DivergedError(RuntimeError):
     """Too many updates in a row were not finite; on every rank at once."""
 
 
+class Decoder(Protocol):
+    """The part of a video VAE that the reward and sample videos need."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B, F, C, h, w] -> [B, T, 3, H, W] in [0, 1]."""
+        ...
+
+
 class TrainingLoop(ABC):
     """A run that can be watched, stopped and resumed bit for bit.
 
-    A trainer gives `train_step`, the `student` and the average of its weights, `ema`, and says what of it is
-    state; the loop counts the steps done in `step`.
+    A trainer gives `train_step`, the `student`, the average of its weights, `ema`, and what sample videos are
+    made with, and says what of it is state; the loop counts the steps done in `step`.
 
     Args:
         settings: how many steps, and when to keep what.
@@ -61,6 +70,9 @@ class TrainingLoop(ABC):
 
     student: CausalWanTransformer
     ema: Ema
+    device: torch.device
+    vae: Decoder | None  # of sample videos; None: there are none
+    prompts: list[str]
 
     def __init__(self, settings: LoopSettings, folder: Path | str | None, ranks: Ranks | None = None) -> None:
         self._loop = settings
@@ -79,6 +91,27 @@ class TrainingLoop(ABC):
     @abstractmethod
     def train_step(self) -> StepDone:
         """One step; leaves `step` one higher."""
+
+    @torch.no_grad()
+    def sample(self, prompts: list[str], seeds: list[int]) -> Tensor:
+        """Latents [B, F, C, h, w] as the exported student would make them, all steps; a seed a sample.
+
+        Trains nothing and draws from no stream of the training. Of models in parts, every rank must ask.
+        """
+        training = self.student.training
+        self.student.eval()
+        try:
+            with self.ema.applied(), self._precision():
+                return self._sample(prompts, seeds)
+        finally:
+            self.student.train(training)
+
+    @abstractmethod
+    def _sample(self, prompts: list[str], seeds: list[int]) -> Tensor:
+        """What `sample` gives, of the student as it is to be exported."""
+
+    def _precision(self) -> torch.autocast:
+        return computing_in(self._loop.precision, self.device)
 
     @abstractmethod
     def _parts(self) -> Parts:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from stream_r1.distill.dmd import DistributionMatching
 from stream_r1.distill.events import Clock, Preview, StepDone, summarise
 from stream_r1.distill.long_rollout import Clip, Codec, long_rollout
-from stream_r1.distill.loop import TrainingLoop, make_adamw
+from stream_r1.distill.loop import Decoder, TrainingLoop, make_adamw
 from stream_r1.distill.noise import SampleNoise
 from stream_r1.distill.order import ShuffledOrder
-from stream_r1.distill.precision import computing_in
 from stream_r1.distill.ranks import Ranks
 from stream_r1.distill.rollout import Rollout, self_rollout
 from stream_r1.distill.settings import DistillSettings
@@ -35,14 +34,6 @@ from stream_r1.models.text import TextEncoder
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.rewards.base import Reward
 from stream_r1.schedule import FlowSchedule
-
-
-class Decoder(Protocol):
-    """The part of a video VAE that the reward needs."""
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """[B, F, C, h, w] -> [B, T, 3, H, W] in [0, 1]."""
-        ...
 
 
 @dataclass
@@ -151,21 +142,9 @@ class DistillTrainer(TrainingLoop):
         self.step += 1
         return StepDone(self.step, self.settings.steps, scalars, clock.whole(), preview)
 
-    @torch.no_grad()
-    def sample(self, prompts: list[str], seeds: list[int]) -> Tensor:
-        """Latents [B, F, C, h, w] as the exported student would make them, all steps; a seed a sample.
-
-        Trains nothing and draws from no stream of the training. Of models in parts, every rank must ask.
-        """
-        training = self.student.training
-        self.student.eval()
-        try:
-            with self.ema.applied(), self._precision():
-                noise = SampleNoise(seeds, self.device)
-                draw = _Draw(prompts, seeds, len(self.steps) - 1, self.settings.rollout.frames)
-                return self._rollout(self._embed(prompts), noise, draw, grad=False).x
-        finally:
-            self.student.train(training)
+    def _sample(self, prompts: list[str], seeds: list[int]) -> Tensor:
+        draw = _Draw(prompts, seeds, len(self.steps) - 1, self.settings.rollout.frames)
+        return self._rollout(self._embed(prompts), SampleNoise(seeds, self.device), draw, grad=False).x
 
     def _update_student(self, clock: Clock, scalars: dict[str, float]) -> Preview | None:
         draw, parts = self._draw(), self.settings.accumulation
@@ -235,9 +214,6 @@ class DistillTrainer(TrainingLoop):
         frame = x[:, 0].numel() // (x.shape[2] * math.prod(config.patch_size))
         tokens = length * frame * self.ranks.size
         scalars["tokens"] = scalars.get("tokens", 0.0) + tokens
-
-    def _precision(self) -> torch.autocast:
-        return computing_in(self.settings.precision, self.device)
 
     def _embed(self, prompts: list[str]) -> Tensor:
         return self.text_encoder.encode(prompts).to(self.device, torch.float32)

@@ -20,9 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from stream_r1.config import SettingsError
 from stream_r1.distill.events import Event, Preview, StepDone, summarise
-from stream_r1.distill.initialise import InitTrainer
 from stream_r1.distill.loop import TrainingLoop
-from stream_r1.distill.trainer import DistillTrainer
 from stream_r1.maps import frame_strip, heat_strip, unit_range
 from stream_r1.watch.settings import WatchSettings
 from stream_r1.watch.writers import (
@@ -75,10 +73,8 @@ class Watcher:
         self._files: FolderWriter | None = None
         self._others: dict[str, Writer] = {}
         self._failing: set[str] = set()
-        self._prompts: list[str] = []
+        self._prompts = list(settings.prompts or trainer.prompts[:2])
         self._mapped = trainer.step if trainer.step else -1  # the last step that maps were made for
-        if isinstance(trainer, DistillTrainer | InitTrainer):
-            self._prompts = list(settings.prompts or trainer.prompts[:2])
         if not trainer.ranks.first:
             return
         settings.require_packages()
@@ -155,7 +151,7 @@ class Watcher:
 
     def _sample(self, step: int) -> None:
         trainer = self.trainer
-        if not isinstance(trainer, DistillTrainer | InitTrainer) or trainer.vae is None:
+        if trainer.vae is None:
             return
         if self._files is None and not isinstance(trainer.student, FSDPModule):
             return
@@ -165,7 +161,6 @@ class Watcher:
 
     def _sample_one(self, step: int, index: int) -> None:
         trainer = self.trainer
-        assert isinstance(trainer, DistillTrainer | InitTrainer)
         assert trainer.vae is not None
         latents = trainer.sample([self._prompts[index]], [self.settings.seed + index])
         if self._files is None:
