@@ -177,6 +177,7 @@ class StreamR1Pipeline:
                     expected = f"{name} must be None with offload, which moves every model"
                     raise ValueError(f"from_pretrained: {expected}, got {value}")
             _refuse_offload("from_pretrained", device, cuda_graph)
+        at = "cpu" if offload else device  # where models are loaded, unless told otherwise
         decoder_file = None if decoder is None else _decoder_file(str(decoder))
         parts = find_parts(folder_or_repo, checkpoint, with_text=text_encoder is None)
         source = parts.student if checkpoint is None else Path(checkpoint)
@@ -189,12 +190,11 @@ class StreamR1Pipeline:
             config=beside,
             adapter=adapter,
             dtype=dtype,
-            device="cpu" if offload else device,
+            device=at,
             **((chosen.student if chosen else {}) | settings),
         )
         if text_encoder is None:
-            length = student.config["text_len"]
-            text_device = text_device or ("cpu" if offload else device)
+            length, text_device = student.config["text_len"], text_device or at
             if parts.small:
                 text_encoder = MiniLMEncoder(length, text_device)
             else:
@@ -212,10 +212,10 @@ class StreamR1Pipeline:
             vae_dtype = torch.bfloat16 if fast else torch.float32
         tiny = None
         if decoder_file is not None:
-            tiny = TinyVAE.from_pretrained(decoder_file, dtype=vae_dtype, device="cpu" if offload else device)
+            tiny = TinyVAE.from_pretrained(decoder_file, dtype=vae_dtype, device=at)
         pipeline = cls(
             student.requires_grad_(False),
-            VideoVAE.from_pretrained(parts.vae, dtype=vae_dtype, device="cpu" if offload else vae_device),
+            VideoVAE.from_pretrained(parts.vae, dtype=vae_dtype, device=at if offload else vae_device),
             text_encoder,
             size=size or ((64, 112) if parts.small else (480, 832)),
             fps=fps or (24 if parts.small else 16),
