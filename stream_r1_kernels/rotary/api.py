@@ -49,7 +49,7 @@ def qk_norm_rotary(
     _check(q, k, q_weight, k_weight, cos, sin, num_heads, k_out)
     check_eps(_OP, eps)
     if torch.is_grad_enabled():
-        _refuse_gradients(q, k, q_weight, k_weight, cos, sin, k_out)
+        _refuse_gradients((q, k, q_weight, k_weight), cos=cos, sin=sin, k_out=k_out)
     if resolve(backend, _OP, q) == "reference":
         rotated_q = norm_rotary(q, q_weight, cos, sin, num_heads, eps)
         rotated_k = norm_rotary(k, k_weight, cos, sin, num_heads, eps)
@@ -61,23 +61,15 @@ def qk_norm_rotary(
     ), k_out
 
 
-def _refuse_gradients(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    k_out: Tensor | None,
-) -> None:
-    """Where they would be lost."""
-    for name, value in (("cos", cos), ("sin", sin), ("k_out", k_out)):
+def _refuse_gradients(trained: tuple[Tensor, ...], **others: Tensor | None) -> None:
+    """Where they would be lost: of others always, of what is trained where keys go to a buffer."""
+    for name, value in others.items():
         if value is not None and value.requires_grad:
             raise ValueError(
                 f"{_OP}: {name}: expected a tensor that does not require grad, as it gets none; pass "
                 f"{name}.detach(), or use torch.no_grad()"
             )
-    if k_out is not None and any(x.requires_grad for x in (q, k, q_weight, k_weight)):
+    if others["k_out"] is not None and any(x.requires_grad for x in trained):
         raise ValueError(
             f"{_OP}: k_out: expected None where q, k or a weight requires grad, got a buffer: the keys in it "
             "would carry no gradient. Leave it out, or use torch.no_grad()"
