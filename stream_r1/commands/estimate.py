@@ -5,18 +5,21 @@ from __future__ import annotations
 import difflib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from stream_r1.recipe import load_any
+from stream_r1.recipe import Recipe, load_any
+
+if TYPE_CHECKING:
+    from stream_r1.estimate.advice import Change
+    from stream_r1.estimate.devices import Device
+    from stream_r1.estimate.training import Estimate
 
 
 def run(path: Path, overrides: list[str], *, gpus: int, device: str, as_json: bool) -> None:
     """Say what a step needs and how long it takes; what to change where it does not fit."""
-    if gpus < 1:
-        raise ValueError(f"--gpus: expected at least 1, got {gpus}")
     gpu = _device(device)
     recipe = load_any(path, overrides)
     from stream_r1.estimate.advice import advise
@@ -25,7 +28,7 @@ def run(path: Path, overrides: list[str], *, gpus: int, device: str, as_json: bo
     console = Console(stderr=as_json)
     with console.status("counting"):
         result = estimate(recipe, gpu, gpus)
-    advice = []
+    advice: list[Change] = []
     if not result.fits:
         with console.status("it does not fit; trying other settings"):
             advice = advise(recipe, gpu, gpus, result)
@@ -35,7 +38,7 @@ def run(path: Path, overrides: list[str], *, gpus: int, device: str, as_json: bo
         _show(Console(), path, result, advice)
 
 
-def _device(name: str) -> Any:
+def _device(name: str) -> Device:
     from stream_r1.estimate import devices
 
     try:
@@ -47,7 +50,7 @@ def _device(name: str) -> Any:
         raise ValueError(f"--{error}{hint}") from None
 
 
-def _show(console: Console, path: Path, result: Any, advice: list[Any]) -> None:
+def _show(console: Console, path: Path, result: Estimate, advice: list[Change]) -> None:
     from stream_r1.estimate.advice import larger
 
     group = result.cluster
@@ -70,8 +73,8 @@ def _show(console: Console, path: Path, result: Any, advice: list[Any]) -> None:
     console.print()
 
     table = Table(box=None, show_header=False, pad_edge=False)
-    for line in _times(result):
-        table.add_row(*line)
+    for row in _times(result):
+        table.add_row(*row)
     console.print(table)
     console.print()
     console.print(_verdict(result), soft_wrap=True, highlight=False)
@@ -104,7 +107,7 @@ def _show(console: Console, path: Path, result: Any, advice: list[Any]) -> None:
     )
 
 
-def _verdict(result: Any) -> str:
+def _verdict(result: Estimate) -> str:
     if result.fits:
         room = (result.device.memory - result.total) / 1e9
         return f"Fits, with {room:.1f} GB to spare."
@@ -112,15 +115,13 @@ def _verdict(result: Any) -> str:
     return f"Does not fit: {over:.1f} GB too much. What saves memory, each on top of those before:"
 
 
-def _times(result: Any) -> list[tuple[str, str]]:
-    steps = result.plan.recipe.steps
+def _times(result: Estimate) -> list[tuple[str, str]]:
+    recipe = result.plan.recipe
     lines = [("student's update", f"{result.student_update:.1f} s")]
-    if result.critic_update is not None:
+    if isinstance(recipe, Recipe):
         lines.append(("critic's update", f"{result.critic_update:.1f} s"))
-        lines.append(
-            (f"a step (one student's in {result.plan.recipe.critic_updates})", f"{result.step:.1f} s")
-        )
-    for count in dict.fromkeys((1000, steps)):
+        lines.append((f"a step (one student's in {recipe.critic_updates})", f"{result.step:.1f} s"))
+    for count in dict.fromkeys((1000, recipe.steps)):
         lines.append((f"{count} steps", f"{result.days(count):.2f} days"))
     if result.fps is not None:
         whole, denoising = result.fps
@@ -132,7 +133,7 @@ def _quoted(override: str) -> str:
     return f"'{override}'" if " " in override else override
 
 
-def _as_json(result: Any, advice: list[Any]) -> dict[str, Any]:
+def _as_json(result: Estimate, advice: list[Change]) -> dict[str, Any]:
     """Bytes and seconds."""
     fps = result.fps or (None, None)
     return {

@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ def shard_of(shape: Sequence[int], shards: int) -> int:
     return -(-shape[0] // shards) * math.prod(shape[1:])
 
 
-@remembered
+@remembered()
 def sizes(network: Network, shards: int) -> Sizes:
     """Of a network that so many ranks divide."""
     named = [(name, p.shape, p.requires_grad) for name, p in network.make(1).named_parameters()]
@@ -161,7 +162,7 @@ def _before(plan: Plan) -> list[Moment]:
     return [Moment("start: prompts", {"text encoder": text_bytes(plan.networks.text, _text_dtype(plan))})]
 
 
-@remembered
+@remembered()
 def _reward_bytes(config: Config, on_gpu: bool) -> int:
     layers = reward_layers(config)
     if config["type"] == "film":  # of real weights
@@ -170,7 +171,7 @@ def _reward_bytes(config: Config, on_gpu: bool) -> int:
         return _module_bytes(make_reward(config, layers, on_gpu))
 
 
-@remembered
+@remembered()
 def _vae_bytes(config: Config) -> int:
     with fake_tensors():
         return _module_bytes(make_vae(config))
@@ -189,29 +190,34 @@ def moments(plan: Plan, phases: Sequence[Phase], shards: int) -> list[Moment]:
     for phase in phases:
         if phase.shown:
             shown.update(phase.after)
-    out, live, before = _before(plan), Counter(shown) if accumulation > 1 else Counter[str](), "student"
-    for phase in phases:
-        if phase.learns != before:
-            live, before = Counter(shown), phase.learns
-        owner = networks[phase.learns]
-        gradients = 4 * owner.trained
-        now = Counter(always)
-        now.update(live)
-        now.update(phase.peak)
-        if accumulation > 1 or (phase.backward and not plan.keeps_gradients):
-            now["gradients"] = gradients
-        if phase.role and shards > 1:
-            now["working weights"] += _gathered(networks[phase.role], plan.narrow, phase.backward)
-        out.append(Moment(phase.name, {part: size for part, size in now.items() if size}))
-        live.update(phase.after)
-        if phase is phases[-1] or phases[phases.index(phase) + 1].learns != phase.learns:
-            now = Counter(always)
-            now.update(shown)
-            now["gradients"] = gradients
-            out.append(
-                Moment(f"{phase.learns}: optimizer", {part: size for part, size in now.items() if size})
-            )
+    out = _before(plan)
+    for learns, update in groupby(phases, key=lambda phase: phase.learns):
+        # An earlier micro-batch left what is shown, and the critic's update comes after the student's.
+        live = Counter(shown) if learns != "student" or accumulation > 1 else Counter[str]()
+        gradients = 4 * networks[learns].trained
+        for phase in update:
+            now = _sum(always, live, phase.peak)
+            if accumulation > 1 or (phase.backward and not plan.keeps_gradients):
+                now["gradients"] = gradients
+            if phase.role and shards > 1:
+                now["working weights"] += _gathered(networks[phase.role], plan.narrow, phase.backward)
+            out.append(_moment(phase.name, now))
+            live.update(phase.after)
+        now = _sum(always, shown)
+        now["gradients"] = gradients
+        out.append(_moment(f"{learns}: optimizer", now))
     return out
+
+
+def _sum(*parts: Mapping[str, float]) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for each in parts:
+        total.update(each)
+    return total
+
+
+def _moment(phase: str, parts: Mapping[str, float]) -> Moment:
+    return Moment(phase, {part: size for part, size in parts.items() if size})
 
 
 def _gathered(size: Sizes, narrow: bool, backward: bool) -> int:

@@ -22,6 +22,7 @@ from stream_r1.distill.lora import add_adapters
 from stream_r1.distill.settings import LoraSettings
 from stream_r1.estimate.once import AlikePieces
 from stream_r1.models.transformer import CausalWanTransformer
+from stream_r1.models.weight_files import read_json
 from stream_r1.recipe import InitRecipe, Recipe, locate
 from stream_r1.rewards.base import Reward
 
@@ -58,18 +59,31 @@ QWEN: Config = {
 INSTRUCTION = 600  # tokens around the video, taken for the published instruction and a prompt
 
 
-def remembered(function: Function) -> Function:
-    """Remembers results by what arguments look like: configurations are dictionaries, and can't be keys."""
-    known: dict[str, Any] = {}
+def _all_of(*args: Any) -> Any:
+    return args
 
-    @wraps(function)
-    def remembering(*args: Any) -> Any:
-        key = repr(args)
-        if key not in known:
-            known[key] = function(*args)
-        return known[key]
 
-    return cast(Function, remembering)
+def remembered(by: Callable[..., Any] = _all_of) -> Callable[[Function], Function]:
+    """Has a function remember its results: advice asks for the same ones again.
+
+    Args:
+        by: of the arguments, all that the result depends on. Results are told apart by what it looks like:
+            configurations are dictionaries, and can't be keys.
+    """
+
+    def remember(function: Function) -> Function:
+        known: dict[str, Any] = {}
+
+        @wraps(function)
+        def remembering(*args: Any) -> Any:
+            key = repr(by(*args))
+            if key not in known:
+                known[key] = function(*args)
+            return known[key]
+
+        return cast(Function, remembering)
+
+    return remember
 
 
 @dataclass(frozen=True)
@@ -179,7 +193,7 @@ def _reward(read: _Reader, path: str, settings: Config) -> Config:
 
 
 def _read(path: Path) -> Config | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 # --- as modules of fake tensors ---
@@ -189,7 +203,7 @@ def make_vae(config: Config) -> AlikePieces:
     return AlikePieces(AutoencoderKLWan(**config))
 
 
-@remembered
+@remembered()
 def text_bytes(config: Config | None, dtype: torch.dtype = torch.float32) -> int:
     """Bytes of the text encoder's weights."""
     from transformers import BertConfig, BertModel, UMT5Config, UMT5EncoderModel

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from stream_r1.distill.dmd import DistributionMatching
 from stream_r1.distill.long_rollout import long_rollout
 from stream_r1.distill.rollout import Rollout, self_rollout
-from stream_r1.estimate.networks import Network, make_vae
+from stream_r1.estimate.networks import Network, make_vae, remembered
 from stream_r1.estimate.pixels import pixel_phases
 from stream_r1.estimate.plan import Plan, roles
 from stream_r1.estimate.run import Phase, Run, grown
@@ -28,7 +28,19 @@ from stream_r1.recipe import InitRecipe, Recipe
 from stream_r1.schedule import FlowSchedule
 from stream_r1_kernels import dmd_loss
 
+_APART = {  # settings that change no phase, or by what else a plan says
+    *("batch", "accumulation", "distributed", "steps", "prompts", "text", "out", "watch", "models", "reward"),
+}
 
+
+def _asked(plan: Plan) -> tuple[Any, ...]:
+    n = plan.networks
+    networks = n.student, n.teacher, n.critic, n.vae, n.reward
+    settings = plan.recipe.model_dump(exclude=_APART)
+    return settings, plan.capability, *networks, plan.samples, plan.narrow, plan.keeps_gradients
+
+
+@remembered(by=_asked)
 def training_phases(plan: Plan) -> list[Phase]:
     """Of one micro-batch, in their order: the student's update, then the critic's; or of a start's step."""
     steps = _distillation if isinstance(plan.recipe, Recipe) else _start

@@ -10,23 +10,23 @@ import torch
 from torch import Tensor
 
 from stream_r1.distill.weighting import StreamR1Weights
-from stream_r1.estimate.networks import make_reward, make_vae, reward_layers
+from stream_r1.estimate.networks import make_reward, make_vae, remembered, reward_layers
 from stream_r1.estimate.once import Once
 from stream_r1.estimate.plan import Plan
 from stream_r1.estimate.run import Phase, Run, grown
 from stream_r1.estimate.work import SHALLOW
 from stream_r1.rewards.base import Reward
 
-_known: dict[str, list[Phase]] = {}  # by all that they depend on: advice asks for the same ones again
+
+def _asked(plan: Plan) -> tuple[Any, ...]:
+    named = plan.networks
+    return plan.latents, named.vae, named.reward, plan.settings.weighting, plan.capability
 
 
+@remembered(by=_asked)
 def pixel_phases(plan: Plan) -> list[Phase]:
     """Of the student's update, with the reward's layers reckoned from shallow stacks."""
-    named, capability = plan.networks, plan.device and plan.device.capability
-    key = repr((plan.latents, named.vae, named.reward, plan.settings.weighting, capability))
-    if key not in _known:
-        _known[key] = [_decode(plan), _reward(plan)]
-    return _known[key]
+    return [_decode(plan), _reward(plan)]
 
 
 def _reward(plan: Plan) -> Phase:

@@ -38,6 +38,11 @@ class Plan:
         return self.device is not None
 
     @property
+    def capability(self) -> tuple[int, int] | None:
+        """By which ops pick what runs."""
+        return None if self.device is None else self.device.capability
+
+    @property
     def settings(self) -> DistillSettings:
         assert isinstance(self.recipe, Recipe)
         return self.recipe

@@ -95,7 +95,7 @@ def estimate(recipe: Recipe | InitRecipe, device: Device, gpus: int) -> Estimate
         keeps_gradients=group.shards == 1 and recipe.accumulation == 1,
         device=device,
     )
-    phases = _phases(plan)
+    phases = training_phases(plan)
     times = _Times(plan, group, device)
     student, critic = times.update(phases, "student"), times.update(phases, "critic")
     step = student
@@ -111,31 +111,6 @@ def estimate(recipe: Recipe | InitRecipe, device: Device, gpus: int) -> Estimate
         critic if isinstance(recipe, Recipe) else None,
         step,
     )
-
-
-_known: dict[str, list[Phase]] = {}  # by all that they depend on: advice asks for the same ones again
-
-
-def _phases(plan: Plan) -> list[Phase]:
-    apart = {
-        "batch",
-        "accumulation",
-        "distributed",
-        "steps",
-        "prompts",
-        "text",
-        "out",
-        "watch",
-        "models",
-        "reward",
-    }
-    n, settings = plan.networks, plan.recipe.model_dump(exclude=apart)
-    capability = plan.device and plan.device.capability
-    asked = (n.student, n.teacher, n.critic, n.vae, n.reward, plan.samples, plan.narrow, plan.keeps_gradients)
-    key = repr((settings, capability, *asked))
-    if key not in _known:
-        _known[key] = training_phases(plan)
-    return _known[key]
 
 
 @dataclass(frozen=True)
