@@ -100,18 +100,15 @@ def _weights(path: Path) -> str:
     """Counts from the file's header; no tensor is read."""
     import math
 
-    from safetensors import SafetensorError, safe_open
+    from stream_r1.models.weight_files import opened
 
     count, numbers, dtypes = 0, 0, set()
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                part = file.get_slice(name)
-                count += 1
-                numbers += math.prod(part.get_shape())
-                dtypes.add(part.get_dtype())
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a readable .safetensors file: {error}") from None
+    with opened(path, ".safetensors file") as file:
+        for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+            part = file.get_slice(name)
+            count += 1
+            numbers += math.prod(part.get_shape())
+            dtypes.add(part.get_dtype())
     size, kinds = path.stat().st_size / 2**20, ", ".join(sorted(dtypes))
     return f"{count} tensors, {numbers / 1e6:.2f} M numbers, {kinds}, {size:.1f} MB"
 

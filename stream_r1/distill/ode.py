@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -25,7 +25,7 @@ from stream_r1.distill.noise import SampleNoise
 from stream_r1.distill.precision import Precision, computing_in
 from stream_r1.models.prompt_cache import PromptEmbeddings
 from stream_r1.models.transformer import CausalWanTransformer
-from stream_r1.models.weight_files import CheckpointError
+from stream_r1.models.weight_files import CheckpointError, opened
 from stream_r1.schedule import FlowSchedule
 
 
@@ -96,29 +96,27 @@ class StoredTrajectories:
 
     Args:
         files: as `make_ode_pairs` writes them.
-        state: of all states only this one, [N, F, C, h, w]; None: all.
 
     Raises:
         ValueError: files of different shapes.
     """
 
-    def __init__(self, files: Sequence[Path], state: int | None = None) -> None:
-        self.files, self.state = list(files), state
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._state: int | None = None  # of all states only this one
         shapes = []
-        for path in self.files:
+        for path in files:
             with _opened(path) as file:
                 shapes.append(file.get_slice("trajectories").get_shape())
         other = next((i for i, shape in enumerate(shapes) if shape[1:] != shapes[0][1:]), None)
         if other is not None:
             raise ValueError(
-                f"StoredTrajectories: files: expected {shapes[0][1:]} in {self.files[other]} as in "
-                f"{self.files[0]}, got {shapes[other][1:]}"
+                f"StoredTrajectories: files: expected {shapes[0][1:]} in {files[other]} as in "
+                f"{files[0]}, got {shapes[other][1:]}"
             )
         self._rows = [
             (path, row) for path, shape in zip(files, shapes, strict=True) for row in range(shape[0])
         ]
-        each = shapes[0][1:] if state is None else shapes[0][2:]
-        self.shape = torch.Size([len(self._rows), *each])
+        self.shape = torch.Size([len(self._rows), *shapes[0][1:]])
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -128,13 +126,16 @@ class StoredTrajectories:
         return torch.stack([self._read(*self._rows[index]) for index in indices])
 
     def only(self, state: int) -> StoredTrajectories:
-        """One state of every trajectory; -1 is the end."""
-        return StoredTrajectories(self.files, state % self.shape[1])
+        """One state of every trajectory, [N, F, C, h, w]; -1 is the end."""
+        one = copy(self)
+        one._state = state % self.shape[1]
+        one.shape = torch.Size([len(self), *self.shape[2:]])
+        return one
 
     def _read(self, path: Path, row: int) -> Tensor:
         with _opened(path) as file:
             stored = file.get_slice("trajectories")
-            out: Tensor = stored[row] if self.state is None else stored[row, self.state]
+            out: Tensor = stored[row] if self._state is None else stored[row, self._state]
             return out
 
 
@@ -234,10 +235,8 @@ def _pairs_in(path: Path, settings: dict[str, Any]) -> int:
         return 0
     try:
         with _opened(path) as file:
-            made_with, count = (
-                json.loads(file.metadata()["settings"]),
-                file.get_slice("text_index").get_shape()[0],
-            )
+            made_with = json.loads(file.metadata()["settings"])
+            count: int = file.get_slice("text_index").get_shape()[0]
     except CheckpointError:
         return 0  # damaged: it is written again
     differing = [name for name, value in settings.items() if made_with.get(name) != value]
@@ -250,13 +249,8 @@ def _pairs_in(path: Path, settings: dict[str, Any]) -> int:
     return count
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a readable file of trajectories: {error}") from None
+def _opened(path: Path) -> AbstractContextManager[Any]:
+    return opened(path, "file of trajectories")
 
 
 def load_ode_pairs(folder: Path | str, text: Tensor | PromptEmbeddings, *, data: str = "") -> OdePairs:

@@ -7,13 +7,14 @@ Files: `.safetensors`, and `.pt`, `.pth`, `.bin`, `.ckpt` of torch, with a bare 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -89,6 +90,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
+
+
+@contextmanager
+def opened(path: Path, what: str) -> Iterator[Any]:
+    """A `.safetensors` file whose parts are read one by one. Raises CheckpointError if it is no `what`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a readable {what}: {error}") from None
 
 
 def some(names: Iterable[str], limit: int = 8) -> str:
