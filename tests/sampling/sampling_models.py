@@ -15,6 +15,7 @@ from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.models.vae import VideoVAE
 
 CHANNELS, TEXT_DIM = 4, 8
+SIZE = (16, 32)  # pixels of a picture of `save_tiny_wan`'s
 
 
 def tiny_student(**settings: Any) -> CausalWanTransformer:

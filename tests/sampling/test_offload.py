@@ -8,22 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from sampling_models import WordEncoder, save_tiny_wan, tiny_student, tiny_vae
+from sampling_models import SIZE, WordEncoder, tiny_student, tiny_vae
 from torch import Tensor, nn
 
 from stream_r1.cli import main
 from stream_r1.models.offload import ModelOffload
 from stream_r1.sampling.pipeline import StreamR1Pipeline
 from stream_r1.sampling.sampler import Sampler, Stream
-
-SIZE = (16, 32)
-
-
-@pytest.fixture(scope="module")
-def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wan")
-    save_tiny_wan(folder)
-    return folder
 
 
 def tensors(model: nn.Module) -> list[Tensor]:
