@@ -1,15 +1,16 @@
-"""What a stream goes on from: the end of a video, or a picture."""
+"""What a stream starts from: the end of a video, or a picture."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from stream_r1.sampling.footage import MAX_PIXELS, Footage
+from stream_r1.sampling.pictures import check_size, picture_kind, read_image, read_moving
 from stream_r1.sampling.pipeline import StreamR1Pipeline
-from stream_r1.sampling.video import is_image, read_image, read_video
+from stream_r1.sampling.video_file import VideoFile
 
 
 @dataclass(frozen=True)
@@ -20,32 +21,58 @@ class Start:
     meaning: str
 
 
-def read_start(path: str | Path, pipeline: StreamR1Pipeline) -> Start:
-    """First frames for a pipeline, from a file.
+def read_start(path: str | Path, pipeline: StreamR1Pipeline, *, max_pixels: int = MAX_PIXELS) -> Start:
+    """First frames for a pipeline, from a file, as players and viewers show it.
 
-    Of a video its last frames, as many as fill whole chunks of the student's window. A picture is the first
-    frame of a student with an independent first frame; others start with a whole chunk, for which it stands
-    still.
+    Of a video or a moving picture its last frames at the stream's frames a second, as many as fill whole
+    chunks of the student's window; nothing before them is kept. A picture is the first frame of a student
+    with an independent first frame; others start with a whole chunk, for which it stands still.
+
+    Args:
+        path: see `read_video` and `read_image`.
+        pipeline: whose size, frame rate and window count.
+        max_pixels: of all frames together; more are refused.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a video or a picture, another size than the pipeline's, or too few frames.
+        ValueError: not a video or a picture, another size than the pipeline's, too few frames, or what can't
+            be shown as the file says; see `VideoFile` and `read_image`.
     """
     path = Path(path)
-    picture = is_image(path)
-    video = read_image(path)[None] if picture else read_video(path)[0]  # [T, 3, H, W]
-    if tuple(video.shape[-2:]) != pipeline.size:
-        expected, got = (f"{height}x{width}" for height, width in (pipeline.size, video.shape[-2:]))
-        raise ValueError(f"{path}: expected {expected} pixels (height x width) to start from, got {got}")
     config, frames = pipeline.student.config, pipeline.vae.frames
     each, count = config["frames_per_chunk"], config["first_chunk_frames"] or config["frames_per_chunk"]
-    if picture:
+    kind = picture_kind(path)
+    if kind == "still":
+        still = read_image(path, size=pipeline.size, max_pixels=max_pixels)
         needed = frames(count)
         meaning = "a picture as the first frame" if needed == 1 else f"a picture, still for {needed} frames"
-        return Start(video.expand(needed, -1, -1, -1)[None], meaning)
-    limit = config["window_frames"] or math.inf
-    while count + each <= limit and frames(count + each) <= len(video):
+        return Start(still.expand(1, needed, -1, -1, -1), meaning)
+    limit = config["window_frames"]
+    last = None if limit is None else frames(count + max(0, limit - count) // each * each)
+    footage = _footage(path, kind == "moving", pipeline, last, max_pixels)
+    got = len(footage.frames)
+    while (limit is None or count + each <= limit) and frames(count + each) <= got:
         count += each
-    if frames(count) > len(video):
-        raise ValueError(f"{path}: expected at least {frames(count)} frames to start from, got {len(video)}")
-    return Start(video[-frames(count) :][None], f"the last {frames(count)} of {len(video)} frames")
+    if frames(count) > got:
+        raise ValueError(
+            f"{path}: expected at least {frames(count)} frames at {pipeline.fps:g} a second to start from, "
+            f"got {got}" + _damage(footage)
+        )
+    return Start(
+        footage.frames[-frames(count) :][None],
+        f"the last {frames(count)} of {footage.total} frames{_damage(footage)}",
+    )
+
+
+def _footage(
+    path: Path, moving: bool, pipeline: StreamR1Pipeline, last: int | None, max_pixels: int
+) -> Footage:
+    if moving:
+        return read_moving(path, pipeline.fps, last=last, size=pipeline.size, max_pixels=max_pixels)
+    with VideoFile(path, max_pixels=max_pixels) as file:
+        check_size(file.size, pipeline.size, str(path))
+        return file.read(pipeline.fps, last=last)
+
+
+def _damage(footage: Footage) -> str:
+    return f", as far as the damaged file can be read ({footage.damage})" if footage.damage else ""

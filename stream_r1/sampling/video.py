@@ -1,7 +1,9 @@
-"""Videos and pictures as files: an mp4 that grows with the stream, reading one back, contact sheets."""
+"""Videos as files: an mp4 that grows with the stream, reading one back, contact sheets."""
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -11,9 +13,16 @@ from typing import Literal
 import av
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional
+
+from stream_r1.sampling.footage import MAX_PIXELS
+from stream_r1.sampling.pictures import picture_kind, read_image, read_moving
+from stream_r1.sampling.video_file import VideoFile
+
+__all__ = ["VideoWriter", "contact_sheet", "read_image", "read_video"]
 
 # Fragments instead of one index at the end: whatever is on disk plays, also if the process was stopped.
 _FRAGMENTED = "frag_keyframe+empty_moov+default_base_moof"
@@ -24,8 +33,9 @@ Enlargement = Literal["nearest", "bicubic"]
 class VideoWriter:
     """Writes an H.264 mp4 frame by frame; the file plays at any moment, up to its last whole fragment.
 
-    A fragment is half a second. H.264 (4:2:0) wants even sizes: where the picture's are odd, its last row or
-    column is repeated once. A context manager; `close` writes what the encoder still holds.
+    A fragment is half a second. Colours are BT.709 of limited range, and the file says so. H.264 (4:2:0)
+    wants even sizes: where the picture's are odd, its last row or column is repeated once. A context manager;
+    `close` writes what the encoder still holds.
 
     Args:
         path: the file; its folder is made.
@@ -90,7 +100,15 @@ class VideoWriter:
         if self._stream is None:
             self._stream = self._open_stream(pixels.shape[-2], pixels.shape[-1])
         for picture in pixels.permute(0, 2, 3, 1).contiguous().numpy():
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(
+                format="yuv420p",
+                interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND,
+                src_color_range=ColorRange.JPEG,
+                dst_colorspace=Colorspace.ITU709,
+                dst_color_range=ColorRange.MPEG,
+                dst_color_primaries=ColorPrimaries.BT709,
+                dst_color_trc=ColorTrc.BT709,
+            )
             frame.pts = self.frames
             frame.time_base = 1 / self.fps
             self._container.mux(self._stream.encode(frame))
@@ -120,72 +138,56 @@ class VideoWriter:
         stream.width, stream.height = width, height
         stream.pix_fmt = "yuv420p"
         stream.codec_context.time_base = 1 / self.fps
+        # stated in the file, and what `write` converts by: else players guess, by the picture's size
+        stream.codec_context.colorspace = Colorspace.ITU709
+        stream.codec_context.color_range = ColorRange.MPEG
+        stream.codec_context.color_primaries = ColorPrimaries.BT709
+        stream.codec_context.color_trc = ColorTrc.BT709
         stream.codec_context.gop_size = max(1, round(self.fps / 2))
         return stream
 
 
-def read_video(path: str | Path, max_frames: int | None = None) -> tuple[Tensor, float]:
-    """The frames of a video file, as far as they can be decoded.
+def read_video(
+    path: str | Path,
+    max_frames: int | None = None,
+    *,
+    fps: float | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> tuple[Tensor, float]:
+    """The frames of a video file or a moving picture as a player shows them, see `VideoFile`.
 
     Args:
-        path: anything PyAV reads.
+        path: anything PyAV reads, or a GIF, PNG, WebP or AVIF that moves.
         max_frames: stop after so many; None: all.
+        fps: frames a second that are wanted: frames are dropped or repeated by their time stamps; None: the
+            file's own mean rate.
+        max_pixels: of all frames together; more are refused.
 
     Returns:
-        (video [T, 3, H, W] float32 in [0, 1], frames a second).
+        (video [T, 3, H, W] float32 in [0, 1], frames a second). A damaged file is read as far as it goes,
+        with a RuntimeWarning.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a video, or one without a single frame.
+        ValueError: not a video, one without a single frame, more pixels than asked for, or one that says
+            of itself what can't be honoured; see `VideoFile`.
     """
-    path = Path(path)
-    if not path.is_file():
+    if max_frames is not None and max_frames < 1:
+        raise ValueError(f"read_video: max_frames must be at least 1 or None, got {max_frames}")
+    if fps is not None and not (fps > 0 and math.isfinite(fps)):
+        raise ValueError(f"read_video: fps must be positive, got {fps}")
+    if not Path(path).is_file():
         raise FileNotFoundError(f"read_video: no such file: {path}")
-    pictures: list[np.ndarray] = []
-    fps = 0.0
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise ValueError(f"read_video: {path} has no video stream")
-            stream = container.streams.video[0]
-            fps = float(stream.average_rate or stream.guessed_rate or 0)
-            for frame in container.decode(stream):
-                if max_frames is not None and len(pictures) >= max_frames:
-                    break
-                pictures.append(frame.to_ndarray(format="rgb24"))
-    except av.FFmpegError as error:
-        # a file cut amid a frame: what came before counts
-        if not pictures:
-            raise ValueError(f"read_video: {path} cannot be read: {error}") from error
-    if not pictures:
-        raise ValueError(f"read_video: {path} has no frames")
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255, fps
-
-
-_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-
-
-def is_image(path: str | Path) -> bool:
-    """Whether a file is a picture, by its name."""
-    return Path(path).suffix.lower() in _IMAGES
-
-
-def read_image(path: str | Path) -> Tensor:
-    """A picture, turned upright: [3, H, W] float32 in [0, 1].
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a picture.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"read_image: no such file: {path}")
-    try:
-        with Image.open(path) as picture:
-            pixels = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"read_image: {path} cannot be read: {error}") from error
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
+    if picture_kind(path) == "moving":
+        footage = read_moving(path, fps, first=max_frames, max_pixels=max_pixels)
+    else:
+        with VideoFile(path, max_pixels=max_pixels) as file:
+            footage = file.read(fps, first=max_frames)
+    if footage.damage:
+        count = len(footage.frames)
+        told = f"read_video: {path} was read as far as it goes, {count} frames: {footage.damage}"
+        warnings.warn(told, RuntimeWarning, stacklevel=2)
+    return footage.frames, footage.fps
 
 
 def contact_sheet(

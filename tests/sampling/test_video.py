@@ -90,7 +90,8 @@ def test_a_cut_file_gives_what_it_has(tmp_path: Path) -> None:
         writer.write(clip(48) + 0.05 * grain)
     data = (tmp_path / "a.mp4").read_bytes()
     (tmp_path / "a.mp4").write_bytes(data[: len(data) * 3 // 4])
-    assert 12 <= len(read_video(tmp_path / "a.mp4")[0]) < 48
+    with pytest.warns(RuntimeWarning, match="as far as it goes"):
+        assert 12 <= len(read_video(tmp_path / "a.mp4")[0]) < 48
     assert len(read_video(tmp_path / "a.mp4", max_frames=5)[0]) == 5
 
 
