@@ -101,7 +101,7 @@ class InitTrainer(TrainingLoop):
         self.optimizer = make_adamw(student, settings.optimizer)
         self.ema = Ema(student, settings.ema.decay, settings.ema.start)
 
-    def train_step(self) -> StepDone:
+    def _step(self) -> StepDone:
         clock, scalars, losses = Clock(self.device), dict[str, float](), []
         indices = self.order.draw(self.settings.batch)
         seeds = torch.randint(2**62, (self.settings.batch,), generator=self.random).tolist()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stream_r1.distill.events import Event, Saved, StepDone
 from stream_r1.distill.lora import add_adapters
+from stream_r1.distill.noise import global_streams_kept, seed_global_streams
 from stream_r1.distill.precision import computing_in
 from stream_r1.distill.ranks import Ranks
 from stream_r1.distill.settings import LoopSettings, LoraSettings, OptimizerSettings
@@ -88,9 +89,19 @@ class TrainingLoop(ABC):
         self._drops = False
         self._frozen: dict[str, int] = {}  # weights under adapters, which no checkpoint holds, by model
 
-    @abstractmethod
     def train_step(self) -> StepDone:
-        """One step; leaves `step` one higher."""
+        """One step; leaves `step` one higher.
+
+        What it draws and computes depends on the run alone: not on the caller's autocast, nor on what the
+        global streams of randomness gave before, which are afterwards as they were.
+        """
+        with global_streams_kept(), torch.autocast(self.device.type, enabled=False):
+            seed_global_streams(self._loop.seed, self.step, self.ranks.rank)
+            return self._step()
+
+    @abstractmethod
+    def _step(self) -> StepDone:
+        """What `train_step` does."""
 
     @torch.no_grad()
     def sample(self, prompts: list[str], seeds: list[int]) -> Tensor:
@@ -240,10 +251,7 @@ class TrainingLoop(ABC):
             "identity": self._identity(),
             "own": self._values(),
         }
-        return self._parts() | {"random": {self._random_name(): torch.get_rng_state()}}, values
-
-    def _random_name(self) -> str:
-        return f"torch.{self.ranks.rank}" if self.ranks.launched else "torch"
+        return self._parts(), values
 
     def resume(self) -> Path | None:
         """Continues from the newest checkpoint in the folder, bit for bit; None if there is none.
@@ -266,10 +274,6 @@ class TrainingLoop(ABC):
                 for name, t in named.items():
                     named[name] = divided_like(t, self._like(f"{part}/{name}", t.shape))
         _refuse_another_run(path, values["identity"], self._identity())
-        random = parts.pop("random")
-        # A process that was not there before has no state; nothing of a trainer's own draws from this one.
-        if self._random_name() in random:
-            torch.set_rng_state(random[self._random_name()])
         self._restore(parts, values["own"])
         self.step = values["step"]
         self._skipped = values["skipped"]
@@ -336,6 +340,7 @@ class TrainingLoop(ABC):
         finite = not self.ranks.any(not torch.isfinite(numbers).all())
         if finite:
             optimizer.step()
+            torch.clear_autocast_cache()  # its narrow copies are of the weights before
         optimizer.zero_grad(set_to_none=True)
         scalars[f"{name}/loss"], scalars[f"{name}/grad_norm"] = numbers.tolist()
         scalars[f"{name}/lr"] = optimizer.param_groups[0]["lr"]

@@ -1,9 +1,12 @@
-"""Randomness that belongs to samples, not to batches."""
+"""Randomness that belongs to samples, not to batches, and the global streams that belong to nobody."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,3 +50,26 @@ class SampleNoise:
         """Integers in [0, high), int64 [B, *shape]."""
         drawn = [torch.randint(high, shape, generator=stream) for stream in self._streams]
         return torch.stack(drawn).to(self.device)
+
+
+@contextmanager
+def global_streams_kept() -> Iterator[None]:
+    """Afterwards the global streams of Python, numpy and torch are as they were."""
+    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002
+    device = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(device):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(arrays)  # noqa: NPY002
+
+
+def seed_global_streams(*numbers: int) -> None:
+    """Makes the global streams depend on these non-negative numbers alone: for dropout, and for a reward or
+    a decoder that draws from them.
+    """
+    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.manual_seed(seed)

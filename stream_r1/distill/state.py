@@ -209,6 +209,7 @@ class Ema:
     def _fill(self, values: dict[str, Tensor]) -> None:
         for name, p in trained(self.model).items():
             p.copy_(values[name])
+        torch.clear_autocast_cache()  # its narrow copies are of the weights before
 
     def tensors(self) -> dict[str, Tensor]:
         return dict(self.average or {})

@@ -130,7 +130,7 @@ class DistillTrainer(TrainingLoop):
         self.critic_optimizer = make_adamw(self.critic, settings.critic)
         self.ema = Ema(self.student, settings.ema.decay, settings.ema.start)
 
-    def train_step(self) -> StepDone:
+    def _step(self) -> StepDone:
         """One step: the generator if it is its turn, then the critic."""
         clock = Clock(self.device)
         scalars: dict[str, float] = {}
@@ -152,8 +152,8 @@ class DistillTrainer(TrainingLoop):
         preview, losses, seen, logs = None, [], [], []
         for micro in draw.of_rank(self.ranks).split(parts):
             noise = SampleNoise(micro.seeds, self.device)
-            self._seed_dropout(micro.seeds)
             text = self._embed(micro.prompts)
+            self._seed_dropout(micro.seeds)
             with clock.part("rollout"), self._precision():
                 x, learns = self._rollout(text, noise, micro, grad=True)
             self._count(x, micro.length, scalars)
@@ -189,8 +189,8 @@ class DistillTrainer(TrainingLoop):
         losses = []
         for micro in draw.of_rank(self.ranks).split(parts):
             noise = SampleNoise(micro.seeds, self.device)
-            self._seed_dropout(micro.seeds)
             text = self._embed(micro.prompts)
+            self._seed_dropout(micro.seeds)
             with clock.part("critic rollout"), self._precision():
                 x = self._rollout(text, noise, micro, grad=False).x
             self._count(x, micro.length, scalars)

@@ -159,15 +159,16 @@ class TransformersEncoder(ABC):
             return
         for prompt in map(clean, prompts):
             if self._cache.get(prompt) is None:
-                with torch.no_grad():
-                    self._cache.put(prompt, self._encoded(prompt))
+                self._cache.put(prompt, self._encoded(prompt))
         self.free()
 
     def _encoded(self, prompt: str) -> Tensor:
-        self.load()
-        if self._offload is not None:
-            self._offload.use(self._model)
-        return self._token_states(prompt)
+        """What is remembered must not depend on who asked first: no autocast, no inference tensors."""
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            self.load()
+            if self._offload is not None:
+                self._offload.use(self._model)
+            return self._token_states(prompt)
 
     @abstractmethod
     def _token_states(self, prompt: str) -> Tensor:

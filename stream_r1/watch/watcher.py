@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import random
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from stream_r1.config import SettingsError
 from stream_r1.distill.events import Event, Preview, StepDone, summarise
 from stream_r1.distill.loop import TrainingLoop
+from stream_r1.distill.noise import global_streams_kept
 from stream_r1.maps import frame_strip, heat_strip, unit_range
 from stream_r1.watch.settings import WatchSettings
 from stream_r1.watch.writers import (
@@ -79,7 +78,7 @@ class Watcher:
             return
         settings.require_packages()
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _undisturbed():
+        with global_streams_kept():
             self._files = FolderWriter(self.folder, trainer.step)
             begun = trainer.step // settings.every * settings.every  # steps after it are summarised together
             for row in read_metrics(self.folder / METRICS):
@@ -119,7 +118,7 @@ class Watcher:
             return
         every, step = self.settings.sample_every, event.step
         if self._files is not None:
-            with _undisturbed():
+            with global_streams_kept():
                 self._record(event)
                 if event.preview is not None and every and step // every > self._mapped // every:
                     self._mapped = step
@@ -155,7 +154,7 @@ class Watcher:
             return
         if self._files is None and not isinstance(trainer.student, FSDPModule):
             return
-        with _undisturbed():
+        with global_streams_kept():
             for index in range(len(self._prompts)):
                 self._try("sample", self._sample_one, step, index)
 
@@ -184,19 +183,6 @@ class Watcher:
             if name not in self._failing:
                 self._failing.add(name)
                 self._warn(f"watching, {name}: {_told(error)}; the training goes on")
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Every global source of randomness as it was."""
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002
-    device = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(device):
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])  # noqa: NPY002
 
 
 def _told(error: Exception) -> str:
