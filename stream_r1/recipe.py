@@ -136,6 +136,10 @@ class Recipe(DistillSettings):
         """The resolved settings; a recipe again."""
         return _as_yaml(self)
 
+    def inputs(self, path: Path | str) -> dict[str, Path | None]:
+        """What the run reads, the recipe at `path` included, by key."""
+        return _inputs(self, path)
+
 
 class InitModelPaths(Settings):
     """Where the models are: folders, as those of a distillation.
@@ -213,6 +217,18 @@ class InitRecipe(InitSettings):
     def as_yaml(self) -> str:
         """The resolved settings; a recipe again."""
         return _as_yaml(self)
+
+    def inputs(self, path: Path | str) -> dict[str, Path | None]:
+        """As `Recipe.inputs`."""
+        return _inputs(self, path) | {"pairs.folder": locate(self.pairs.folder)}
+
+
+def _inputs(recipe: Recipe | InitRecipe, path: Path | str) -> dict[str, Path | None]:
+    named = recipe.models.model_dump(exclude_none=True)
+    if recipe.models.text == "minilm":
+        del named["text"]
+    read: dict[str, Path | None] = {f"models.{name}": locate(value) for name, value in named.items()}
+    return read | {"prompts": locate(recipe.prompts), "the recipe": locate(path)}
 
 
 def _as_yaml(recipe: Recipe | InitRecipe) -> str:

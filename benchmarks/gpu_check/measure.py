@@ -183,8 +183,10 @@ def put_section(file: Path, text: str) -> None:
 
 def main(file: Path) -> None:
     from benchmarks.prediction import streaming
+    from stream_r1.commands.outputs import check_files
     from stream_r1.estimate.devices import DEVICES
 
+    check_files("FILE", [file], {})
     device = torch.device("cuda")
     machine = torch.cuda.get_device_name(device)
     timings = {f"`{case.op}`, {case.name}": time_case(case, device) for case in cases(Sizes(), device)}

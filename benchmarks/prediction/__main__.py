@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.prediction import kernels, page, streaming
+from stream_r1.commands.outputs import check_files
 from stream_r1.estimate.devices import DEVICES
 from stream_r1.estimate.work import fake_tensors
 
@@ -23,5 +24,6 @@ def predict() -> page.Predictions:
 
 if __name__ == "__main__":
     file = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parents[2] / "docs" / "gpu.md")
+    check_files("FILE", [file], {})
     file.write_text(page.markdown(predict()), encoding="utf-8")
     print(file)

@@ -7,8 +7,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from stream_r1.commands.outputs import check_files, check_folder
 from stream_r1.data import film
-from stream_r1.recipe import read_prompts
+from stream_r1.recipe import locate, read_prompts
 
 _CLIP_FRAMES = 33
 _CLIPS_PER_SHOT = 4
@@ -43,6 +44,9 @@ def sheet(out: Path, cache: Path | None) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.figure import Figure
 
+    if out.suffix != ".png":
+        raise ValueError(f"--out: expected a path that ends in .png, got {out}")
+    check_files("--out", [out], {"--cache": cache or film.default_cache()})
     console = Console()
     with console.status("reading the film"):
         frames = film.load_film(cache)
@@ -69,6 +73,7 @@ def reference(out: Path, prompts: str, cache: Path | None) -> None:
 
     console = Console()
     captions = read_prompts(prompts)
+    check_files("--out", [out], {"--prompts": locate(prompts), "--cache": cache or film.default_cache()})
     with console.status("reading the film"):
         frames = film.load_film(cache)
     videos, owners = [], []
@@ -93,6 +98,7 @@ def ode_pairs(path: Path, overrides: list[str]) -> None:
     from stream_r1.distill.ranks import join
 
     recipe = recipes.load_start(path, overrides)
+    check_folder("pairs.folder", Path(recipe.pairs.folder), recipe.inputs(path) | {"pairs.folder": None})
     with join(recipe.distributed) as ranks:
         console = Console(quiet=not ranks.first)
         with console.status("loading the teacher") as status:
@@ -113,6 +119,8 @@ def baselines(out: Path, recipe: Path, cache: Path | None) -> None:
     console = Console()
     settings = DemoSettings()
     loaded = recipes.load(recipe)
+    reads = loaded.inputs(recipe) | {"reference": recipes.locate(settings.reference)}
+    check_files("--out", [out], reads | {"--cache": cache or film.default_cache()})
     statistics = Reference.load(recipes.locate(settings.reference))
     with console.status("reading the film"):
         frames = film.load_film(cache)

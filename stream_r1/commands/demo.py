@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from stream_r1 import recipe as recipes
+from stream_r1.commands.outputs import check_folder
 from stream_r1.config import SettingsError, build, parse_overrides
 from stream_r1.demo.record import Record
 from stream_r1.demo.report import write_report
@@ -39,6 +40,7 @@ def run(
     source = str(recipe or RECIPE)
     chosen = build(DemoSettings, parse_overrides(settings), "--set")
     loaded = recipes.load(source, overrides)
+    check_folder("--out", out, loaded.inputs(source) | {"reference": recipes.locate(chosen.reference)})
     console.print(
         f"[bold]Stream-R1[/bold], the tiny world: {source}, {chosen.budget:.0f} s in all", highlight=False
     )

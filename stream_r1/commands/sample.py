@@ -13,13 +13,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from stream_r1.commands.outputs import check_files, check_folder
 from stream_r1.data.film import default_cache
 from stream_r1.models.text import UMT5Encoder
 from stream_r1.recipe import locate
 from stream_r1.sampling.pipeline import StreamR1Pipeline
 from stream_r1.sampling.sampler import Stream
 from stream_r1.sampling.start import read_start
-from stream_r1.sampling.video import VideoWriter, contact_sheet
+from stream_r1.sampling.video import VideoWriter, check_side, contact_sheet
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SHEET_FRAMES = 240  # kept in memory for the contact sheet, however long the stream
@@ -32,6 +33,11 @@ class Output:
     path: Path
     scale: int = 1
     sheet: bool = False
+
+    @property
+    def picture(self) -> Path:
+        """The contact sheet."""
+        return self.path.with_suffix(".png")
 
     def files(self, count: int) -> list[Path]:
         """One mp4 a prompt."""
@@ -60,6 +66,12 @@ class Models:
     offload: bool = False
     text_cache: Path | None = None
     cuda_graph: bool = False
+
+    def files(self) -> dict[str, Path | None]:
+        """What is read, by option."""
+        decoder = None if self.decoder is None else Path(self.decoder.partition(":")[2])
+        named = {"--checkpoint": self.checkpoint, "--adapter": self.adapter, "--decoder": decoder}
+        return {"--models": locate(self.folder), **named}
 
     def load(self, size: tuple[int, int] | None) -> StreamR1Pipeline:
         device = _device("--device", self.device)
@@ -95,10 +107,19 @@ def run(
 ) -> None:
     """Stream `seconds` (None: until Ctrl-C) of every prompt, and say how fast it was."""
     console = Console()
-    files = output.files(len(prompts))
     wanted = None if size is None else _size(size)
+    if wanted is not None:
+        check_side("--scale", *wanted, output.scale)
+    if start is not None and not start.is_file():
+        raise FileNotFoundError(f"--start: no such file: {start}")
+    files = output.files(len(prompts))
+    written = [*files, output.picture] if output.sheet else files
+    check_files("--out", written, {"--start": start, **models.files()})
+    if models.text_cache is not None:
+        check_folder("--text-cache", models.text_cache, {})
     with console.status("loading the models"):
         pipeline = models.load(wanted)
+        check_side("--scale", *pipeline.size, output.scale)
         encoder = pipeline.text_encoder
         if isinstance(encoder, UMT5Encoder):
             encoder.encode(prompts)  # reads gigabytes; the stream asks again and finds them remembered
@@ -124,9 +145,9 @@ def run(
     for file in files:
         console.print(str(file), soft_wrap=True, highlight=False)
     if output.sheet and frames:
-        picture = output.path.with_suffix(".png")
-        contact_sheet(list(torch.cat(frames, 1)), labels=prompts, scale=2, enlarge="bicubic").save(picture)
-        console.print(str(picture), soft_wrap=True, highlight=False)
+        sheet = contact_sheet(list(torch.cat(frames, 1)), labels=prompts, scale=2, enlarge="bicubic")
+        sheet.save(output.picture)
+        console.print(str(output.picture), soft_wrap=True, highlight=False)
     console.print(
         f"{timings.frames / pipeline.fps:.1f} s of video, {timings.fps:.1f} frames a second, "
         f"first frame after {1000 * timings.first_frame:.0f} ms",

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.syntax import Syntax
 
 from stream_r1 import recipe as recipes
-from stream_r1.config import SettingsError
+from stream_r1.commands.outputs import check_folder
 from stream_r1.recipe import InitRecipe, Recipe
 
 if TYPE_CHECKING:
@@ -40,7 +40,9 @@ def run(path: Path, overrides: list[str], *, check: bool, fresh: bool) -> None:
         recipe = recipes.load_any(path, overrides)
         if not check:
             recipe.watch.require_packages()
-            _require_writable(Path(recipe.out))
+            for part in ("", CHECKPOINTS, STUDENT, ADAPTER):
+                reads = recipe.inputs(path) if part else {}
+                check_folder("out", Path(recipe.out) / part, reads)
     except ValueError:
         if talks:
             raise
@@ -57,13 +59,6 @@ def run(path: Path, overrides: list[str], *, check: bool, fresh: bool) -> None:
         stopped_by = _train(recipe, ranks, console, fresh=fresh)
     if stopped_by:
         sys.exit(128 + stopped_by)
-
-
-def _require_writable(out: Path) -> None:
-    """Refuses a folder that nothing can be written to, before models are loaded that may take minutes."""
-    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise SettingsError(f"out: expected a folder that can be written to, got {out}; {there} can't be")
 
 
 def _train(recipe: Recipe | InitRecipe, ranks: Ranks, console: Console, *, fresh: bool) -> int:

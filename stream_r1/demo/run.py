@@ -21,9 +21,12 @@ import torch
 
 from stream_r1 import __version__
 from stream_r1.assembly import Models, load_models, make_trainer, require_models
+from stream_r1.config import SettingsError
 from stream_r1.demo import stages
 from stream_r1.demo.baselines import load_baselines
+from stream_r1.demo.record import FILE as RECORD
 from stream_r1.demo.record import Record, StepPoint
+from stream_r1.demo.report import LABELS
 from stream_r1.demo.settings import DemoSettings, seconds_to_distil, steps_in
 from stream_r1.distill.events import Event, StepDone
 from stream_r1.distill.trainer import DistillTrainer
@@ -273,12 +276,26 @@ class Demo:
 
 
 def clear(folder: Path) -> None:
-    """Remove what an earlier run left in its folder, and nothing else."""
-    for pattern in ("*.mp4", "*.png", "*.npz", "record.json", "index.html"):
-        for path in folder.glob(pattern):
+    """Remove what an earlier run left in its folder, and nothing else.
+
+    Raises SettingsError where such files are there without a run's record: they are somebody else's.
+    """
+    clips = [f"{name}-*.{suffix}" for name in LABELS for suffix in ("mp4", "png")]
+    left = [path for pattern in (*clips, MAPS, "index.html") for path in folder.glob(pattern)]
+    left += [
+        folder / name for name in (CHECKPOINTS, STUDENT, STUDENT + "-stopped") if (folder / name).exists()
+    ]
+    record = folder / RECORD
+    if left and not record.is_file():
+        raise SettingsError(
+            f"{folder}: expected a new folder or that of an earlier demo, got one with {left[0].name}"
+        )
+    for path in left:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             path.unlink()
-    for name in (CHECKPOINTS, STUDENT, STUDENT + "-stopped"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    record.unlink(missing_ok=True)  # last: what a killed process leaves of the others is still a demo's
 
 
 def _fingerprint(recipe: Recipe, settings: DemoSettings) -> str:

@@ -25,6 +25,7 @@ from stream_r1.sampling.video_file import VideoFile
 __all__ = ["VideoWriter", "contact_sheet", "read_image", "read_video"]
 
 # Fragments instead of one index at the end: whatever is on disk plays, also if the process was stopped.
+MAX_SIDE = 16384  # of an encoded picture
 _FRAGMENTED = "frag_keyframe+empty_moov+default_base_moof"
 
 Enlargement = Literal["nearest", "bicubic"]
@@ -92,6 +93,7 @@ class VideoWriter:
             raise ValueError(
                 f"VideoWriter.write: frames must be {expected} as before, got {height} x {width}"
             )
+        check_side("VideoWriter.write", height, width, self._scale)
         self._size = (height, width)
         pixels = _enlarge(_to_bytes(frames), self._scale, self._enlarge)
         pixels = functional.pad(
@@ -226,9 +228,15 @@ def contact_sheet(
     shown = [
         video[np.linspace(0, len(video) - 1, min(columns, len(video))).round().astype(int)] for video in rows
     ]
+    check_side("contact_sheet", rows[0].shape[-2], rows[0].shape[-1], scale)
     height, width = (scale * size for size in rows[0].shape[-2:])
     head = 14 if labels is not None else 0
     across = max(len(frames) for frames in shown)
+    if across * width * len(rows) * height > MAX_PIXELS:
+        expected = f"columns, scale and videos for at most {MAX_PIXELS} pixels"
+        raise ValueError(
+            f"contact_sheet: expected {expected}, got {across} x {len(rows)} pictures of {height} x {width}"
+        )
     sheet = Image.new(
         "RGB", (gap + across * (width + gap), gap + len(rows) * (head + height + gap)), (24, 24, 24)
     )
@@ -240,6 +248,14 @@ def contact_sheet(
         for column, picture in enumerate(_enlarge(_to_bytes(frames), scale, enlarge).permute(0, 2, 3, 1)):
             sheet.paste(Image.fromarray(picture.numpy()), (gap + column * (width + gap), top + head))
     return sheet
+
+
+def check_side(caller: str, height: int, width: int, scale: int) -> None:
+    """Refuses what H.264 has no room for, before memory is taken for it."""
+    if max(height, width) * scale > MAX_SIDE:
+        raise ValueError(
+            f"{caller}: scale: expected sides up to {MAX_SIDE} pixels, got {height} x {width} times {scale}"
+        )
 
 
 def _to_bytes(frames: Tensor) -> Tensor:
