@@ -27,6 +27,7 @@ REQUIREMENTS = [
     f"torch=={torch.__version__.split('+')[0]}",
     "numpy",
     "safetensors",
+    "filelock",
     "diffusers>=0.35",
     "transformers>=5",
     "av",

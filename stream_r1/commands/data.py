@@ -9,6 +9,7 @@ from rich.table import Table
 
 from stream_r1.commands.outputs import check_files, check_folder
 from stream_r1.data import film
+from stream_r1.disk.whole import written
 from stream_r1.recipe import locate, read_prompts
 
 _CLIP_FRAMES = 33
@@ -59,8 +60,8 @@ def sheet(out: Path, cache: Path | None) -> None:
         axes.imshow(frames[(shot.start + shot.end) // 2])
         axes.set_title(f"{shot.index}  {shot.caption}", fontsize=6, wrap=True, loc="left")
         axes.axis("off")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out)
+    with written(out) as file:
+        figure.savefig(file)
     plt.close(figure)
     console.print(str(out))
 

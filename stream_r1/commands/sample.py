@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stream_r1.commands.outputs import check_files, check_folder
 from stream_r1.data.film import default_cache
+from stream_r1.disk.whole import written
 from stream_r1.models.text import UMT5Encoder
 from stream_r1.recipe import locate
 from stream_r1.sampling.pipeline import StreamR1Pipeline
@@ -146,7 +147,8 @@ def run(
         console.print(str(file), soft_wrap=True, highlight=False)
     if output.sheet and frames:
         sheet = contact_sheet(list(torch.cat(frames, 1)), labels=prompts, scale=2, enlarge="bicubic")
-        sheet.save(output.picture)
+        with written(output.picture) as place:
+            sheet.save(place)
         console.print(str(output.picture), soft_wrap=True, highlight=False)
     console.print(
         f"{timings.frames / pipeline.fps:.1f} s of video, {timings.fps:.1f} frames a second, "

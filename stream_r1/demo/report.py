@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from stream_r1 import maps
 from stream_r1.demo import figures, measures
 from stream_r1.demo.record import Record
+from stream_r1.disk.whole import write_text
 
 LABELS = {
     "before": "Student before",
@@ -39,10 +39,8 @@ def write_report(record: Record, folder: Path) -> Path:
         lstrip_blocks=True,
     )
     page = environment.get_template("report.html.j2").render(_context(record, folder))
-    out, part = folder / "index.html", folder / "index.html.part"
-    part.write_text(page, encoding="utf-8")
-    os.replace(part, out)
-    return out
+    write_text(folder / "index.html", page)
+    return folder / "index.html"
 
 
 def _context(record: Record, folder: Path) -> dict[str, Any]:

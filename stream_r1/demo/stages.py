@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from stream_r1.assembly import Models
 from stream_r1.data.film import FPS, default_cache, load_shots
 from stream_r1.demo.record import Clip, Timing
 from stream_r1.demo.settings import DemoSettings
+from stream_r1.disk.whole import written
 from stream_r1.distill.ode import ode_pairs
 from stream_r1.distill.weighting import StreamR1Weights
 from stream_r1.evaluation import Reference, evaluate_videos
@@ -45,18 +47,15 @@ def stream_prompts(sampler: Sampler, settings: DemoSettings, folder: Path, name:
     """The prompts as one batch, each into its mp4 as frames arrive; a contact sheet of each."""
     clips = [_clip(prompt, name, index) for index, prompt in enumerate(settings.prompts)]
     stream = sampler.stream(list(settings.prompts), seed=settings.seed, chunks=settings.chunks)
-    writers: list[VideoWriter] = []
     frames: list[Tensor] = []
-    try:
+    with ExitStack() as stack:
+        places = [stack.enter_context(written(folder / clip.video)) for clip in clips]
+        writers = [stack.enter_context(VideoWriter(place, fps=FPS)) for place in places]
         for chunk in stream:
             assert chunk.frames is not None  # the sampler has a VAE
             frames.append(chunk.frames)
-            writers = writers or [VideoWriter(folder / clip.video, fps=FPS) for clip in clips]
             for writer, video in zip(writers, chunk.frames, strict=True):
                 writer.write(video)
-    finally:
-        for writer in writers:
-            writer.close()
     for clip, video in zip(clips, torch.cat(frames, 1), strict=True):
         _sheet(folder, clip, video)
     return clips
@@ -67,7 +66,7 @@ def write_clips(folder: Path, name: str, prompts: Sequence[str], videos: Sequenc
     clips = []
     for index, (prompt, video) in enumerate(zip(prompts, videos, strict=True)):
         clip = _clip(prompt, name, index)
-        with VideoWriter(folder / clip.video, fps=FPS) as writer:
+        with written(folder / clip.video) as place, VideoWriter(place, fps=FPS) as writer:
             writer.write(video)
         _sheet(folder, clip, video)
         clips.append(clip)
@@ -175,14 +174,15 @@ def look(sampler: Sampler, models: Models, recipe: Recipe, settings: DemoSetting
     )
     assert weights.saliency is not None  # "full" looks at pixels
     shown = video[0, :: models.vae.temporal_factor].movedim(1, -1).clamp(0, 1).mul(255).round().byte()
-    np.savez_compressed(
-        path,
-        frames=shown.numpy(),  # [F, H, W, 3], the last pixel frame of each latent frame
-        saliency=weights.saliency[:, 0].numpy(),  # [axes, F, h, w]
-        weights=weights.intra[0, :, 0].numpy(),  # [F, h, w]
-        scores=weights.scores[0].numpy(),
-        prompt=np.array(prompt),
-    )
+    with written(path) as place:
+        np.savez_compressed(
+            place,
+            frames=shown.numpy(),  # [F, H, W, 3], the last pixel frame of each latent frame
+            saliency=weights.saliency[:, 0].numpy(),  # [axes, F, h, w]
+            weights=weights.intra[0, :, 0].numpy(),  # [F, h, w]
+            scores=weights.scores[0].numpy(),
+            prompt=np.array(prompt),
+        )
 
 
 def _chunks(student: CausalWanTransformer, frames: int) -> int:
@@ -197,4 +197,5 @@ def _clip(prompt: str, name: str, index: int) -> Clip:
 
 def _sheet(folder: Path, clip: Clip, video: Tensor) -> None:
     assert clip.sheet is not None
-    contact_sheet([video], scale=2, enlarge="bicubic").save(folder / clip.sheet)
+    with written(folder / clip.sheet) as place:
+        contact_sheet([video], scale=2, enlarge="bicubic").save(place)

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stream_r1.config import SettingsError
+from stream_r1.disk.whole import written
 from stream_r1.distill.settings import LoraSettings
 
 _PREFIX = "base_model.model."  # peft's, before the names of the network's layers
@@ -77,13 +78,13 @@ def save_adapter(model: nn.Module, state: dict[str, Tensor], folder: Path | str)
     """
     from peft import get_peft_model_state_dict
 
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     own: dict[str, Tensor] = get_peft_model_state_dict(model, state_dict=state, adapter_name=_NAME)
     tensors = {f"{_PREFIX}{name}": value.detach().cpu().contiguous() for name, value in own.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config: Any = model.peft_config[_NAME]  # type: ignore[index]
-    config.save_pretrained(folder)
+    with written(folder, replaces="adapter_*") as place:
+        place.mkdir()
+        save_file(tensors, place / "adapter_model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(place)
 
 
 def without_adapters(state: dict[str, Tensor]) -> dict[str, Tensor]:

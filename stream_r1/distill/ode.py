@@ -8,7 +8,6 @@ predicts the end from such a state. Source: CausVid (2412.07772, section 4.3).
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from copy import copy
@@ -19,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from stream_r1.disk.whole import written
 from stream_r1.distill.dmd import velocity
 from stream_r1.distill.initialise import per_chunk
 from stream_r1.distill.noise import SampleNoise
@@ -221,11 +221,10 @@ def make_ode_pairs(
                 guidance=guidance,
                 order=order,
             )
-        partial = files[start].with_suffix(".partial")
         tensors = {"trajectories": found.to("cpu", dtype).contiguous(), "text_index": index % len(text)}
         tensors["timesteps"] = torch.tensor(schedule.denoising_steps(steps))
-        save_file(tensors, partial, metadata={"settings": json.dumps(settings)})
-        os.replace(partial, files[start])
+        with written(files[start]) as place:
+            save_file(tensors, place, metadata={"settings": json.dumps(settings)})
         yield start + counts[start]
 
 

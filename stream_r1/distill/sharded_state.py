@@ -26,8 +26,9 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
+from stream_r1.disk.whole import flush
 from stream_r1.distill.ranks import Ranks
-from stream_r1.distill.state import CheckpointError, clear_partial, flatten, flush, publish, unflatten
+from stream_r1.distill.state import CheckpointError, clear_left_over, flatten, publish, unflatten
 
 _VALUES = "values.json"
 _FORMAT = "1"
@@ -98,7 +99,7 @@ class SharedCheckpoints:
     def _begin(self, path: Path) -> Path:
         partial = _partial(path)
         if self.ranks.first:
-            clear_partial(self.folder)
+            clear_left_over(self.folder)
             partial.mkdir()
         self.ranks.barrier()
         return partial

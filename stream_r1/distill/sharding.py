@@ -22,6 +22,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from stream_r1.disk.whole import written
 from stream_r1.distill.lora import is_adapted, save_adapter, without_adapters
 from stream_r1.distill.ranks import Ranks
 from stream_r1.distill.settings import DistributedSettings
@@ -115,7 +116,7 @@ def export_student(student: CausalWanTransformer, folder: Path | str, ranks: Ran
     """Writes a diffusers folder from the first rank, adapters merged; every rank must call it."""
     if not isinstance(student, FSDPModule) and not is_adapted(student):
         if ranks.first:
-            student.save_pretrained(folder)
+            _save(student, folder)
         ranks.barrier()
         return
     state = _whole_state(student)
@@ -127,8 +128,13 @@ def export_student(student: CausalWanTransformer, folder: Path | str, ranks: Ran
         with torch.device("meta"):
             gathered: CausalWanTransformer = CausalWanTransformer.from_config(student.config)
         gathered.load_state_dict(state, assign=True)
-        gathered.save_pretrained(folder)
+        _save(gathered, folder)
     ranks.barrier()
+
+
+def _save(student: CausalWanTransformer, folder: Path | str) -> None:
+    with written(folder, replaces="diffusion_pytorch_model*") as place:
+        student.save_pretrained(place)
 
 
 def export_adapter(student: CausalWanTransformer, folder: Path | str, ranks: Ranks) -> None:

@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -24,6 +23,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from stream_r1.disk.lock import folder_lock
+from stream_r1.disk.whole import clear_partial, flush, remove, written
 
 _NAME = re.compile(r"step-(\d{8})(\.safetensors)?")
 _FORMAT = "1"
@@ -46,14 +48,19 @@ def save_checkpoint(
     Args:
         parts: tensors, by part and name; names may hold "/".
         values: whatever JSON can hold.
+
+    Raises:
+        FolderInUseError: another process writes there.
+        OSError: it can't be written, as on a full disk; what was there stays.
     """
     folder = Path(folder)
-    clear_partial(folder)
-    tensors = {key: t.contiguous() for key, t in flatten(parts).items()}
-    path = folder / f"step-{step:08d}.safetensors"
-    partial = folder / f".{path.name}.partial"
-    save_file(tensors, partial, metadata={"format": _FORMAT, "values": json.dumps(values)})
-    publish(partial, path, keep=keep)
+    with folder_lock(folder):
+        clear_left_over(folder)
+        tensors = {key: t.contiguous() for key, t in flatten(parts).items()}
+        path = folder / f"step-{step:08d}.safetensors"
+        with written(path, clear=False) as partial:
+            save_file(tensors, partial, metadata={"format": _FORMAT, "values": json.dumps(values)})
+        remove_old(folder, keep)
     return path
 
 
@@ -94,11 +101,12 @@ def unflatten(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return parts
 
 
-def clear_partial(folder: Path) -> None:
+def clear_left_over(folder: Path) -> None:
     """Makes a folder for checkpoints, without what killed processes left in it."""
     folder.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.glob(".*.partial"):
-        _remove(left_over)
+    clear_partial(folder, everything=True)
+    for left_over in folder.glob(".tmp*"):  # of safetensors itself, as earlier versions had it write there
+        remove(left_over)
 
 
 def publish(partial: Path, path: Path, *, keep: int | None) -> None:
@@ -106,24 +114,16 @@ def publish(partial: Path, path: Path, *, keep: int | None) -> None:
     flush(partial)
     os.replace(partial, path)
     flush(path.parent)  # the rename itself
-    for old in list_checkpoints(path.parent)[:-keep] if keep is not None else ():
+    remove_old(path.parent, keep)
+
+
+def remove_old(folder: Path, keep: int | None) -> None:
+    """Removes all checkpoints but the `keep` newest; None: none."""
+    for old in list_checkpoints(folder)[:-keep] if keep is not None else ():
         # A folder goes in many steps: under a name that is not a checkpoint's.
         gone = old.with_name(f".{old.name}.partial")
         os.replace(old, gone)
-        _remove(gone)
-
-
-def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def flush(path: Path) -> None:
-    """Waits until a file or a folder's entries are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        remove(gone)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from stream_r1.disk.whole import written
 from stream_r1.evaluation.kid import FrameFeatures
 from stream_r1.evaluation.naturalness import CleanStatistics, sharpness
 from stream_r1.evaluation.warp import MotionFigures, motion_figures
@@ -50,8 +51,6 @@ class Reference:
 
     def save(self, path: str | Path) -> None:
         """One safetensors file; features in float16."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {
             "features": self.features.half(),
             "video_features": self.video_features.half(),
@@ -59,11 +58,9 @@ class Reference:
             "clean.covariance": self.clean.covariance,
             "figures": torch.tensor([self.sharpness, *self.motion], dtype=torch.float64),
         }
-        save_file(
-            {k: v.contiguous() for k, v in tensors.items()},
-            path,
-            metadata={"prompts": json.dumps(self.prompts)},
-        )
+        told = {"prompts": json.dumps(self.prompts)}
+        with written(path) as place:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, place, metadata=told)
 
     @classmethod
     def load(cls, path: str | Path) -> Reference:

@@ -5,8 +5,6 @@ and of many prompts only the tokens take room.
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -14,6 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+from stream_r1.disk.whole import written
 
 _TAIL = 1 << 20  # bytes of a large file that tell it from another of its size
 
@@ -32,6 +32,7 @@ class PromptCache:
     def __init__(self, folder: str | Path, model: str) -> None:
         self.folder = Path(folder)
         self.model = model
+        self._cleared = False  # a look at a folder of a hundred thousand files, once a process
 
     def path(self, prompt: str) -> Path:
         """The file of a prompt."""
@@ -49,15 +50,9 @@ class PromptCache:
     def put(self, prompt: str, states: Tensor) -> None:
         """Keep a prompt's states [tokens, dim]."""
         content = save({"states": states.detach().cpu().contiguous()}, {"prompt": prompt})
-        self.folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self.folder, suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            os.replace(name, self.path(prompt))
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        with written(self.path(prompt), clear=not self._cleared) as place:
+            place.write_bytes(content)
+        self._cleared = True
 
 
 class PromptEmbeddings:

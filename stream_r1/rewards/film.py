@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from stream_r1.disk.whole import written
 from stream_r1.models.text import MiniLMEncoder, TextEncoder
 from stream_r1.models.weight_files import read_json
 from stream_r1.rewards.base import ScoreNormalizer, check_video
@@ -143,8 +144,6 @@ class FilmReward(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` and `heads.safetensors`."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         config = {
             "type": "film",
             "axes": list(self.axes),
@@ -155,11 +154,11 @@ class FilmReward(nn.Module):
             "max_frames": self.max_frames,
             "window_frames": self.window_frames,
         }
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(
-            {name: value.contiguous() for name, value in self.heads.state_dict().items()},
-            folder / "heads.safetensors",
-        )
+        heads = {name: value.contiguous() for name, value in self.heads.state_dict().items()}
+        with written(folder, replaces="heads.safetensors") as place:
+            place.mkdir()
+            (place / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            save_file(heads, place / "heads.safetensors")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, text_encoder: TextEncoder | None = None) -> FilmReward:

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stream_r1.data.film import Shot, clip_starts, load_film, load_shots
+from stream_r1.disk.whole import write_text
 from stream_r1.models.text import MiniLMEncoder, TextEncoder
 from stream_r1.rewards import corruptions
 from stream_r1.rewards.base import ScoreNormalizer
@@ -125,7 +126,7 @@ def train_film_reward(
     metrics["settings"] = asdict(settings)
     metrics["clips"] = {"training": len(train.shots), "held_out": len(test.shots)}
     FilmReward(heads, normalizer).save_pretrained(out)
-    (Path(out) / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    write_text(Path(out) / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 

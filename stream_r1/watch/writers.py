@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from stream_r1.disk.whole import write_text, written
 from stream_r1.maps import png
 from stream_r1.watch.settings import WandbSettings
 
@@ -80,12 +81,13 @@ class FolderWriter:
 
     def pictures(self, step: int, pictures: dict[str, Picture]) -> None:
         for name, picture in pictures.items():
-            self._place(step, name, ".png").write_bytes(png(picture))
+            with written(self._place(step, name, ".png")) as place:
+                place.write_bytes(png(picture))
 
     def video(self, step: int, name: str, frames: Tensor, fps: float) -> None:
         from stream_r1.sampling.video import VideoWriter
 
-        with VideoWriter(self._place(step, name, ".mp4"), fps) as writer:
+        with written(self._place(step, name, ".mp4")) as place, VideoWriter(place, fps) as writer:
             writer.write(frames)
 
     def close(self) -> None:
@@ -93,20 +95,13 @@ class FolderWriter:
             _append(self._path, _rows(self._columns, self._waiting))
 
     def _place(self, step: int, name: str, suffix: str) -> Path:
-        place = self.folder / SAMPLES / f"step-{step:08d}" / (name.replace("/", "-") + suffix)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        return place
+        return self.folder / SAMPLES / f"step-{step:08d}" / (name.replace("/", "-") + suffix)
 
     def _rewrite(self, rows: list[dict[str, float]]) -> None:
         """The whole file, with a column for everything; a new name comes once or twice in a run."""
         columns = list(dict.fromkeys([*self._columns, *(key for row in rows for key in row)]))
-        part = self._path.with_name(self._path.name + ".part")
-        try:
-            part.write_bytes(_line(columns) + _rows(columns, rows))
-            os.replace(part, self._path)
-        except OSError:
-            part.unlink(missing_ok=True)
-            raise
+        with written(self._path) as place:
+            place.write_bytes(_line(columns) + _rows(columns, rows))
         self._columns = columns
 
 
@@ -277,7 +272,7 @@ class WandbWriter:
             reinit="create_new",
             settings=wandb.Settings(silent=True, console="off"),
         )
-        kept.write_text(self._run.id + "\n", encoding="utf-8")
+        write_text(kept, self._run.id + "\n")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         self._run.log(values, step=step)
