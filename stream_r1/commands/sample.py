@@ -114,8 +114,8 @@ def run(
     if start is not None and not start.is_file():
         raise FileNotFoundError(f"--start: no such file: {start}")
     files = output.files(len(prompts))
-    written = [*files, output.picture] if output.sheet else files
-    check_files("--out", written, {"--start": start, **models.files()})
+    outputs = [*files, output.picture] if output.sheet else files
+    check_files("--out", outputs, {"--start": start, **models.files()})
     if models.text_cache is not None:
         check_folder("--text-cache", models.text_cache, {})
     with console.status("loading the models"):
