@@ -14,7 +14,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from stream_r1.distill.events import Event, Saved, StepDone
+from stream_r1.distill.events import Event, SetAside, StepDone
+from stream_r1.messages import one_line
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _REMEMBER = 400
@@ -38,6 +39,13 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def set_aside(event: SetAside) -> str:
+    """What happened to a damaged checkpoint, as a sentence."""
+    return one_line(
+        f"{event.reason}; it is kept as {event.path.name}, the run resumes from step {event.step}"
+    )
 
 
 class DistillationDisplay:
@@ -92,7 +100,9 @@ class DistillationDisplay:
 
     def show(self, event: Event) -> None:
         """Take in one event of ``DistillTrainer.run``."""
-        if isinstance(event, Saved):
+        if isinstance(event, SetAside):
+            self.console.print(Text(set_aside(event), style="yellow"), soft_wrap=True)
+        if not isinstance(event, StepDone):
             return
         self._remember(event)
         total = self._bar.tasks[0].total or event.steps

@@ -63,6 +63,8 @@ def run(path: Path, overrides: list[str], *, check: bool, fresh: bool) -> None:
 
 def _train(recipe: Recipe | InitRecipe, ranks: Ranks, console: Console, *, fresh: bool) -> int:
     """The signal that stopped the run before its end; 0: none did."""
+    from stream_r1.commands.progress import DistillationDisplay, set_aside
+
     out = Path(recipe.out)
     with console.status("loading the models"):
         trainer = _trainer(recipe, ranks, out, fresh=fresh)
@@ -70,6 +72,8 @@ def _train(recipe: Recipe | InitRecipe, ranks: Ranks, console: Console, *, fresh
     if resumed is not None:
         console.print(f"going on from {resumed}", soft_wrap=True)
     if trainer.step >= recipe.steps:
+        for event in trainer.set_aside:
+            console.print(set_aside(event), soft_wrap=True, markup=False)
         console.print(f"all {recipe.steps} steps are done; steps=N goes further, --fresh starts over")
         _export(trainer, out, console)  # again: the run may have been killed while it did
         return 0
@@ -77,7 +81,6 @@ def _train(recipe: Recipe | InitRecipe, ranks: Ranks, console: Console, *, fresh
     if ranks.first:
         out.mkdir(parents=True, exist_ok=True)
         (out / "recipe.yaml").write_text(recipe.as_yaml(), encoding="utf-8")
-    from stream_r1.commands.progress import DistillationDisplay
     from stream_r1.watch.watcher import Watcher
 
     def warn(text: str) -> None:

@@ -44,7 +44,16 @@ class Saved:
     why: Literal["interval", "stopped", "finished"]
 
 
-Event = StepDone | Saved
+@dataclass(frozen=True)
+class SetAside:
+    """A checkpoint was damaged and has another name now; the run resumed from the one at `step`."""
+
+    step: int
+    path: Path  # where it is now
+    reason: str
+
+
+Event = StepDone | Saved | SetAside
 
 
 def summarise(rows: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -24,6 +24,7 @@ from stream_r1.distill.state import (
     optimizer_tensors,
     trained_state,
 )
+from stream_r1.distill.verification import require_order
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.schedule import FlowSchedule
 
@@ -152,6 +153,9 @@ class InitTrainer(TrainingLoop):
         latents = noise.randn(size.frames, channels, size.height, size.width)
         return self_rollout(rollout, latents, grad=False)
 
+    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {"optimizer": self.optimizer}
+
     def _owners(self) -> dict[str, nn.Module]:
         return dict.fromkeys(("student", "ema", "optimizer"), self.student)
 
@@ -165,6 +169,9 @@ class InitTrainer(TrainingLoop):
 
     def _values(self) -> dict[str, Any]:
         return {"order": self.order.state_dict()}
+
+    def _check_values(self, own: dict[str, Any], source: str) -> None:
+        require_order(own.get("order"), len(self.objective), f"{source}: order")
 
     def _restore(self, parts: dict[str, dict[str, Tensor]], values: dict[str, Any]) -> None:
         load_trained(self.student, parts["student"])

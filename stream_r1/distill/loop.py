@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from stream_r1.distill.events import Event, Saved, StepDone
+from stream_r1.distill.events import Event, Saved, SetAside, StepDone
 from stream_r1.distill.lora import add_adapters
 from stream_r1.distill.noise import global_streams_kept, seed_global_streams
 from stream_r1.distill.precision import computing_in
@@ -28,16 +28,25 @@ from stream_r1.distill.sharding import (
     whole,
 )
 from stream_r1.distill.state import (
-    CheckpointError,
     Ema,
     StopRequest,
     flatten,
     list_checkpoints,
     load_checkpoint,
+    rename_damaged,
     save_checkpoint,
+    step_of,
     trained,
 )
+from stream_r1.distill.verification import (
+    CheckpointError,
+    DamagedCheckpointError,
+    Expected,
+    require_usable,
+    require_values,
+)
 from stream_r1.distill.weighting import NOT_FINITE
+from stream_r1.messages import shown
 from stream_r1.models.transformer import CausalWanTransformer
 
 Parts = dict[str, dict[str, Tensor]]
@@ -66,7 +75,8 @@ class TrainingLoop(ABC):
         folder: where checkpoints go and come from; None keeps none.
         ranks: the processes that train together; every one of them runs the same loop. None: this one alone.
 
-    `stopped_by` is the signal that stopped the last `run`, on whichever rank; 0: none did.
+    `stopped_by` is the signal that stopped the last `run`, on whichever rank; 0: none did. `set_aside` are
+    the damaged checkpoints that `resume` went past; `run` tells of them first.
     """
 
     student: CausalWanTransformer
@@ -84,6 +94,7 @@ class TrainingLoop(ABC):
             self._shared = SharedCheckpoints(self.folder, settings.keep_checkpoints, self.ranks)
         self.step = 0
         self.stopped_by = 0
+        self.set_aside: list[SetAside] = []
         self._stop = StopRequest()
         self._skipped: dict[str, int] = {}  # updates in a row, a model
         self._drops = False
@@ -133,8 +144,16 @@ class TrainingLoop(ABC):
         """The rest that it depends on, as JSON can hold it."""
 
     @abstractmethod
+    def _check_values(self, own: dict[str, Any], source: str) -> None:
+        """Raises CheckpointError for anything that `_values` would not give."""
+
+    @abstractmethod
     def _restore(self, parts: Parts, values: dict[str, Any]) -> None:
         """Takes back what `_parts` and `_values` gave."""
+
+    @abstractmethod
+    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """By part, the optimizer whose state it is."""
 
     @abstractmethod
     def _owners(self) -> dict[str, nn.Module]:
@@ -178,7 +197,7 @@ class TrainingLoop(ABC):
         return self._loop.maths() | frozen
 
     def run(self) -> Iterator[Event]:
-        """Trains up to `settings.steps`, yielding an event a step.
+        """Trains up to `settings.steps`, yielding an event a step, after those of `set_aside`.
 
         SIGINT (Ctrl-C), SIGTERM or `stop()`, on any rank, finishes the step under way, keeps a checkpoint and
         ends the iteration, with `stopped` set. A consumer that leaves the loop of a process by itself keeps
@@ -190,6 +209,8 @@ class TrainingLoop(ABC):
         from before them.
         """
         self.stopped_by, due = 0, False
+        told, self.set_aside = self.set_aside, []
+        yield from told
         with self._stop:
             while self.step < self._loop.steps:
                 self.stopped_by = self.ranks.greatest(self._stop.signal)
@@ -254,29 +275,75 @@ class TrainingLoop(ABC):
         return self._parts(), values
 
     def resume(self) -> Path | None:
-        """Continues from the newest checkpoint in the folder, bit for bit; None if there is none.
+        """Continues from the newest checkpoint in the folder that is not damaged, bit for bit; None if there
+        is none. Newer ones that are damaged get another name, see `set_aside`; every rank takes the same.
 
-        Raises CheckpointError if it is damaged or of a run with other settings.
+        Raises:
+            DamagedCheckpointError: all of them are damaged; they stay as they are.
+            CheckpointError: one of a run with other settings.
         """
         there = list_checkpoints(self.folder) if self.folder is not None else []
-        newest = self.ranks.from_first(there[-1] if there else None)
-        if newest is not None:
-            self.load(newest)
-        return newest
+        damaged: list[tuple[Path, str]] = []
+        self.set_aside = []
+        for path in reversed(self.ranks.from_first(there)):
+            try:
+                self.load(path)
+            except DamagedCheckpointError as error:
+                damaged.append((path, str(error)))
+                continue
+            for other, reason in damaged:
+                aside = self.ranks.from_first(rename_damaged(other) if self.ranks.first else other)
+                self.set_aside.append(SetAside(self.step, aside, reason))
+            return path
+        if damaged:
+            older = f"; so are the {len(damaged) - 1} before it" if len(damaged) > 1 else ""
+            raise DamagedCheckpointError(f"{damaged[0][1]}{older}: none is left to resume from")
+        return None
 
     def load(self, path: Path | str) -> None:
         """Continues from a checkpoint, of however many processes; see `resume`."""
+        problem: CheckpointError | None = None
+        try:
+            parts, values = self._read(path)
+        except CheckpointError as error:
+            problem = error
+        # What one rank finds damaged, no rank may take.
+        kinds = (None, DamagedCheckpointError, CheckpointError)
+        worst = kinds[self.ranks.greatest(kinds.index(None if problem is None else type(problem)))]
+        if worst is not None:
+            raise problem if isinstance(problem, worst) else worst(f"{path}: not readable on another rank")
+        self._restore(parts, values["own"])
+        self.step = values["step"]
+        self._skipped = values["skipped"]
+
+    def _read(self, path: Path | str) -> tuple[Parts, dict[str, Any]]:
+        """What a checkpoint holds, checked against this run, of which nothing is changed."""
         if Path(path).is_dir():
             parts, values = load_shared_checkpoint(path, self._like, self.ranks)
         else:
             parts, values = load_checkpoint(path)
-            for part, named in parts.items():
-                for name, t in named.items():
-                    named[name] = divided_like(t, self._like(f"{part}/{name}", t.shape))
+        require_values(values, step_of(path), str(path))
         _refuse_another_run(path, values["identity"], self._identity())
-        self._restore(parts, values["own"])
-        self.step = values["step"]
-        self._skipped = values["skipped"]
+        self._check_values(values["own"], str(path))
+        require_usable(parts, self._expected(), str(path))
+        for part, named in parts.items():
+            for name, t in named.items():
+                named[name] = divided_like(t, self._like(f"{part}/{name}", t.shape))
+        return parts, values
+
+    def _expected(self) -> Expected:
+        """What every checkpoint of this run holds."""
+        own = self._parts()
+        optimizers = {
+            name: [p for group in optimizer.param_groups for p in group["params"]]
+            for name, optimizer in self._optimizers().items()
+        }
+        return Expected(
+            models={part: own[part] for part in own.keys() & self._owners().keys() - {"ema", *optimizers}},
+            averages={"ema": trained(self.student)},
+            optimizers=optimizers,
+            generators={"draws": own["draws"]},
+        )
 
     def _like(self, key: str, shape: torch.Size) -> Tensor | None:
         """The parameter that a tensor of a checkpoint belongs to, if it has its shape.
@@ -383,6 +450,6 @@ def _refuse_another_run(path: Path | str, theirs: dict, ours: dict, at: str = ""
             _refuse_another_run(path, a, b, f"{at}{key}.")
         elif a != b:
             raise CheckpointError(
-                f"{path}: made with {at}{key} = {a!r}, this run has {b!r}: "
+                f"{path}: made with {at}{key} = {shown(a)}, this run has {shown(b)}: "
                 "resume with the same settings, or start anew"
             )

@@ -84,6 +84,14 @@ class Ranks:
         dist.all_reduce(told, dist.ReduceOp.MAX)
         return int(told)
 
+    def totals(self, numbers: list[int]) -> list[int]:
+        """The sums of every rank's numbers, one by one, modulo 2^64."""
+        if not self.launched:
+            return numbers
+        told = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        dist.all_reduce(told)
+        return told.tolist()
+
     def summary(self, scalars: dict[str, float]) -> dict[str, float]:
         """Every rank's numbers as one, see `summarise`; the same names on all of them."""
         if not self.launched or not scalars:

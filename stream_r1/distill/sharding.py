@@ -6,6 +6,7 @@ Source: FSDP2 of torch, `torch.distributed.fsdp.fully_shard`.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,7 +30,7 @@ from stream_r1.distill.settings import DistributedSettings
 from stream_r1.models.adapters import merge_adapter
 from stream_r1.models.transformer import CausalWanTransformer
 
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Sharding:
@@ -107,9 +108,29 @@ def weight_sum(model: nn.Module) -> int:
     """One number that tells other weights from these: exact, so the same wherever it is computed."""
     total = 0
     for p in model.parameters():
-        bits = p.detach().view(_BITS[p.element_size()])
-        total = (total * 31 + int(bits.sum(dtype=torch.int64))) % 2**61
+        total = (total * 31 + bit_sum(p)) % 2**61
     return total
+
+
+def bit_sum(x: Tensor) -> int:
+    """A sum over the bits of a tensor: another one when any bit changes."""
+    bits = x.detach().contiguous().view(_BITS[x.element_size()])
+    return int(bits.sum(dtype=torch.int64))
+
+
+def bit_sums(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, int]:
+    """`bit_sum` of each tensor, whole or in parts; every rank must ask, and gets the same."""
+    sums = [bit_sum(local(x)) if _counts(x, ranks) else 0 for x in tensors.values()]
+    return dict(zip(tensors, ranks.totals(sums), strict=True))
+
+
+def _counts(x: Tensor, ranks: Ranks) -> bool:
+    """Whether this rank is the first of those that hold the same."""
+    if not isinstance(x, DTensor):
+        return ranks.first
+    place = x.device_mesh.get_coordinate()
+    assert place is not None  # every rank is in the mesh
+    return all(at == 0 for at, how in zip(place, x.placements, strict=True) if how.is_replicate())
 
 
 def export_student(student: CausalWanTransformer, folder: Path | str, ranks: Ranks) -> None:

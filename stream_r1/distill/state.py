@@ -26,13 +26,17 @@ from torch import Tensor, nn
 
 from stream_r1.disk.lock import folder_lock
 from stream_r1.disk.whole import clear_partial, flush, remove, written
+from stream_r1.distill.verification import (
+    CheckpointError,
+    DamagedCheckpointError,
+    describe,
+    parse_values,
+    require_as_written,
+)
+from stream_r1.messages import first_line, shown
 
 _NAME = re.compile(r"step-(\d{8})(\.safetensors)?")
-_FORMAT = "1"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be read, or belongs to another run."""
+FORMAT = "1"
 
 
 def save_checkpoint(
@@ -58,33 +62,54 @@ def save_checkpoint(
         clear_left_over(folder)
         tensors = {key: t.contiguous() for key, t in flatten(parts).items()}
         path = folder / f"step-{step:08d}.safetensors"
+        told = {"values": json.dumps(values), "tensors": json.dumps(describe(tensors))}
         with written(path, clear=False) as partial:
-            save_file(tensors, partial, metadata={"format": _FORMAT, "values": json.dumps(values)})
+            save_file(tensors, partial, metadata={"format": FORMAT} | told)
         remove_old(folder, keep)
     return path
 
 
 def load_checkpoint(path: Path | str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Parts and values of a checkpoint. Raises CheckpointError if it is not one or is damaged."""
+    """Parts and values of a checkpoint.
+
+    Raises:
+        DamagedCheckpointError: it is not what was written.
+        CheckpointError: it is in another format.
+    """
     tensors: dict[str, Tensor] = {}
+    if not Path(path).is_file():
+        raise DamagedCheckpointError(f"{path}: expected a file")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise CheckpointError(
-                    f"{path}: not a checkpoint of a trainer (format {metadata.get('format')!r})"
-                )
             for key in file.keys():  # noqa: SIM118 (not a mapping)
                 tensors[key] = file.get_tensor(key)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from error
-    return unflatten(tensors), json.loads(metadata["values"])
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise DamagedCheckpointError(f"{path}: not a readable checkpoint: {first_line(error)}") from None
+    require_format(metadata.get("format"), path)
+    values = parse_values(metadata.get("values"), f"{path}: values")
+    if "tensors" in metadata:
+        require_as_written(tensors, parse_values(metadata["tensors"], f"{path}: tensors"), str(path))
+    return unflatten(tensors), values
+
+
+def require_format(found: object, path: Path | str) -> None:
+    """Refuses what no trainer, or another version of this package, wrote."""
+    if found != FORMAT:
+        kind = CheckpointError if isinstance(found, str) and found.isdigit() else DamagedCheckpointError
+        raise kind(f"{path}: format: expected {FORMAT!r} of a trainer's checkpoint, got {shown(found)}")
 
 
 def list_checkpoints(folder: Path | str) -> list[Path]:
     """Complete checkpoints in a folder, oldest first; empty if there is no such folder."""
     folder = Path(folder)
     return sorted(p for p in folder.iterdir() if _NAME.fullmatch(p.name)) if folder.is_dir() else []
+
+
+def step_of(path: Path | str) -> int | None:
+    """The step in a checkpoint's name; None: it has another name."""
+    found = _NAME.fullmatch(Path(path).name)
+    return int(found[1]) if found else None
 
 
 def flatten(parts: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -99,6 +124,17 @@ def unflatten(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         part, _, name = key.partition("/")
         parts.setdefault(part, {})[name] = value
     return parts
+
+
+def rename_damaged(path: Path) -> Path:
+    """Gives a damaged checkpoint a name that is none of a checkpoint's; nothing is removed."""
+    aside, number = path.with_name(f"{path.name}.damaged"), 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}.damaged-{number}")
+    os.replace(path, aside)
+    flush(path.parent)
+    return aside
 
 
 def clear_left_over(folder: Path) -> None:

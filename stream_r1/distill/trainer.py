@@ -29,6 +29,7 @@ from stream_r1.distill.state import (
     optimizer_tensors,
     trained_state,
 )
+from stream_r1.distill.verification import require_history, require_order
 from stream_r1.distill.weighting import StreamR1Weights
 from stream_r1.models.text import TextEncoder
 from stream_r1.models.transformer import CausalWanTransformer
@@ -301,8 +302,7 @@ class DistillTrainer(TrainingLoop):
             "student": trained_state(self.student),
             "critic": trained_state(self.critic),
             "ema": self.ema.tensors(),
-            "student_optimizer": optimizer_tensors(self.student_optimizer),
-            "critic_optimizer": optimizer_tensors(self.critic_optimizer),
+            **{name: optimizer_tensors(optimizer) for name, optimizer in self._optimizers().items()},
             "draws": {"random": self.random.get_state()},
         }
 
@@ -310,16 +310,24 @@ class DistillTrainer(TrainingLoop):
         weights = self.weights.state_dict() if self.weights is not None else None
         return {"order": self.order.state_dict(), "weights": weights}
 
+    def _check_values(self, own: dict[str, Any], source: str) -> None:
+        require_order(own.get("order"), len(self.prompts), f"{source}: order")
+        if self.weights is not None and own.get("weights") is not None:
+            require_history(own["weights"], self.weights.state_dict(), f"{source}: weights")
+
     def _restore(self, parts: dict[str, dict[str, Tensor]], values: dict[str, Any]) -> None:
         load_trained(self.student, parts["student"])
         load_trained(self.critic, parts["critic"])
         self.ema.load_tensors(parts.get("ema", {}))
-        load_optimizer_tensors(self.student_optimizer, parts.get("student_optimizer", {}))
-        load_optimizer_tensors(self.critic_optimizer, parts.get("critic_optimizer", {}))
+        for name, optimizer in self._optimizers().items():
+            load_optimizer_tensors(optimizer, parts.get(name, {}))
         self.random.set_state(parts["draws"]["random"])
         self.order.load_state_dict(values["order"])
-        if self.weights is not None and values["weights"] is not None:
+        if self.weights is not None and values.get("weights") is not None:
             self.weights.load_state_dict(values["weights"])
+
+    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {"student_optimizer": self.student_optimizer, "critic_optimizer": self.critic_optimizer}
 
     def _owners(self) -> dict[str, nn.Module]:
         student = dict.fromkeys(("student", "ema", "student_optimizer"), self.student)

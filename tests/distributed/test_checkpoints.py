@@ -1,12 +1,18 @@
 """Checkpoints that several processes write together: resumed, moved to other numbers of them, broken off."""
 
+import json
 import random
+import re
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from workers import (
     Processes,
     distiller,
@@ -158,7 +164,96 @@ def _wait(condition: Any, run: Processes) -> None:
         time.sleep(0.05)
 
 
-def test_damage_is_named(tmp_path: Path) -> None:
+def rewritten(path: Path, change: Callable[[dict[str, str]], object]) -> None:
+    """A file of a folder with another header, as long as it was; what the folder says of it is put right."""
+    with safe_open(path, "pt") as file:
+        told = dict(file.metadata())
+    tensors = {name: t.clone() for name, t in load_file(path).items()}
+    change(told)
+    save_file(tensors, path, metadata=told)
+    values = json.loads((path.parent / "values.json").read_text())
+    values["files"][path.name] = path.stat().st_size
+    (path.parent / "values.json").write_text(json.dumps(values))
+
+
+def moved(told: dict[str, str]) -> None:
+    places = json.loads(told["DCP_SHARDING_INFO"])
+    name = next(name for name in places if len(places[name]["saved_offsets"]) == 2)
+    places[name]["saved_offsets"][0] += 1
+    told["DCP_SHARDING_INFO"] = json.dumps(places)
+
+
+def changed(path: Path, edit: Callable[[dict], object]) -> None:
+    content = json.loads((path / "values.json").read_text())
+    edit(content)
+    (path / "values.json").write_text(json.dumps(content))
+
+
+def flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path, Path], object], str]] = {  # of the folder, one of its files
+    "cut": (lambda path, file: file.write_bytes(file.read_bytes()[:-8]), "{file}: expected .* bytes, got"),
+    "gone": (lambda path, file: file.unlink(), "1 missing: {file}"),
+    "one too many": (lambda path, file: (path / "x.safetensors").touch(), "x.safetensors"),
+    "a header that lies": (
+        lambda path, file: file.write_bytes(b"\xff" * 7 + b"\x00" + file.read_bytes()[8:]),
+        "{file}: .*header",
+    ),
+    "a bit": (lambda path, file: flipped(file), "numbers"),
+    "a piece elsewhere": (lambda path, file: rewritten(file, moved), "pieces|numbers"),
+    "no values": (lambda path, file: (path / "values.json").unlink(), "values.json"),
+    "broken values": (lambda path, file: (path / "values.json").write_text("{{"), "values.json.*JSON"),
+    "a list of values": (lambda path, file: (path / "values.json").write_text("[1]"), "values.json.*1"),
+    "a file of another folder": (
+        lambda path, file: changed(path, lambda told: told["files"].update({"../x.safetensors": 0})),
+        r"\.\./x\.safetensors",
+    ),
+    "another step": (lambda path, file: changed(path, lambda t: t["values"].update(step=7)), "step.*got 7"),
+    "of torch": (
+        lambda path, file: (shutil.rmtree(path), path.mkdir(), (path / ".metadata").write_bytes(b"cos\n.")),
+        "values.json",
+    ),
+}
+
+
+def _resume_each(folders: list[Path], chosen: Any) -> list[tuple[str, list[str], list[str]]]:
+    """What each resume took, gave as reasons, and left in the folder."""
+    with joined(chosen) as ranks:
+        found = []
+        for folder in folders:
+            run = distiller(ranks, folder, chosen)
+            path = run.resume()
+            assert path is not None
+            kept = sorted(file.name for file in folder.iterdir())
+            found.append((path.name, [event.reason for event in run.set_aside], kept))
+            ranks.barrier()
+        return found
+
+
+def test_the_one_before_a_damaged_one_is_used_on_all_ranks(tmp_path: Path) -> None:
+    chosen = settings(steps=2, checkpoint_every=1, distributed=SHARDED)
+    launch(2, train, tmp_path / "run", chosen, False)
+    folders = [tmp_path / str(number) for number in range(len(DAMAGES))]
+    for folder, (damage, _) in zip(folders, DAMAGES.values(), strict=True):
+        shutil.copytree(tmp_path / "run", folder)
+        damage(folder / "step-00000002", sorted((folder / "step-00000002").glob("*.safetensors"))[0])
+    first, second = launch(2, _resume_each, folders, chosen)
+    assert first == second
+    name = sorted((tmp_path / "run" / "step-00000002").glob("*.safetensors"))[0].name
+    for (path, reasons, kept), (what, (_, told)) in zip(first, DAMAGES.items(), strict=True):
+        assert path == "step-00000001", what
+        assert kept == ["step-00000001", "step-00000002.damaged"], what
+        (reason,) = reasons
+        assert "step-00000002" in reason, what
+        assert re.search(told.replace("{file}", name), reason), (what, reason)
+        assert "\n" not in reason, what
+
+
+def test_one_process_names_the_damage_of_several(tmp_path: Path) -> None:
     chosen = settings(steps=1)
     launch(2, train, tmp_path, chosen, False)
     (path,) = list_checkpoints(tmp_path)
@@ -166,7 +261,4 @@ def test_damage_is_named(tmp_path: Path) -> None:
     whole = first.read_bytes()
     first.write_bytes(whole[:-8])
     with pytest.raises(CheckpointError, match=rf"step-00000001: {first.name}: expected {len(whole)} bytes"):
-        distiller(None, tmp_path, chosen).resume()
-    first.unlink()
-    with pytest.raises(CheckpointError, match="got None"):
         distiller(None, tmp_path, chosen).resume()
