@@ -55,7 +55,7 @@ def written(path: str | Path, *, replaces: str = "*", clear: bool = True) -> Ite
             _carry_over(path, place / path.name, replaces)
             flush(place / path.name)
             _put(place, path)
-            flush(path.parent)  # the rename itself
+            flush_names(path.parent)  # the rename itself
         finally:
             shutil.rmtree(place, ignore_errors=True)
     except (OSError, SafetensorError) as error:
@@ -92,8 +92,13 @@ def flush(path: Path) -> None:
     """Waits until a file, or a folder with everything in it, is on the disk."""
     if path.is_dir():
         for entry in path.iterdir():
-            if not entry.is_symlink():
+            if not entry.is_symlink() and (entry.is_dir() or entry.is_file()):
                 flush(entry)
+    flush_names(path)
+
+
+def flush_names(path: Path) -> None:
+    """Waits until a file, or a folder's list of what is in it, is on the disk: others' files may be there."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

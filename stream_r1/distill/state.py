@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stream_r1.disk.lock import folder_lock
-from stream_r1.disk.whole import clear_partial, flush, remove, written
+from stream_r1.disk.whole import clear_partial, flush, flush_names, remove, written
 from stream_r1.distill.verification import (
     CheckpointError,
     DamagedCheckpointError,
@@ -133,7 +133,7 @@ def rename_damaged(path: Path) -> Path:
         number += 1
         aside = path.with_name(f"{path.name}.damaged-{number}")
     os.replace(path, aside)
-    flush(path.parent)
+    flush_names(path.parent)
     return aside
 
 
@@ -149,7 +149,7 @@ def publish(partial: Path, path: Path, *, keep: int | None) -> None:
     """Gives a complete checkpoint its name, and then removes all but the `keep` newest (None: keeps all)."""
     flush(partial)
     os.replace(partial, path)
-    flush(path.parent)  # the rename itself
+    flush_names(path.parent)  # the rename itself
     remove_old(path.parent, keep)
 
 
