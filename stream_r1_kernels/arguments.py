@@ -49,3 +49,9 @@ def check_integer(op: str, name: str, value: Any) -> None:
 
 def _kind(value: Any) -> str:
     return "None" if value is None else type(value).__name__
+
+
+def count_write(x: Tensor) -> None:
+    """Tell autograd that an op has written to x: in inference mode torch counts its own writes alone."""
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled() and not x.is_inference():
+        torch.autograd.graph.increment_version(x)

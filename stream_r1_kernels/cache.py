@@ -25,6 +25,7 @@ from torch import Tensor
 from .arguments import FLOATS, check_integer
 from .attention.past import Past
 from .backends import resolve
+from .cache_reuse import Lent, Moments, snapshot
 from .cache_sizes import capacity_of
 from .rotary import RotaryGrid
 from .sink import renew_sink_
@@ -37,6 +38,10 @@ class ChunkCache:
     `cache[layer].slot()` and attends to `cache[layer].past(holds_fresh=True)`, and after the pass whose keys
     and values shall stay `commit()`.
     Positions are host integers: nothing waits for the device, and memory never grows.
+    Memory is used again. A backward pass over what `past()` handed out raises once a chunk was written there
+    (after an eviction, or a `reset()`), and activation checkpointing that would read the cache again after it
+    has moved on is refused. Code under torch.compile gets copies where gradients are on, but can't see that
+    it is run again by a checkpoint around it: take `past()` outside of what is checkpointed.
 
     Args:
         layers, batch, heads: sizes; the head width is the rotary grid's.
@@ -110,11 +115,14 @@ class ChunkCache:
 
         tokens = self.capacity * self.tokens_per_frame
         shape = (layers, 2, batch, tokens, heads, rotary.head_dim)
-        # Zeros, not empty: what has not been written must never be a NaN in somebody's sum.
-        self.storage = torch.zeros(shape, dtype=dtype, device=device)
-        self._sink_k, self._sink_v = self._allocate_sink()
+        with torch.inference_mode(False):  # else no other mode could write there
+            # Zeros, not empty: what has not been written must never be a NaN in somebody's sum.
+            self.storage = torch.zeros(shape, dtype=dtype, device=device)
+            self._sink_k, self._sink_v = self._allocate_sink()
         self._pinned: tuple[Tensor, Tensor] | None = None
         self._views: dict[int, tuple[Tensor, Tensor, Past]] = {}  # by layer, of the chunk under way
+        self.lent = Lent(layers)
+        self.moments = Moments()
         self.reset()
 
     def _allocate_sink(self) -> tuple[Tensor | None, Tensor | None]:
@@ -134,7 +142,7 @@ class ChunkCache:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: their views are made anew, in their own buffer."""
-        return self.__dict__ | {"_views": {}}
+        return self.__dict__ | {"_views": {}, "lent": Lent(len(self)), "moments": Moments()}
 
     def __len__(self) -> int:
         return self.storage.shape[0]
@@ -190,16 +198,20 @@ class ChunkCache:
     def pin_positions(self) -> None:
         """From the next chunk on write every chunk's phases into the same two tensors, for CUDA graphs.
 
-        Those of an earlier chunk are gone then, so no backward pass may need them. A first chunk of fewer
-        frames has its own.
+        Those of an earlier chunk are gone then: where gradients are on, `positions` makes copies. A first
+        chunk of fewer frames has its own.
         """
         if self._pinned is None:
             tokens, device = self.frames_per_chunk * self.tokens_per_frame, self.storage.device
-            cos, sin = (torch.zeros(tokens, self.rotary.head_dim // 2, device=device) for _ in range(2))
+            with torch.inference_mode(False):
+                cos, sin = (torch.zeros(tokens, self.rotary.head_dim // 2, device=device) for _ in range(2))
             self._pinned = cos, sin
 
     def reset(self) -> None:
-        """Forget everything and start at frame 0; the memory stays."""
+        """Forget everything and start at frame 0, whatever was written before; the memory stays."""
+        if self.storage.requires_grad:  # something with a graph was written
+            self.storage.detach_()
+        self.moments.begin_stream()
         self._next_frame = 0
         self._phases: tuple[Tensor, Tensor] | None = None
         self._slot_start = self._slot_tokens = 0
@@ -223,10 +235,12 @@ class ChunkCache:
                 writes to the layer: until then the layer is as the chunk before saw it.
 
         Raises:
-            ValueError: a stream without a window is at its `max_frames`.
+            ValueError: a stream without a window is at its `max_frames`, or a backward pass that computes
+                something again would begin the chunk.
         """
         if self.open:
             return
+        self.moments.refuse_write("begin_chunk")
         start, frames, sink = self._next_frame, self.frames, self.sink_frames
         if self.window_frames is None:
             if start + frames > self.capacity:
@@ -256,6 +270,7 @@ class ChunkCache:
                 pinned.copy_(value)
             phases = self._pinned
         self._phases = phases
+        self.moments.begin_chunk()
 
     def commit(self) -> None:
         """Keep the chunk under way, with the keys and values that its last pass wrote.
@@ -264,6 +279,9 @@ class ChunkCache:
             ValueError: no chunk is under way.
         """
         self._check_open("commit")
+        self.moments.refuse_write("commit")
+        self._take_back(slice(None))  # compiled passes did not
+        self.moments.end_chunk()
         self._next_frame += self.frames
         self._phases = None
 
@@ -271,12 +289,24 @@ class ChunkCache:
         if self._phases is None:
             raise ValueError(f"ChunkCache: {what}: no chunk is under way, expected begin_chunk() before")
 
+    def _take_back(self, layers: slice) -> None:
+        """The slot is about to be written: what earlier chunks were shown of it is gone."""
+        self.lent.take_back(layers, self._slot_start, self._slot_start + self._slot_tokens)
+
     def positions(self) -> tuple[Tensor, Tensor]:
-        """Rotary phases (cos, sin) of the fresh chunk, float32 [T, D / 2] each."""
+        """Rotary phases (cos, sin) of the fresh chunk, float32 [T, D / 2] each.
+
+        Raises:
+            ValueError: as `begin_chunk`, or a backward pass computes an earlier chunk again.
+        """
         if self._phases is None:
             self.begin_chunk()
             assert self._phases is not None
-        return self._phases
+        self.moments.refuse_earlier("positions")
+        cos, sin = self._phases
+        if self._phases is self._pinned and torch.is_grad_enabled():
+            return cos.clone(), sin.clone()
+        return cos, sin
 
     def _plan_renewal(self, start: int) -> tuple[Any, ...]:
         """What `renew_sink_` is told about the chunk from frame `start` on, whatever the layer."""
@@ -294,6 +324,7 @@ class ChunkCache:
         """Average the chunk to be evicted into the sink, then write the sink's copy that this chunk sees."""
         if self._renewal is None or self._sink_k is None:
             return
+        self.lent.take_back(layers, 0, self._sink_k.shape[2])
         sink_v = None if self._sink_v is None else self._sink_v[layers]
         compiled = resolve("auto", "renew_sink_", self.storage) != "reference"
         renew = torch.ops.stream_r1.renew_sink_ if compiled else renew_sink_
@@ -313,8 +344,9 @@ class LayerCache:
         """Where the fresh chunk's keys and values go: views [B, T, H, D] into the buffer.
 
         Raises:
-            ValueError: no chunk is under way.
+            ValueError: no chunk is under way, or a backward pass computes something again.
         """
+        self._cache.moments.refuse_write("slot")
         return self._chunk_views()[:2]
 
     def renew_sink(self) -> None:
@@ -328,6 +360,7 @@ class LayerCache:
             return self._make_views()
         views = self._cache._views.get(self._layer)
         if views is None:
+            self._cache._take_back(slice(self._layer, self._layer + 1))
             views = self._cache._views[self._layer] = self._make_views()
         return views
 
@@ -351,37 +384,35 @@ class LayerCache:
             holds_fresh: True (sampling): the visible range of the buffer, with the fresh slot in it, no copy.
                 False (training): what earlier chunks left; a view where that is one range, gathered where the
                 slot lies amid it.
-            copy: a snapshot, for a backward pass that comes after later chunks. Without a window nothing
-                visible is ever overwritten, and the view is as good as a snapshot: it is what one gets.
+            copy: a snapshot, for a backward pass that comes after the memory was used again: after later
+                chunks of a window, or after `reset()`. Without it such a backward pass raises.
 
         Returns:
             `Past` with keys and values [B, Tp, H, D], or None where there is no past (first chunk,
             holds_fresh=False).
 
         Raises:
-            ValueError: no chunk is under way.
+            ValueError: no chunk is under way, or a backward pass computes an earlier chunk again.
         """
+        self._cache.moments.refuse_earlier("past")
         if holds_fresh:
             return self._chunk_views()[2]
         cache = self._cache
         cache._check_open("past")
-        k, v = cache.storage[self._layer, 0], cache.storage[self._layer, 1]
+        k, v = cache.storage[self._layer]
         start, stop = cache._visible_start, cache._visible_stop
-
         fresh_start = cache._slot_start
         fresh_stop = fresh_start + cache._slot_tokens
+        compiling = torch.compiler.is_compiling()
+        learns = compiling and torch.is_grad_enabled()  # a graph lends nothing
         if start < fresh_start and fresh_stop < stop:
-            return Past(
-                torch.cat((k[:, start:fresh_start], k[:, fresh_stop:stop]), dim=1),
-                torch.cat((v[:, start:fresh_start], v[:, fresh_stop:stop]), dim=1),
-                False,
-            )
+            k, v = (torch.cat((x[:, start:fresh_start], x[:, fresh_stop:stop]), dim=1) for x in (k, v))
+            return Past(snapshot(k), snapshot(v), False) if learns else Past(k, v, False)
         start, stop = (start, fresh_start) if start < fresh_start else (fresh_stop, stop)
         if start == stop:
             return None
-        k, v = k[:, start:stop], v[:, start:stop]
-        if copy and cache.overwrites:
-            return Past(k.clone(), v.clone(), False)
-        # .data: autograd counts writes to a whole buffer and would refuse a backward over frames that nobody
-        # touched.
-        return Past(k.data, v.data, False)
+        if copy or learns:
+            return Past(snapshot(k[:, start:stop]), snapshot(v[:, start:stop]), False)
+        if compiling:
+            return Past(k[:, start:stop], v[:, start:stop], False)
+        return Past(*cache.lent.lend(self._layer, cache.storage[self._layer], start, stop), False)

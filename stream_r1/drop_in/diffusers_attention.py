@@ -109,8 +109,8 @@ def set_chunk_cache(model: nn.Module, cache: ChunkCache) -> None:
     Raises:
         TypeError: a model without `blocks` that have an `attn1`.
         ValueError: a cache with another number of layers; later, a chunk that does not fit, a chunk that was
-            committed without a pass that wrote it, or gradient checkpointing, which would compute a chunk
-            again after the cache has moved on.
+            committed without a pass that wrote it, the model's own gradient checkpointing, or another one
+            (`checkpoint_wrapper`) that computes a chunk again after the cache has moved on.
     """
     blocks = _blocks(model, "set_chunk_cache")
     if len(cache) != len(blocks):
@@ -209,6 +209,14 @@ class _Stream:
     def enter(self, tokens: int, learns: bool) -> None:
         """Check what can't be seen from one layer, and begin the chunk."""
         cache = self.cache
+        if (again := cache.moments.recomputed()) is not None:
+            if again != "chunk":
+                raise ValueError(
+                    "set_chunk_cache: activation checkpointing computes a chunk again after the cache has "
+                    f"moved on to frame {cache.next_frame}; run each chunk's backward before commit(), or "
+                    "turn checkpointing off"
+                )
+            return
         if cache.next_frame != self.frame:
             if not self.kept and cache.next_frame > self.frame:
                 raise ValueError(
@@ -243,7 +251,9 @@ class CachedProcessor(_Processor):
         phases = stream.cache.positions()
         if learns:
             q, k = self.rotate(attn, q, k, *phases)
-            return cached_chunk_attention(q, k, v, layer.past(holds_fresh=False, copy=True))
+            return cached_chunk_attention(
+                q, k, v, layer.past(holds_fresh=False, copy=stream.cache.overwrites)
+            )
         slot_k, slot_v = layer.slot()
         q, _ = self.rotate(attn, q, k, *phases, k_out=slot_k)
         slot_v.copy_(v)

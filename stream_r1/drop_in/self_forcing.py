@@ -200,17 +200,26 @@ def _attend(rotate: _Rotate, v: Tensor, learns: bool, kv_cache: CacheDict, curre
         return cached_chunk_attention(q, k, v, past)
 
     end = current_start + v.shape[1]
-    kv_cache["global_end_index"].fill_(end)
-    kv_cache["local_end_index"].fill_(min(end, cache.storage.shape[3]))
+    if cache.moments.recomputed() is None:
+        _count(kv_cache, "global_end_index", end)
+        _count(kv_cache, "local_end_index", min(end, cache.storage.shape[3]))
     cos, sin = cache.positions()
     if learns:
         q, k = rotate(cos, sin, None)
-        return cached_chunk_attention(q, k, v, layer.past(holds_fresh=False, copy=True))
+        return cached_chunk_attention(q, k, v, layer.past(holds_fresh=False, copy=cache.overwrites))
     slot_k, slot_v = layer.slot()
     q, _ = rotate(cos, sin, slot_k)
     slot_v.copy_(v)
-    stream.kept = True
+    stream.kept, stream.written = True, cache.moments.now()
     return cached_chunk_attention(q, None, None, layer.past(holds_fresh=True))
+
+
+def _count(kv_cache: CacheDict, name: str, value: int) -> None:
+    """Set a counter: a tensor in place, as published, or an int, as some forks have it."""
+    if isinstance(kv_cache[name], Tensor):
+        kv_cache[name].fill_(value)
+    else:
+        kv_cache[name] = value
 
 
 class _Stream:
@@ -219,12 +228,20 @@ class _Stream:
     def __init__(self, cache: ChunkCache) -> None:
         self.cache = cache
         self.kept = False  # whether a pass without gradients has written the chunk that is open
+        self.written = cache.moments.now()  # when the last such pass was
 
     def enter(self, kv_cache: CacheDict, start: int, tokens: int, learns: bool) -> bool:
         """Go to the chunk at token `start`; True where it is an earlier one, computed again in a backward."""
         cache = self.cache
         here = cache.next_frame * cache.tokens_per_frame
         chunk = cache.frames * cache.tokens_per_frame
+        if (again := cache.moments.recomputed()) is not None:
+            if again == "other stream" or start > here:
+                raise ValueError(
+                    f"attend: current_start {start}: gradient checkpointing computes this chunk again, but a "
+                    "new stream has begun since; run the backward pass before it"
+                )
+            return again != "chunk" or start != here
         if cache.open and start == here + chunk:
             if not self.kept:
                 raise ValueError(
@@ -232,10 +249,12 @@ class _Stream:
                     "run its last pass under torch.no_grad()"
                 )
             cache.commit()
+            cache.moments.end_chunk(self.written)  # this call may be within a checkpoint of the next chunk
             self.kept = False
         elif start != here:
             if start == 0 and int(kv_cache["global_end_index"]) == 0:
                 cache.reset()
+                cache.moments.begin_stream(self.written)
                 self.kept = False
             elif start < here and learns:
                 return True
@@ -266,5 +285,4 @@ class _Stream:
         )
         if start == 0:
             return None, phases
-        k, v = cache.storage[layer, :, :, :start].unbind(0)
-        return Past(k.data, v.data, False), phases
+        return Past(*cache.lent.lend(layer, cache.storage[layer], 0, start), False), phases

@@ -281,7 +281,7 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             embedding, time = self.condition_embedder.time(t, h.dtype)
             times, head = [time] * len(self.blocks), self._head_modulation(embedding)
         cos, sin, slots = take_slots(cache, len(chunks))
-        snapshot = torch.is_grad_enabled()
+        snapshot = torch.is_grad_enabled() and cache.overwrites
         for block, time, layer, own, text_k, text_v in zip(
             self.blocks, times, cache.layers, slots, text.k, text.v, strict=True
         ):

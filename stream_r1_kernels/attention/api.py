@@ -11,7 +11,7 @@ from ..backends import resolve
 from . import reference, sdpa
 from .mask import ChunkMask
 from .past import Past
-from .validation import check_cached, check_chunks
+from .validation import check_cached, check_chunks, check_lent
 
 
 def chunk_attention(
@@ -139,6 +139,10 @@ def cached_chunk_attention(
         out, lse = triton_attention.cached_chunk_attention(q, k, v, past_k, past_v, scale)
     else:
         out, lse = torch.ops.stream_r1.cached_chunk_attention(q, k, v, past_k, past_v, scale)
+    saved = None if chosen in ("reference", "sdpa") else past  # those save copies
+    if saved is not None and not torch.compiler.is_compiling() and out.grad_fn is not None:
+        # torch's own error, of a saved tensor that was written since, does not say what to do
+        out.grad_fn.register_prehook(lambda _: check_lent(op, saved))
     if not return_lse:
         return out
     assert lse is not None

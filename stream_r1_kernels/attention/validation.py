@@ -58,12 +58,22 @@ def check_cached(
             raise TypeError(f"{op}: past: expected a Past or None, got {type(past).__name__}")
         check_tensor(op, "past.k", past.k)
         check_tensor(op, "past.v", past.v)
+        check_lent(op, past)
         check_qkv(op, q, k=k, v=v, **{"past.k": past.k, "past.v": past.v})
     _check_past(op, q, k, v, past)
     if k is not None and v is not None:
         check_same_length(op, "v", v, "k", k)
     if scale is not None:
         check_finite(op, "scale", scale)
+
+
+def check_lent(op: str, past: Past) -> None:
+    """A view of a cache that was written again since is empty, see `cache_reuse.Lent`."""
+    if past.k.shape == (0,):
+        raise ValueError(
+            f"{op}: past: expected what the ChunkCache held when it gave it out, but the memory was written "
+            "since, by a later chunk or after reset(); take past(copy=True) where it is needed for longer"
+        )
 
 
 def _check_past(op: str, q: Tensor, k: Tensor | None, v: Tensor | None, past: Past | None) -> None:

@@ -1,6 +1,7 @@
 import torch
 from torch import Tensor
 
+from ..arguments import count_write
 from ..backends import resolve
 from .reference import dmd_gradient_reference_, dmd_loss_reference
 from .validation import check_buffer, check_dmd
@@ -85,4 +86,5 @@ def dmd_gradient_(
     if resolve(backend, "dmd_gradient_", x) != "reference":
         run = torch.ops.stream_r1.dmd_gradient_
     run(buffer, x, fake, real_cond, real_uncond, guidance, w_intra, w_inter, mask, scale)
+    count_write(buffer)
     return buffer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..arguments import check_eps, check_float_tensor, check_integer, check_tensor
+from ..arguments import check_eps, check_float_tensor, check_integer, check_tensor, count_write
 from ..backends import resolve
 from .reference import norm_rotary
 
@@ -56,9 +56,11 @@ def qk_norm_rotary(
         return rotated_q, rotated_k if k_out is None else k_out.copy_(rotated_k)
     if k_out is None:
         return torch.ops.stream_r1.qk_norm_rotary(q, k, q_weight, k_weight, cos, sin, num_heads, eps)
-    return torch.ops.stream_r1.qk_norm_rotary_into(
+    rotated_q = torch.ops.stream_r1.qk_norm_rotary_into(
         q, k, q_weight, k_weight, cos, sin, num_heads, eps, k_out
-    ), k_out
+    )
+    count_write(k_out)
+    return rotated_q, k_out
 
 
 def _refuse_gradients(trained: tuple[Tensor, ...], **others: Tensor | None) -> None:

@@ -1,11 +1,18 @@
 """The ops inside diffusers' models against diffusers' own attention."""
 
+import functools
+
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 
 from stream_r1.drop_in.diffusers_attention import (
     register_backend,
@@ -208,6 +215,70 @@ def test_a_chunk_with_gradients_reads_the_cache_alone():
     torch.testing.assert_close(v, whole, rtol=1e-4, atol=1e-5)
     (expected,) = torch.autograd.grad(whole.square().sum(), second)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+WRAPPERS = {
+    "not reentrant": functools.partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.NO_REENTRANT),
+    "reentrant": functools.partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.REENTRANT),
+}
+
+
+def stream_gradients(
+    way: str | None, settings: dict, *, at_once: bool, streams: int = 1, shared: bool = True
+) -> dict[str, Tensor]:
+    """Of 4 chunks, each with a pass with gradients and one that leaves its keys."""
+    model, cache = tiny_wan(), new_cache(**settings)
+    if way is not None:
+        apply_activation_checkpointing(
+            model,
+            checkpoint_wrapper_fn=WRAPPERS[way],
+            check_fn=lambda module: type(module).__name__ == "WanTransformerBlock",
+        )
+    generator, losses = torch.Generator().manual_seed(1), []
+    x, t, text = inputs(2)
+    for stream in range(streams):
+        if stream > 0 and not shared:
+            cache = new_cache(**settings)
+        cache.reset()
+        set_chunk_cache(model, cache)
+        for _ in range(4):
+            x = torch.randn(x.shape, generator=generator)
+            loss = model(x, t, text, return_dict=False)[0].square().sum()
+            if at_once:
+                loss.backward()
+            else:
+                losses.append(loss)
+            with torch.no_grad():
+                model(x, t, text)
+            cache.commit()
+    if losses:
+        torch.stack(losses).sum().backward()
+    named = model.named_parameters()
+    return {
+        name.replace("_checkpoint_wrapped_module.", ""): p.grad for name, p in named if p.grad is not None
+    }
+
+
+@pytest.mark.parametrize("way", WRAPPERS)
+@pytest.mark.parametrize(
+    "settings", [{"max_frames": 8}, {"window_frames": 4, "sink_frames": 2}], ids=["whole past", "window"]
+)
+def test_checkpointed_blocks_are_right_before_the_cache_moves_on_and_refused_after(way, settings):
+    assert_same(
+        stream_gradients(way, settings, at_once=True), stream_gradients(None, settings, at_once=False)
+    )
+    with pytest.raises(ValueError, match="activation checkpointing computes a chunk again"):
+        stream_gradients(way, settings, at_once=False)
+
+
+def test_a_backward_after_the_memory_was_used_again_is_right_or_raises():
+    window = {"window_frames": 4, "sink_frames": 2}
+    assert_same(
+        stream_gradients(None, window, at_once=False, streams=2),
+        stream_gradients(None, window, at_once=False, streams=2, shared=False),
+    )
+    with pytest.raises(ValueError, match=r"past: .*written since"):
+        stream_gradients(None, {"max_frames": 8}, at_once=False, streams=2)
 
 
 def test_what_would_go_wrong_in_silence_is_refused():

@@ -1,5 +1,6 @@
 """The adapter of Self Forcing's cache dictionaries against the roll and concatenation that it replaces."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -196,31 +197,66 @@ class TinyAttention(nn.Module):
         self.num_heads = HEADS
 
 
-def rollout(attn: TinyAttention, settings: dict, checkpointing: bool) -> dict[str, Tensor]:
-    """Gradients of 5 chunks in a window that moves on: a pass with gradients and a clean one for each."""
-    kv_cache = dictionaries(9, layers=1)
-    adopt(kv_cache, rows=ROWS, columns=COLUMNS, frames_per_chunk=CHUNK, **settings)
+WAYS = {
+    "without": lambda f, *x: f(*x),
+    "not reentrant": functools.partial(checkpoint, use_reentrant=False),
+    "reentrant": functools.partial(checkpoint, use_reentrant=True),
+}
+
+
+def new_stream(kv_cache: list[dict]) -> None:
+    """As a pipeline begins its next video."""
+    for entry in kv_cache:
+        entry["global_end_index"], entry["local_end_index"] = torch.tensor([0]), torch.tensor([0])
+
+
+def rollout(
+    attn: TinyAttention,
+    settings: dict,
+    way: str,
+    *,
+    streams: int = 1,
+    shared: bool = True,
+    at_once: bool = False,
+) -> dict[str, Tensor]:
+    """Gradients of 5 chunks in a window that moves on: a pass with gradients and a clean one for each.
+
+    `shared`: one list of dictionaries for all streams; `at_once`: a backward for each chunk.
+    """
+    attn.zero_grad()
     generator = torch.Generator().manual_seed(3)
     inputs, outputs = [], []
-    for chunk in range(3 if settings.get("window") is False else 5):
-        start = chunk * CHUNK * FRAME
-        x = torch.randn(BATCH, CHUNK * FRAME, HEADS * WIDTH, generator=generator).requires_grad_()
-        arguments = (attn, x, kv_cache[0], start)
-        out = checkpoint(self_attention, *arguments, use_reentrant=False) if checkpointing else None
-        out = self_attention(*arguments) if out is None else out
-        inputs.append(x)
-        outputs.append(out.square().sum())
-        with torch.no_grad():
-            self_attention(attn, x + 1, kv_cache[0], start)
+    for stream in range(streams):
+        if stream == 0 or not shared:
+            kv_cache = dictionaries(9, layers=1)
+            adopt(kv_cache, rows=ROWS, columns=COLUMNS, frames_per_chunk=CHUNK, **settings)
+        new_stream(kv_cache)
+        for chunk in range(3 if settings.get("window") is False else 5):
+            start = chunk * CHUNK * FRAME
+            x = torch.randn(BATCH, CHUNK * FRAME, HEADS * WIDTH, generator=generator).requires_grad_()
+            out = WAYS[way](self_attention, attn, x, kv_cache[0], start).square().sum()
+            inputs.append(x)
+            if at_once:
+                out.backward()
+            else:
+                outputs.append(out)
+            with torch.no_grad():
+                self_attention(attn, x + 1, kv_cache[0], start)
+    if outputs:
+        torch.stack(outputs).sum().backward()
     leaves = dict(attn.named_parameters()) | {f"x{index}": x for index, x in enumerate(inputs)}
-    gradients = torch.autograd.grad(torch.stack(outputs).sum(), list(leaves.values()))
-    return dict(zip(leaves, gradients, strict=True))
+    return {name: leaf.grad.clone() for name, leaf in leaves.items()}
+
+
+def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, gradient in expected.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-5, atol=1e-5, msg=name)
 
 
 def test_gradients_are_those_of_the_rolled_cache():
     torch.manual_seed(0)
     attn = TinyAttention()
-    ours = rollout(attn, {"sink_frames": 3, "positions": "window"}, checkpointing=False)
+    ours = rollout(attn, {"sink_frames": 3, "positions": "window"}, "without")
 
     published = RolledCache(9, sink_frames=3, positions="window")
     generator = torch.Generator().manual_seed(3)
@@ -246,18 +282,57 @@ def test_gradients_are_those_of_the_rolled_cache():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_checkpointing_changes_no_gradient():
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("settings", [{"window": False}, {}], ids=["whole video", "window"])
+def test_checkpointing_changes_no_gradient(settings, way):
+    """Over a window as long as each chunk's backward comes before the next chunk."""
     torch.manual_seed(0)
     attn = TinyAttention()
-    plain = rollout(attn, {"window": False}, checkpointing=False)
-    again = rollout(attn, {"window": False}, checkpointing=True)
-    for name, gradient in plain.items():
-        torch.testing.assert_close(again[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+    plain = rollout(attn, settings, "without", streams=2, shared=False)
+    assert_same(rollout(attn, settings, way, streams=2, at_once=True), plain)
+    if settings:
+        assert_same(rollout(attn, settings, way), rollout(attn, settings, "without"))
 
 
-def test_checkpointing_over_a_moving_window_is_refused():
+@pytest.mark.parametrize("way", ["not reentrant", "reentrant"])
+def test_checkpointing_over_a_moving_window_is_refused(way):
     with pytest.raises(ValueError, match="gradient checkpointing computes this chunk again"):
-        rollout(TinyAttention(), {}, checkpointing=True)
+        rollout(TinyAttention(), {}, way)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_backward_after_a_new_stream_over_the_same_memory_raises(way):
+    with pytest.raises(ValueError, match=r"written since|a new stream has begun"):
+        rollout(TinyAttention(), {"window": False}, way, streams=2)
+
+
+def test_a_backward_after_a_new_stream_over_a_window_has_its_own_copies():
+    attn = TinyAttention()
+    assert_same(
+        rollout(attn, {"sink_frames": 3}, "without", streams=2),
+        rollout(attn, {"sink_frames": 3}, "without", streams=2, shared=False),
+    )
+
+
+def test_counters_may_be_integers():
+    tensors, integers = dictionaries(9), dictionaries(9)
+    for entry in integers:
+        entry["global_end_index"] = entry["local_end_index"] = 0
+    for kv_cache in (tensors, integers):
+        adopt(kv_cache, rows=ROWS, columns=COLUMNS, frames_per_chunk=CHUNK, sink_frames=3)
+    generator = torch.Generator().manual_seed(0)
+    for chunk in (0, 1, 2, 3, 4, 0, 1):
+        if chunk == 0:
+            new_stream(tensors)
+            for entry in integers:
+                entry["global_end_index"] = entry["local_end_index"] = 0
+        for ours, theirs in zip(integers, tensors, strict=True):
+            q, k, v = random_chunk(generator)
+            start = chunk * CHUNK * FRAME
+            assert torch.equal(attend(q, k, v, ours, start), attend(q, k, v, theirs, start))
+            for name in ("global_end_index", "local_end_index"):
+                assert ours[name] == int(theirs[name])
+                assert type(ours[name]) is int
 
 
 def test_memory_is_one_buffer_that_never_grows():
