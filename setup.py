@@ -31,6 +31,7 @@ REQUIREMENTS = [
     "diffusers>=0.35",
     "transformers>=5",
     "av",
+    "ftfy",
     "pydantic>=2",
     "typer",
     "rich",

@@ -26,7 +26,7 @@ from stream_r1.distill.trainer import DistillTrainer, hashed
 from stream_r1.models.checkpoints import load_student
 from stream_r1.models.library import read_library_model
 from stream_r1.models.prompt_cache import PromptEmbeddings
-from stream_r1.models.text import TextEncoder, TransformersEncoder, load_text_encoder
+from stream_r1.models.text import TextEncoder, TransformersEncoder, cleaning, load_text_encoder
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.models.vae import VideoVAE
 from stream_r1.recipe import InitRecipe, Recipe, locate, read_prompts
@@ -163,7 +163,9 @@ def write_ode_pairs(recipe: InitRecipe, ranks: Ranks | None = None) -> Iterator[
 
 
 def _pairs_data(recipe: InitRecipe, prompts: list[str]) -> str:
-    return hashed([*prompts, recipe.pairs.negative_text])
+    """Tells the texts, as they are encoded, from others."""
+    clean = cleaning(recipe.models.text)
+    return hashed([clean(prompt) for prompt in (*prompts, recipe.pairs.negative_text)])
 
 
 def _require_fitting(recipe: InitRecipe, pairs: OdePairs) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from stream_r1.commands.outputs import check_files, check_folder
 from stream_r1.data.film import default_cache
 from stream_r1.disk.whole import written
-from stream_r1.models.text import UMT5Encoder
+from stream_r1.models.text import UMT5Encoder, check_prompt
 from stream_r1.recipe import locate
 from stream_r1.sampling.pipeline import StreamR1Pipeline
 from stream_r1.sampling.sampler import Stream
@@ -111,6 +111,8 @@ def run(
     wanted = None if size is None else _size(size)
     if wanted is not None:
         check_side("--scale", *wanted, output.scale)
+    for prompt in prompts:
+        check_prompt(prompt, "prompts")
     if start is not None and not start.is_file():
         raise FileNotFoundError(f"--start: no such file: {start}")
     files = output.files(len(prompts))

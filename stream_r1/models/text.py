@@ -8,11 +8,12 @@ from __future__ import annotations
 import html
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import ftfy
 import torch
 from torch import Tensor
 
@@ -30,6 +31,9 @@ WAN_NEGATIVE_PROMPT = (
 )
 
 MINILM_DIM = 384
+
+MAX_CHARACTERS = 1 << 16
+"""Of a prompt: what is longer is no prompt, and would be cleaned and cut into tokens for minutes."""
 
 _KEPT_PROMPTS = 1024
 
@@ -98,6 +102,11 @@ class TransformersEncoder(ABC):
         if self._model is not None:
             offload.add(self._model, often=False)
 
+    @staticmethod
+    def clean(prompt: str) -> str:
+        """A prompt as what reads the embeddings had prompts when it was trained."""
+        return tidy(prompt)
+
     @abstractmethod
     def _read_model(self) -> Any:
         """The model, on the CPU."""
@@ -110,7 +119,7 @@ class TransformersEncoder(ABC):
 
         Raises:
             TypeError: anything but a list of strings.
-            ValueError: no prompts.
+            ValueError: no prompts, one of more than `MAX_CHARACTERS`, or one that is no Unicode text.
         """
         name = type(self).__name__
         if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
@@ -118,8 +127,9 @@ class TransformersEncoder(ABC):
             raise TypeError(f"{name}.encode: prompts must be a list of str, got {got}")
         if not prompts:
             raise ValueError(f"{name}.encode: prompts must not be empty")
+        texts = [self._cleaned(prompt) for prompt in prompts]
         try:
-            states = [self._remembered(clean(prompt)) for prompt in prompts]  # [tokens, dim] each
+            states = [self._remembered(text) for text in texts]  # [tokens, dim] each
         finally:
             if not self.keep_loaded:
                 self.free()
@@ -128,7 +138,7 @@ class TransformersEncoder(ABC):
     @torch.no_grad()
     def embeddings(self, prompts: list[str]) -> PromptEmbeddings:
         """What `encode` gives of many prompts, by index and on the CPU; with a cache, from there."""
-        texts = [clean(prompt) for prompt in prompts]
+        texts = [self._cleaned(prompt) for prompt in prompts]
         if self._cache is None:
             states = [self._remembered(text).cpu() for text in texts]
             return PromptEmbeddings(states, self.text_len, self.dim)
@@ -136,6 +146,10 @@ class TransformersEncoder(ABC):
         if missing:
             self.keep(missing)
         return PromptEmbeddings(texts, self.text_len, self.dim, self._cache)
+
+    def _cleaned(self, prompt: str) -> str:
+        check_prompt(prompt, f"{type(self).__name__}: prompts")
+        return self.clean(prompt)
 
     def _remembered(self, prompt: str) -> Tensor:
         if prompt not in self._known:
@@ -157,7 +171,7 @@ class TransformersEncoder(ABC):
         """
         if self._cache is None:
             return
-        for prompt in map(clean, prompts):
+        for prompt in map(self._cleaned, prompts):
             if self._cache.get(prompt) is None:
                 self._cache.put(prompt, self._encoded(prompt))
         self.free()
@@ -261,6 +275,10 @@ class UMT5Encoder(TransformersEncoder):
         super().__init__(width, text_len, device, kept, keep_loaded)
         self._tokenizer = read_tokenizer(folder / "tokenizer")
 
+    @staticmethod
+    def clean(prompt: str) -> str:
+        return clean(prompt)
+
     def _read_model(self) -> Any:
         from transformers import UMT5EncoderModel
 
@@ -298,8 +316,30 @@ def load_text_encoder(
 
 
 def clean(prompt: str) -> str:
+    """A prompt as Wan's own tokenizer cleans it: broken Unicode mended, typographic quotes and wide forms
+    made plain (ftfy), HTML escapes resolved, white space collapsed."""
+    return tidy(ftfy.fix_text(prompt))
+
+
+def tidy(prompt: str) -> str:
     """A prompt without HTML escapes and without repeated, leading or trailing white space."""
     return " ".join(html.unescape(html.unescape(prompt)).split())
+
+
+def cleaning(spec: str | Path) -> Callable[[str], str]:
+    """What the encoder of `load_text_encoder(spec)` makes of a prompt before it encodes it."""
+    return MiniLMEncoder.clean if spec == "minilm" else UMT5Encoder.clean
+
+
+def check_prompt(prompt: str, name: str) -> None:
+    """Refuses what is no prompt, under `name`. Raises ValueError."""
+    if len(prompt) > MAX_CHARACTERS:
+        raise ValueError(
+            f"{name}: expected at most {MAX_CHARACTERS} characters (MAX_CHARACTERS), got {len(prompt)}: "
+            f"{prompt[:40]!r}..."
+        )
+    if not prompt.isascii() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise ValueError(f"{name}: expected Unicode text, got {prompt[:60]!a} (bytes that are not UTF-8?)")
 
 
 @contextmanager

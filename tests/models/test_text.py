@@ -11,12 +11,15 @@ import pytest
 import torch
 
 from stream_r1.distill.settings import MatchingSettings
+from stream_r1.models.prompt_cache import PromptCache
 from stream_r1.models.text import (
     WAN_NEGATIVE_PROMPT,
     MiniLMEncoder,
     UMT5Encoder,
     clean,
+    cleaning,
     load_text_encoder,
+    tidy,
 )
 
 PROMPTS = ["a fat rabbit smells a flower", "butterfly", "a fat rabbit smells a flower"]
@@ -194,7 +197,7 @@ def test_a_damaged_file_of_the_cache_is_written_again(wan_folder: Path, tmp_path
 
 def test_wans_negative_prompt_is_the_published_one() -> None:
     published = "ce96e0324e4b54ce4b6e867f669ca520952e1a34cc116543516b1897f0d3c47e"
-    assert hashlib.sha256(clean(WAN_NEGATIVE_PROMPT).encode()).hexdigest() == published
+    assert hashlib.sha256(tidy(WAN_NEGATIVE_PROMPT).encode()).hexdigest() == published
     assert MatchingSettings(negative_prompt="wan").negative_text == WAN_NEGATIVE_PROMPT
     assert MatchingSettings(negative_prompt="blurred").negative_text == "blurred"
 
@@ -205,8 +208,47 @@ def test_long_prompts_are_cut(minilm: MiniLMEncoder, wan_folder: Path) -> None:
     assert minilm.encode([""]).abs().sum() > 0  # the empty prompt still has its start and end tokens
 
 
-def test_clean() -> None:
-    assert clean("  a  &amp;quot;b&amp;quot;\n c ") == 'a "b" c'
+DIRTY = (
+    "  a  &amp;quot;b&amp;quot;\n c ",
+    "a fox \u201cjumps\u201d over the dog\u2019s bowl",
+    "the caf\u00c3\u00a9 \u00e2\u20ac\u0153at night\u00e2\u20ac\x9d",  # UTF-8 read as another encoding
+    "\uff26\uff35\uff2c\uff2c width\uff0c \ufb01ne",
+    "e\u0301 composed, \x1b[31mred\x1b[0m, nul\x00, bom \ufeff, soft\u00adhyphen",
+    "line\u2028separator \x85 nel\u3000ideographic",
+    "&lt;b&gt; &amp;amp;amp; lone &",
+    "",
+    WAN_NEGATIVE_PROMPT,
+)
+
+
+@pytest.mark.parametrize("prompt", DIRTY)
+def test_prompts_are_cleaned_as_wans_pipeline_cleans_them(prompt: str) -> None:
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+    assert clean(prompt) == prompt_clean(prompt)
+    assert clean(clean(prompt)) == clean(prompt) or "&" in prompt
+    assert cleaning("somewhere")(prompt) == clean(prompt)
+    assert cleaning("minilm")(prompt) == tidy(prompt)  # the small world never saw more than that
+
+
+def test_a_prompt_and_its_clean_form_are_one(wan_folder: Path, tmp_path: Path) -> None:
+    curly, plain = "a \u201crabbit\u201d \u00e2\u20ac\u201d", clean("a \u201crabbit\u201d \u00e2\u20ac\u201d")
+    encoder = UMT5Encoder(wan_folder, 40)
+    assert torch.equal(encoder.encode([curly]), encoder.encode([plain]))
+    kept = UMT5Encoder(wan_folder, 40, cache=tmp_path)
+    stale = PromptCache(tmp_path, kept._cache.model)  # type: ignore[union-attr]
+    stale.put(curly, torch.full((2, kept.dim), 7.0))  # as kept by a version that did not mend it
+    assert torch.equal(kept.encode([curly]), encoder.encode([plain]))
+    assert torch.equal(kept.embeddings([curly])[[0]], encoder.encode([plain]))
+    assert stale.path(plain).is_file()
+
+
+@pytest.mark.parametrize(("prompt", "told"), [("a" * 70_000, "65536.*70000"), ("fox \udcff", "Unicode")])
+def test_what_is_no_prompt_is_refused(minilm: MiniLMEncoder, prompt: str, told: str) -> None:
+    for act in (minilm.encode, minilm.embeddings):
+        with pytest.raises(ValueError, match=f"MiniLMEncoder.*prompts.*{told}") as error:
+            act(["a fox", prompt])
+        assert len(str(error.value)) < 250
 
 
 def test_load_by_name(wan_folder: Path) -> None:

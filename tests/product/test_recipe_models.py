@@ -10,6 +10,7 @@ import torch
 from stream_r1 import recipe as recipes
 from stream_r1.assembly import load_models, make_init_trainer, write_ode_pairs
 from stream_r1.config import SettingsError
+from stream_r1.data.prompts import read_prompt_file
 from stream_r1.models.checkpoints import load_student
 from stream_r1.recipe import read_prompts
 
@@ -123,9 +124,55 @@ def test_parquet_without_its_package(tmp_path, monkeypatch):
         read_prompts(str(path))
 
 
-@pytest.mark.parametrize(("content", "told"), [(b"\n \n", "at least one prompt"), (b"\xff\xfe\x00", "UTF-8")])
+LINES = ["a fox", "ein K\u00e4fer", "a b\u2028c", "line \x85 nel \x0b tab \x0c feed"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+def test_prompt_files_of_any_encoding(tmp_path, encoding, end):
+    path = tmp_path / "prompts.txt"
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    text = end.join([mark + LINES[0] + " \t", "", *LINES[1:], "  "])
+    for last in ("", end):
+        path.write_bytes((text + last).encode(encoding))
+        assert read_prompts(str(path)) == LINES
+
+
+def test_prompts_are_bounded(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a fox\n" * 100)
+    with pytest.raises(SettingsError, match=r"prompts\.txt: .* at most 599 bytes \(max_bytes\), got 600"):
+        read_prompt_file(path, max_bytes=599)
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is one of the test dependencies")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "prompts.PARQUET"
+    words = "a fox " * 100
+    parquet.write_table(pa.table({"prompt": pa.array([words] * 200_000).dictionary_encode()}), path)
+    assert path.stat().st_size < 100_000  # 120 MB of text
+    with pytest.raises(SettingsError, match=r"PARQUET: .* at most 1000000 bytes of text \(max_bytes\), got"):
+        read_prompt_file(path, max_bytes=1_000_000)
+    parquet.write_table(pa.table({"prompt": [words] * 3, "other": [1, 2, 3]}), path)
+    assert read_prompt_file(path) == [words.strip()] * 3
+    parquet.write_table(pa.table({"text": [b"x" * 1000]}), path)
+    with pytest.raises(SettingsError, match=r"text: expected text, got b'xx") as error:
+        read_prompt_file(path)
+    assert len(str(error.value)) < 200 + len(str(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"\n \n", "at least one prompt"),
+        (b"", "at least one prompt"),
+        (b"\xef\xbb\xbf", "at least one prompt"),
+        (b"\xff\xfe\x00", "UTF-8"),
+        (b"caf\xe9", "UTF-8"),
+        ("a fox\nan owl\n".encode("utf-16-le"), "line 1: expected text, got a NUL"),
+        (b"a fox\n" + b"x" * 70_000, "line 2: expected at most 65536 characters"),
+    ],
+)
 def test_prompt_files_of_no_use(tmp_path, content, told):
     path = tmp_path / "prompts.txt"
     path.write_bytes(content)
-    with pytest.raises(SettingsError, match=f"prompts: .*prompts.txt: .*{told}"):
+    with pytest.raises(SettingsError, match=f"prompts: .*prompts.txt.*{told}"):
         read_prompts(str(path))
