@@ -21,14 +21,18 @@ CONFIG = "adapter_config.json"
 
 _LORA_NAME = re.compile(r"(.+)\.(lora_[AB])\.weight")
 
-# What a plain LoRA adapter of linear layers has in its configuration, where it says anything else.
-_PLAIN: Mapping[str, tuple[Any, ...]] = {
-    "use_dora": (False, None),
-    "bias": ("none", None),
-    "modules_to_save": ([], None),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-}
+# How an adapter may begin: other ways (pissa, olora, loftq, corda, lora_ga, mica) change the weights that it
+# is added to, which a folder of adapters does not hold.
+_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
+# Keys of a configuration that don't change what a plain adapter of linear layers adds, whatever they say.
+_HARMLESS = frozenset(
+    (
+        *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
+        *("inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "runtime_config"),
+        *("megatron_core", "qalora_group_size", "loftq_config", "eva_config", "ensure_weight_tying"),
+    )
+)
 
 
 def merge_adapter(state: Mapping[str, Tensor], folder: str | Path) -> dict[str, Tensor]:
@@ -49,9 +53,7 @@ def merge_adapter(state: Mapping[str, Tensor], folder: str | Path) -> dict[str, 
     config = read_json(folder / CONFIG)
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{folder}: expected peft_type LORA, got {config.get('peft_type')}")
-    for name, plain in _PLAIN.items():
-        if config.get(name) not in plain:
-            raise CheckpointError(f"{folder}: expected {name} {plain[0]}, got {config[name]}")
+    _require_plain(config, folder / CONFIG)
     file = next(
         (f for f in sorted(folder.glob("adapter_model.*")) if f.suffix in (".safetensors", ".bin")), None
     )
@@ -81,6 +83,37 @@ def merge_adapter(state: Mapping[str, Tensor], folder: str | Path) -> dict[str, 
         if a.dim() != 2 or b.dim() != 2 or weight.shape != (len(b), a.shape[1]) or b.shape[1] != len(a):
             expected = f"[r, in] and [out, r] for {name} {list(weight.shape)}"
             raise CheckpointError(f"{file}: expected {expected}, got {list(a.shape)} and {list(b.shape)}")
+        if len(a) != config["r"]:
+            expected = f"rank {config['r']} as in {CONFIG}"
+            raise CheckpointError(f"{file}: expected {expected}, got {len(a)} for {name}")
         scale = config["lora_alpha"] / (math.sqrt(len(a)) if config.get("use_rslora") else len(a))
         merged[name] = torch.addmm(weight.float(), b.float(), a.float(), alpha=scale).to(weight.dtype)
     return merged
+
+
+def require_kept_base(config: Mapping[str, Any], file: Path) -> None:
+    """Refuses an adapter that began by changing the weights that it is added to. Raises CheckpointError."""
+    begun = config.get("init_lora_weights")
+    if begun not in _BEGINNINGS:
+        raise CheckpointError(
+            f"{file}: expected init_lora_weights true, got {str(begun)[:40]!r}, which changes the weights "
+            "that it is added to; save it as a plain adapter (peft: path_initial_model_for_weight_conversion)"
+        )
+
+
+def _require_plain(config: Mapping[str, Any], file: Path) -> None:
+    """Refuses what adds anything but scale * B A to the weights that are there. Raises CheckpointError."""
+    require_kept_base(config, file)
+    for name, value in config.items():
+        expected = "none" if name == "bias" else False
+        if name not in _HARMLESS and value and value != expected:
+            raise CheckpointError(f"{file}: expected {name} {str(expected).lower()}, got {str(value)[:80]}")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise CheckpointError(f"{file}: expected a rank r of at least 1, got {str(rank)[:40]}")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+        raise CheckpointError(f"{file}: expected a number lora_alpha, got {str(alpha)[:40]}")
+    if not isinstance(config.get("use_rslora", False), bool):
+        raise CheckpointError(
+            f"{file}: expected use_rslora true or false, got {str(config['use_rslora'])[:40]}"
+        )

@@ -26,6 +26,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, Qwen2VLModel
 
+from stream_r1.models.adapters import CONFIG, require_kept_base
 from stream_r1.models.checkpoints import check_fit
 from stream_r1.models.library import read_whole
 from stream_r1.models.weight_files import CheckpointError, read_file, read_json
@@ -265,6 +266,8 @@ def _read_checkpoint(checkpoint: Path, base: str) -> dict[str, Tensor]:
             f"{checkpoint}: expected model.pth or model.safetensors, or adapter_model.safetensors with "
             "non_lora_state_dict.pth, found none of these"
         )
+    if (checkpoint / CONFIG).is_file():
+        require_kept_base(read_json(checkpoint / CONFIG), checkpoint / CONFIG)
     model = read_whole(Qwen2VLModel, base)
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
     trained = {to_transformers_name(name): value for name, value in read_file(rest).items()}

@@ -74,7 +74,7 @@ def test_other_adapters_are_refused(student, tmp_path):
     lead = "base_model.model."
     for told, config in (
         ("expected peft_type LORA, got IA3", {"peft_type": "IA3"}),
-        ("expected use_dora False, got True", {"use_dora": True}),
+        ("expected use_dora false, got True", {"use_dora": True}),
         ("expected bias none, got all", {"bias": "all"}),
         (
             r"expected lora_A and lora_B of linear layers, found blocks\.0\.x\.lora_magnitude_vector",
@@ -94,4 +94,70 @@ def test_other_adapters_are_refused(student, tmp_path):
             merge_adapter(state, tmp_path)
     save_adapter(tmp_path, {"blocks.7.attn1.to_q": q["blocks.0.attn1.to_q"]})
     with pytest.raises(CheckpointError, match=r"found blocks\.7\.attn1\.to_q\.weight"):
+        merge_adapter(state, tmp_path)
+
+
+# What peft can be asked for, and what of it is no plain sum: by setting, whether it is applied.
+KINDS = {
+    "plain": ({}, True),
+    "gaussian": ({"init_lora_weights": "gaussian"}, True),
+    "orthogonal": ({"init_lora_weights": "orthogonal"}, True),
+    "random": ({"init_lora_weights": False}, True),
+    "rslora": ({"use_rslora": True}, True),
+    "pissa": ({"init_lora_weights": "pissa"}, False),
+    "pissa_niter": ({"init_lora_weights": "pissa_niter_4"}, False),
+    "olora": ({"init_lora_weights": "olora"}, False),
+    "dora": ({"use_dora": True}, False),
+    "rank_pattern": ({"rank_pattern": {"to_q": 2}}, False),
+    "alpha_pattern": ({"alpha_pattern": {"to_q": 2}}, False),
+    "bias": ({"bias": "lora_only"}, False),
+    "lora_bias": ({"lora_bias": True}, False),
+    "modules_to_save": ({"modules_to_save": ["proj_out"]}, False),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_adapters_are_applied_right_or_refused(tmp_path, kind):
+    """Against peft itself: its model with the adapter merged is the model that comes out."""
+    peft = pytest.importorskip("peft", reason="peft is one of the test dependencies")
+    settings, applied = KINDS[kind]
+    torch.manual_seed(0)
+    model = CausalWanTransformer(**SIZES)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["to_q", "ffn.net.2"], **settings)
+    adapted = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for name, value in adapted.named_parameters():
+            if "lora_" in name:
+                value += 0.1 * torch.randn_like(value)
+    adapted.save_pretrained(tmp_path)
+    if not applied:
+        with pytest.raises(CheckpointError, match=next(iter(settings))) as error:
+            merge_adapter(before, tmp_path)
+        assert str(tmp_path) in str(error.value)
+        return
+    merged = merge_adapter(before, tmp_path)
+    for name, value in adapted.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(merged[name], value, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("told", "config"),
+    [
+        ("init_lora_weights.*loftq", {"init_lora_weights": "loftq"}),
+        ("init_lora_weights.*corda", {"init_lora_weights": "corda"}),
+        ("alora_invocation_tokens", {"alora_invocation_tokens": [1]}),
+        ("layer_replication", {"layer_replication": [[0, 1]]}),
+        ("some_later_setting", {"some_later_setting": {"a": 1}}),
+        ("rank r", {"r": None}),
+        ("expected rank 4 .* got 3", {"r": 4}),
+        ("lora_alpha", {"lora_alpha": "6"}),
+        ("lora_alpha", {"lora_alpha": float("nan")}),
+        ("use_rslora", {"use_rslora": "no"}),
+    ],
+)
+def test_settings_that_are_not_known_to_be_plain_are_refused(student, tmp_path, told, config):
+    state = student.state_dict()
+    save_adapter(tmp_path, {"blocks.0.attn1.to_q": state["blocks.0.attn1.to_q.weight"]}, **config)
+    with pytest.raises(CheckpointError, match=told):
         merge_adapter(state, tmp_path)

@@ -97,6 +97,11 @@ class TestFiles:
         save_file(base, folder / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(CheckpointError, match=r"with-weights: the weights .* 1 missing: .*norm\.weight"):
             open_reward(changed, base_model="with-weights")
+        (changed / "checkpoint-20" / "adapter_config.json").write_text('{"init_lora_weights": "pissa"}')
+        with pytest.raises(
+            CheckpointError, match=r"adapter_config\.json: expected init_lora_weights .* 'pissa'"
+        ):
+            open_reward(changed, base_model="with-weights")
 
     def test_last_checkpoint_or_the_one_that_is_named(self, written):
         with pytest.raises(FileNotFoundError, match=r"checkpoint-5: expected model\.pth"):
