@@ -36,7 +36,7 @@ bench: $(VENV)/.tools
 
 # Exits with 3 (make says so, and exits with 2) where torch finds no GPU.
 gpu-check: $(VENV)/.tools
-	$(BIN)/python -m benchmarks.gpu_check
+	$(BIN)/python -m benchmarks.gpu_check --budget 3000 --page docs/gpu-measured.md $(ARGS)
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""What somebody with a GPU runs: build, tests, timings, docs/gpu-measured.md.
+"""What somebody with a GPU runs, whatever Python and torch are there: stages that can't stop each other.
 
-make gpu-check
+python -m benchmarks.gpu_check --budget 530 --out out/gpu-check
 """

@@ -5,7 +5,6 @@ Source: FSDP2 of torch, `torch.distributed.fsdp.fully_shard`.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,15 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from stream_r1.disk.whole import written
+from stream_r1.distill.fsdp import shard_model
 from stream_r1.distill.lora import is_adapted, save_adapter, without_adapters
 from stream_r1.distill.ranks import Ranks
 from stream_r1.distill.settings import DistributedSettings
@@ -57,34 +52,13 @@ class Sharding:
         return init_device_mesh(kind, (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))
 
     def place(self, model: nn.Module) -> None:
-        """Divides a transformer, in place: every block by itself, the rest together.
-
-        A whole block exists on a rank while it computes, forward or backward; so do the parameters outside
-        of the blocks while a pass goes on. Every call fetches anew, so what it computes with is never from
-        before an update.
-        """
+        """Brings a transformer to the rank's device, sharded if the settings say so; see `shard_model`."""
         if not self.ranks.launched:
             return
         if self.mesh is None:
             model.to(self.ranks.device)
             return
-        narrow = self.settings.param_dtype == "bfloat16"
-        policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if narrow else None,
-            reduce_dtype=torch.float32,
-            cast_forward_inputs=False,  # a timestep of 937.5 is not a bfloat16
-        )
-        # What our blocks give out may be a view; nobody writes into it.
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-        for block in model.blocks:  # type: ignore[union-attr]
-            fully_shard(block, mesh=self.mesh, mp_policy=policy, reshard_after_forward=True)
-        fully_shard(model, mesh=self.mesh, mp_policy=policy, reshard_after_forward=True)
-        if isinstance(model, CausalWanTransformer):
-            for block in model.blocks:
-                register_fsdp_forward_method(block, "text_keys_values")
-                register_fsdp_forward_method(block, "modulation")
-            for method in ("encode_text", "encode_time", "forward_chunk"):
-                register_fsdp_forward_method(model, method)
+        shard_model(model, self.mesh, bfloat16=self.settings.param_dtype == "bfloat16")
 
 
 def whole(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from diffusers import AutoencoderKLWan
 from stream_r1.estimate import roofline
 from stream_r1.estimate.devices import DEVICES, Device
 from stream_r1.estimate.once import AlikePieces
+from stream_r1.estimate.roofline import ASSUMED, Assumptions
 from stream_r1.estimate.work import SHALLOW, Work, cast, count, fake_tensors, grown_work
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.sampling.sampler import Sampler
@@ -30,13 +31,16 @@ class ChunkWork:
     decoder: Sequence[Work]
     frames: int
 
-    def seconds(self, device: Device, *, graph: bool = False) -> tuple[float, float]:
+    def seconds(
+        self, device: Device, *, graph: bool = False, assumed: Assumptions = ASSUMED
+    ) -> tuple[float, float]:
         """Predicted, of the student and of the decoder. Of the two, graphs replay the student."""
-        return roofline.seconds(self.student, device, graph=graph), roofline.seconds(self.decoder, device)
+        student = roofline.seconds(self.student, device, assumed, graph=graph)
+        return student, roofline.seconds(self.decoder, device, assumed)
 
-    def fps(self, device: Device, *, graph: bool = False) -> float:
+    def fps(self, device: Device, *, graph: bool = False, assumed: Assumptions = ASSUMED) -> float:
         """Predicted frames a second of one stream."""
-        return self.frames / sum(self.seconds(device, graph=graph))
+        return self.frames / sum(self.seconds(device, graph=graph, assumed=assumed))
 
 
 def as_on(device: Device) -> AbstractContextManager[None]:

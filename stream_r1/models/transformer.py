@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional
 
 from stream_r1.models.blocks import Block, ConditionEmbedder
 from stream_r1.models.contexts import TextContext, TimeContext, per_frame
+from stream_r1.models.modeling import ConfigMixin, ModelMixin, register_to_config
 from stream_r1.models.patches import patch_grid, patchify, unpatchify
 from stream_r1.models.slots import take_slots
 from stream_r1_kernels import ChunkCache, ChunkMask, RotaryGrid, modulated_norm

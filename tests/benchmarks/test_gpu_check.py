@@ -1,131 +1,308 @@
-"""`make gpu-check` up to the point where it finds no GPU; its timings and its page, on the CPU and small."""
+"""The check of a GPU where there is none: stages say why, a stand-in runs them, what dies costs itself."""
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.gpu_check import __main__ as gpu_check
-from benchmarks.gpu_check.measure import (
-    HEAD,
-    NOBODY,
-    Fps,
-    put_section,
-    random_models,
-    sampler_fps,
-    section,
-    time_case,
-)
-from benchmarks.gpu_check.rivals import Case, Sizes, cases
+from benchmarks.gpu_check import fit, page, records, runner
+from benchmarks.gpu_check.context import CannotRunError, Context
+from benchmarks.gpu_check.ops import errors, ops
+from benchmarks.gpu_check.plan import BUDGET, NAMES, STAGES, Stage
+from benchmarks.gpu_check.records import Record
+from benchmarks.gpu_check.sizes import SMALL
+from benchmarks.gpu_check.stages import tests as tests_stage
+from benchmarks.gpu_check.summary import summary
+from stream_r1.estimate.devices import DEVICES
+from stream_r1.estimate.roofline import ASSUMED
+from stream_r1.estimate.work import Work
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-SMALL = Sizes(heads=2, head_dim=16, grid=(3, 4), video=9, compiled=False)
 
 
-def test_without_a_gpu_it_says_so_and_exits_with_3() -> None:
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "benchmarks.gpu_check"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 3, done.stderr
-    first, second = done.stdout.splitlines()
-    assert first.startswith(f"gpu-check: torch {torch.__version__} ")
-    assert ("has no CUDA: install" in first) == (torch.version.cuda is None)
-    assert second.startswith("gpu-check: nothing was built, tested or measured")
+def context(stage: str, out: Path, seconds: float = 100) -> Context:
+    return Context(stage, CPU, out, time.time() + seconds)
 
 
-def test_make_runs_it() -> None:
-    # A make run by a make (`make test` from a script of make's) prints which directory it enters and leaves.
-    command = ["make", "-n", "--no-print-directory", "gpu-check"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1].endswith("bin/python -m benchmarks.gpu_check")
+def found(out: Path) -> list[Record]:
+    return records.read(out / "results.jsonl")
+
+
+def test_deadlines_follow_each_other_and_the_budget() -> None:
+    untils = [stage.until for stage in STAGES]
+    assert untils == sorted(untils)
+    assert untils[-1] == BUDGET
+    assert STAGES[-1].deadline(60) == 60
 
 
 def test_architectures_are_those_with_their_own_instructions() -> None:
-    arch = {
-        capability: gpu_check.arch_of(capability) for capability in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0))
-    }
-    assert list(arch.values()) == ["80", "89", "90a", "100a", "120"]
+    capabilities = ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0))
+    assert [gpu_check.arch_of(each) for each in capabilities] == ["80", "89", "90a", "100a", "120"]
 
 
-@pytest.mark.parametrize(("failing", "ran"), [(0, 1), (2, 3), (None, 4)])
-def test_a_step_that_fails_is_the_last_one(
-    failing: int | None, ran: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_every_stage_says_so_and_the_run_goes_to_its_end(tmp_path: Path) -> None:
+    assert gpu_check.main(["--out", str(tmp_path), "--stages", "ceilings,accuracy,counters"]) == 3
+    ended = records.ends(found(tmp_path))
+    assert list(ended) == ["ceilings", "accuracy", "counters"]
+    assert all(end["rc"] == records.CANNOT_RUN and "finds no GPU" in end["why"] for end in ended.values())
+    assert (tmp_path / "summary.md").read_text().count("could not run") == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--stages", "ceilings,speed"], "'speed'"),
+        (["--budget", "0"], "--budget"),
+        (["--extension", "nowhere"], "_C*.so"),
+        (["--page-only"], "--page FILE"),
+        (["--page", "."], "--page: expected a file"),
+    ],
+)
+def test_bad_arguments_are_named(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = gpu_check.steps("80")
-    assert real[0][2] == {"STREAM_R1_CUDA": "1", "STREAM_R1_CUDA_ARCHS": "80"}
-    assert all((ROOT / folder).is_dir() for folder in real[2][1][4:])
-
-    def steps(arch: str) -> list[tuple[str, list[str], dict[str, str]]]:
-        exits = [f"raise SystemExit({index == failing:d})" for index in range(len(real))]
-        names = [name for name, *_ in real]
-        return [(name, [sys.executable, "-c", code], {}) for name, code in zip(names, exits, strict=True)]
-
-    monkeypatch.setattr(gpu_check, "why_no_gpu", lambda: None)
-    monkeypatch.setattr(gpu_check, "steps", steps)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    assert gpu_check.main() == (failing is not None)
-    said = capsys.readouterr().out
-    assert said.count("raise SystemExit") == ran
-    assert ("failed with 1; docs/gpu-measured.md is as it was" in said) == (failing is not None)
+    with pytest.raises(SystemExit) as ended:
+        gpu_check.main([*arguments, "--out", str(tmp_path)])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_rivals_agree_and_are_timed() -> None:
-    seen = set()
-    for case in cases(SMALL, CPU):
-        times = time_case(case, CPU, budget=0.01)
-        seen.add(case.op)
-        plain = "sdpa" if "attention" in case.op else "eager"
-        flex = {"FlexAttention"} if "attention" in case.op and not case.backward else set()  # not on CPUs
-        assert set(times) >= {plain, "ours, cpu"} | flex
-        assert all(seconds > 0 for seconds in times.values())
-    assert seen == {
-        *("cached_chunk_attention", "chunk_attention", "modulated_norm", "gated_add", "qk_norm_rotary")
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
+    """What the stages find on a CPU, at small sizes."""
+    out = tmp_path_factory.mktemp("stand-in")
+    for name in ("environment", "ceilings", "accuracy", "timings", "sampler", "profile", "training"):
+        importlib.import_module(f"benchmarks.gpu_check.stages.{name}").run(context(name, out))
+    return found(out)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_stages_run_on_a_stand_in(stand_in: list[Record]) -> None:
+    assert [r["name"] for r in records.of_kind(stand_in, "sdpa")] == ["sampling", "teacher"]
+    accuracy = records.of_kind(stand_in, "accuracy")
+    assert {r["op"] for r in accuracy if r["right"]} >= {case.op for case in ops(SMALL)}
+    assert all(r["right"] for r in accuracy if r["backend"] in ("cpu", "sdpa", "reference"))
+    timed = [r for r in records.of_kind(stand_in, "timing") if r["seconds"]]
+    assert {r["case"] for r in timed if r["backend"] == "cpu"} == {case.name for case in ops(SMALL)}
+    assert all(r["seconds"] >= r["best"] > 0 and r["error"] < 0.02 for r in timed)
+    streams = records.of_kind(stand_in, "sampler")
+    assert {(r["decoder"], r["fps"] is None) for r in streams if not r["cuda_graph"]} == {
+        ("taehv", False),
+        ("wan", False),
     }
+    assert all("CUDA" in r["why"] for r in streams if r["cuda_graph"])
+    assert all(r["kernels"] for r in records.of_kind(stand_in, "profile"))
+    alone, sharded = records.of_kind(stand_in, "training")
+    assert alone["loss"] == pytest.approx(sharded["loss"], rel=0.02)
+    assert records.of_kind(stand_in, "sharded")[0]["right"]
 
 
-def test_what_is_wrong_is_not_timed() -> None:
-    x = torch.randn(8)
-    case = Case("8", "copy", False, {"plain": lambda: x, "ours": lambda: x + 1})
-    with pytest.raises(ArithmeticError, match=r"copy, 8: ours is off by 1\.0"):
-        time_case(case, CPU, budget=0.01)
+def test_a_wrong_result_is_seen() -> None:
+    case = next(iter(ops(SMALL)))
+    inputs = case.inputs(CPU, torch.float32)
+    expected = case.expected(inputs)
+    got = case.results(case.backends(inputs)["cpu"], inputs)
+    assert max(errors(got, expected)) < 1e-5
+    assert max(errors((got[0] + 0.1 * expected[0].abs().max(),), expected)) > 0.09
+    assert errors((torch.full_like(got[0], torch.nan),), expected) == [float("inf")]
 
 
-def test_frames_a_second_of_random_weights() -> None:
-    student = {
-        **{"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 8, "text_len": 6, "freq_dim": 16},
-        **{"ffn_dim": 32, "num_layers": 2, "window_frames": 9, "sink_frames": 3, "positions": "window"},
+def test_a_line_that_a_kill_broke_off_is_left_out(tmp_path: Path) -> None:
+    file = tmp_path / "results.jsonl"
+    records.append(file, {"stage": "a", "kind": "copy"})
+    with file.open("a") as opened:
+        opened.write('{"stage": "b", "ki')
+    assert records.read(file) == [{"stage": "a", "kind": "copy"}]
+
+
+def stages_of_code(monkeypatch: pytest.MonkeyPatch, codes: dict[str, str]) -> None:
+    """Runs this code in place of stages."""
+    real = runner.Runner._start
+
+    def start(self: runner.Runner, name: str, command: list[str], environment: dict[str, str]):  # type: ignore[no-untyped-def]
+        return real(self, name, [sys.executable, "-c", codes[name]], environment)
+
+    monkeypatch.setattr(runner.Runner, "_start", start)
+
+
+def test_a_stage_that_crashes_or_hangs_with_its_children_ends_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = tmp_path / "child"
+    hangs = (
+        "import subprocess, sys, time; "
+        f"p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
+        f"open({str(child)!r}, 'w').write(str(p.pid)); time.sleep(60)"
+    )
+    codes = {"crash": "import os; os.abort()", "hang": hangs, "good": "pass", "build": "raise SystemExit(4)"}
+    stages_of_code(monkeypatch, codes)
+    run = runner.Runner(tmp_path, 30.0, "cpu", (["ignored"], {}))
+    stages = [Stage("crash", 9, ""), Stage("hang", 60, ""), Stage("good", BUDGET, "")]
+    assert not run.run(stages)
+    ended = records.ends(found(tmp_path))
+    assert list(ended) == ["build", "crash", "hang", "good"]
+    assert [end["rc"] for end in ended.values()] == [4, -signal.SIGABRT, records.TIMED_OUT, 0]
+    assert ended["hang"]["why"] == "past its deadline"
+    for _ in range(200):  # the child that it left goes with its group, when its parent's parent sees it
+        if not _alive(int(child.read_text())):
+            break
+        time.sleep(0.05)
+    assert not _alive(int(child.read_text()))
+    assert "| build | the extension | failed (4) |" in summary(found(tmp_path))
+
+
+def _alive(process: int) -> bool:
+    state = Path(f"/proc/{process}/stat")
+    return state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_a_run_that_is_killed_leaves_what_it_had(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--device", "cpu", "--out", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([*command, "--stages", "ceilings,sampler"], cwd=ROOT, env=environment)
+    results = tmp_path / "results.jsonl"
+    for _ in range(600):
+        if results.exists() and "rc" in results.read_text():
+            break
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    assert {r["kind"] for r in found(tmp_path) if "kind" in r} >= {"copy", "matmul", "launch"}
+    assert "ceilings" in (tmp_path / "summary.md").read_text()
+
+
+def test_a_test_that_hangs_or_crashes_costs_itself_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "suite"
+    folder.mkdir()
+    (folder / "test_some.py").write_text(
+        "import os, time\n"
+        "def test_good(): pass\n"
+        "def test_hangs(): time.sleep(60)\n"
+        "def test_crashes(): os.abort()\n"
+        "def test_fails(): assert 1 == 2\n"
+        "def test_last(): pass\n"
+    )
+    monkeypatch.setattr(tests_stage, "FOLDER", str(folder))
+    monkeypatch.setattr(tests_stage, "SECONDS", 2.0)
+    monkeypatch.setattr(tests_stage.os, "cpu_count", lambda: 2)
+    with pytest.raises(RuntimeError, match="3 of 5 tests"):
+        tests_stage.run(context("tests", tmp_path))
+    outcomes = {r["name"].rpartition("::")[2]: r["outcome"] for r in records.of_kind(found(tmp_path), "test")}
+    assert outcomes.pop("test_hangs") == "timed out"
+    assert outcomes.pop("test_crashes") == f"its process ended with {-signal.SIGABRT}"
+    assert outcomes == {"test_good": "passed", "test_fails": "failed", "test_last": "passed"}
+
+
+def test_tests_of_gpus_need_torch_and_pytest_alone(tmp_path: Path) -> None:
+    hidden = (
+        "diffusers",
+        "transformers",
+        "pydantic",
+        "av",
+        "typer",
+        "rich",
+        "yaml",
+        "PIL",
+        "accelerate",
+        "peft",
+    )
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({hidden}))\n")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", *tests_stage.OPTIONS, "-x", "-k", "stream or one_piece or dmd"]
+    done = subprocess.run(
+        [*command, "tests/gpu"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    imports = "import benchmarks.gpu_check.stages." + ", benchmarks.gpu_check.stages.".join(NAMES)
+    done = subprocess.run(
+        [sys.executable, "-c", imports],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_needs_a_gpus_tools_says_which(tmp_path: Path) -> None:
+    for name in ("sanitizer", "counters"):
+        stage = importlib.import_module(f"benchmarks.gpu_check.stages.{name}")
+        with pytest.raises(CannotRunError, match=r"compute-sanitizer|ncu|Nsight"):
+            stage.run(context(name, tmp_path))
+
+
+def measured() -> list[Record]:
+    """Of a made-up H100 that reaches round shares of its datasheet."""
+    h100 = DEVICES["H100"]
+    matmul = {"kind": "matmul", "stage": "ceilings", "best": 1.0}
+    timing = {
+        "kind": "timing",
+        "stage": "timings",
+        "op": "cached_chunk_attention",
+        "case": "cached_chunk_attention",
     }
-    models = random_models(student, {"base_dim": 4, "num_res_blocks": 1}, CPU, torch.bfloat16)
-    fps = sampler_fps(*models, (2, 4), cuda_graph=False, chunks=2)
-    assert fps.fps == pytest.approx(12 / (fps.student + fps.decoder), rel=0.05)
-    with pytest.raises(ValueError, match="cuda_graph needs the student on a CUDA device"):
-        sampler_fps(*models, (2, 4), cuda_graph=True)
+    return [
+        {"kind": "device", "stage": "environment", "name": "NVIDIA H100 80GB HBM3"},
+        {"kind": "copy", "stage": "ceilings", "bytes": int(0.9 * h100.bandwidth), "seconds": 1.0},
+        {**matmul, "shape": [8, 8, 8], "flops": int(0.9 * h100.matmul16), "seconds": 1.0},
+        {**matmul, "shape": [4, 8, 8], "flops": int(0.4 * h100.matmul16), "seconds": 1.0},
+        {**matmul, "shape": [4, 8, 9], "flops": int(0.9 * h100.matmul16), "seconds": 1.0},
+        {"kind": "launch", "stage": "ceilings", "seconds": 3e-6},
+        {**timing, "backend": "sdpa", "flops": int(0.5 * h100.matmul16), "seconds": 1.0, "error": 0.001},
+        {
+            **timing,
+            "backend": "sdpa cuDNN",
+            "flops": int(0.7 * h100.matmul16),
+            "seconds": 1.0,
+            "error": 0.001,
+        },
+        {**timing, "backend": "cuda", "flops": int(0.3 * h100.matmul16), "seconds": 1.0, "error": 0.1},
+        {"kind": "sampler", "stage": "sampler", "decoder": "wan", "fps": 30.0, "decode": 0.25},
+    ]
 
 
-def test_the_page_has_a_section_a_machine(tmp_path: Path) -> None:
-    file, fps = tmp_path / "gpu-measured.md", [Fps("op by op", 20.04, 0.35, 0.25, 12_300_000_000)]
-    timings = {"`gated_add`, 8": {"eager": 2e-5, "ours, cuda": 4e-6}, "`chunk_attention`, 9": {"sdpa": 3e-3}}
-    file.write_text(f"{HEAD}\n{NOBODY}\n")
-    put_section(file, section("GPU A", "torch 2", fps, timings, 24.6))
-    put_section(file, section("GPU B", "torch 2", fps, {}, None))
-    faster = [Fps("op by op", 30.0, 0.2, 0.2, 12_300_000_000)]
-    put_section(file, section("GPU A", "torch 3", faster, timings, 24.6))
-    page = file.read_text()
-    assert page.startswith(HEAD)
-    assert NOBODY not in page
-    assert [line for line in page.splitlines() if line.startswith("## ")] == ["## GPU B", "## GPU A"]
-    assert "| op by op | 20.0 | 350 | 250 | 12.3 |" in page.split("## GPU A")[0]
-    ours = page.split("## GPU A")[1]
-    assert "| op by op | 30.0 | 200 | 200 | 12.3 |" in ours
-    assert "Predicted in `docs/gpu.md`: 24.6 FPS." in ours
-    assert "| op | eager | ours, cuda | sdpa |" in ours
-    assert "| `gated_add`, 8 | 20 | 4 |  |" in ours
-    assert "| `chunk_attention`, 9 |  |  | 3000 |" in ours
+def test_assumptions_are_fitted_to_what_was_measured() -> None:
+    h100 = DEVICES["H100"]
+    assert fit.known_device(measured()) is h100
+    convolution = Work("aten.convolution", "convolution", torch.bfloat16, int(0.2 * h100.matmul16 / 4), 1)
+    copies = Work("aten.copy", "elementwise", torch.bfloat16, 0, int(0.9 * h100.bandwidth / 20))
+    got = fit.fitted(measured(), h100, [convolution, copies])
+    assert got.memory == pytest.approx(0.9)
+    assert got.matmul == pytest.approx(0.6)  # of the real shapes alone
+    assert got.kernel == 3e-6
+    assert got.library_attention[9, 0] == pytest.approx(0.7)
+    assert got.own_attention[9, 0] == pytest.approx(0.3)
+    assert got.convolution == pytest.approx(0.05 / 0.2)  # 0.25 s less 0.05 s of copies
+    assert got.library_attention[8, 0] == ASSUMED.library_attention[8, 0]
+    assert fit.fitted([], h100) == ASSUMED
+
+
+def test_the_page_has_a_section_a_machine(stand_in: list[Record], tmp_path: Path) -> None:
+    file = tmp_path / "gpu-measured.md"
+    file.write_text(f"{page.HEAD}\n{page.NOBODY}\n")
+    page.put_section(file, "## GPU A\n\nbefore\n")
+    page.put_section(file, page.section(stand_in))
+    page.put_section(file, "## GPU A\n\nafter it\n")
+    text = file.read_text()
+    assert text.startswith(page.HEAD)
+    assert page.NOBODY not in text
+    assert "before" not in text
+    assert text.index("after it") > text.index("A stream whose window is full:")
+    rows = [line for line in text.splitlines() if line.startswith("| `gated_add`")]
+    assert len(rows) == 1
+    assert json.loads(json.dumps(stand_in)) == stand_in

@@ -1,0 +1,1 @@
+"""What the check finds out, a module a stage, each with `run(context)`."""
