@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changes.md",
     "assets/README.md": "assets.md",
     "tests/golden/README.md": "recorded-calls.md",
 }
