@@ -12,11 +12,12 @@ PIP         := $(BIN)/python -m pip --disable-pip-version-check -qq
 SOURCES     := $(shell find csrc -type f 2>/dev/null)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test bench gpu-check lint docs sanitize cross assets clean help
+.PHONY: demo test test-executor bench gpu-check lint docs sanitize cross assets clean help
 
 help:
 	@echo "make demo    distil the tiny student, stream it before and after, write out/demo/index.html (minutes)"
 	@echo "make test    the tests"
+	@echo "make test-executor  those of the PTX executor (minutes; when it or a compiler changes)"
 	@echo "make bench   every op beside its rivals; writes docs/benchmarks.md, .json and docs/roofline.svg"
 	@echo "make gpu-check  on a machine with a GPU: build, tests, timings; writes docs/gpu-measured.md"
 	@echo "make lint    ruff, mypy, clang-format"
@@ -29,7 +30,12 @@ demo: $(VENV)/.built
 	$(BIN)/stream-r1 demo $(ARGS)
 
 test: $(VENV)/.tools
-	$(BIN)/python -m pytest -q $(ARGS) tests
+	$(BIN)/python -m pytest -q $(ARGS) --ignore tests/executor tests
+
+# Minutes, and another answer only where the executor or a compiler changed: .ci/run runs it then.
+test-executor: $(VENV)/.tools
+	$(BIN)/python -m pytest -q $(ARGS) tests/executor
+	$(BIN)/python -m build_support.executor_state --keep
 
 bench: $(VENV)/.tools
 	$(BIN)/python -m pytest -q --benchmark-only --report docs $(ARGS) benchmarks

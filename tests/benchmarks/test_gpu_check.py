@@ -148,8 +148,9 @@ def test_a_stage_that_crashes_or_hangs_with_its_children_ends_alone(
     )
     codes = {"crash": "import os; os.abort()", "hang": hangs, "good": "pass", "build": "raise SystemExit(4)"}
     stages_of_code(monkeypatch, codes)
-    run = runner.Runner(tmp_path, 30.0, "cpu", (["ignored"], {}))
-    stages = [Stage("crash", 9, ""), Stage("hang", 60, ""), Stage("good", BUDGET, "")]
+    run = runner.Runner(tmp_path, BUDGET / 100, "cpu", (["ignored"], {}))
+    # in hundredths of a second: late enough for a busy machine to come to an end by itself
+    stages = [Stage("crash", 500, ""), Stage("hang", 600, ""), Stage("good", 9000, "")]
     assert not run.run(stages)
     ended = records.ends(found(tmp_path))
     assert list(ended) == ["build", "crash", "hang", "good"]
