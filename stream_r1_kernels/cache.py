@@ -24,11 +24,11 @@ from torch import Tensor
 
 from .arguments import FLOATS, check_integer
 from .attention.past import Past
-from .backends import resolve
 from .cache_reuse import Lent, Moments, snapshot
 from .cache_sizes import capacity_of
+from .graphs import integers_may_change, renew_sinks_
 from .rotary import RotaryGrid
-from .sink import renew_sink_
+from .slot import Slot
 
 
 class ChunkCache:
@@ -150,6 +150,8 @@ class ChunkCache:
     def __getitem__(self, layer: int) -> LayerCache:
         if isinstance(layer, slice):
             raise TypeError(f"ChunkCache: layer: expected an integer, got {layer}")
+        if torch.compiler.is_compiling():  # a range takes no integer of a graph
+            return LayerCache(self, layer + len(self) if layer < 0 else layer)
         return LayerCache(self, range(len(self))[layer])
 
     @property
@@ -225,6 +227,7 @@ class ChunkCache:
         ring = self.capacity - self.sink_frames
         return self._pinned is None and (self.window_frames is None or ring > self.frames_per_chunk)
 
+    @integers_may_change
     def begin_chunk(self, *, renew_sink: bool = True) -> None:
         """Make room for the next chunk: choose its slot, evict what was there, move or average the sink.
 
@@ -249,12 +252,11 @@ class ChunkCache:
                     "come next; a stream without an end needs window_frames"
                 )
             slot, evicts = start, False
-        elif start < sink:
-            slot, evicts = start, False
         else:
             ring = self.capacity - sink
             along = start + self._lead - sink
-            slot, evicts = sink + along % ring, along >= ring
+            evicts = along >= ring
+            slot = sink + along % ring if evicts else start + self._lead
 
         tokens = self.tokens_per_frame
         self._slot_start, self._slot_tokens = slot * tokens, frames * tokens
@@ -272,6 +274,7 @@ class ChunkCache:
         self._phases = phases
         self.moments.begin_chunk()
 
+    @integers_may_change
     def commit(self) -> None:
         """Keep the chunk under way, with the keys and values that its last pass wrote.
 
@@ -315,9 +318,9 @@ class ChunkCache:
         to_window: tuple[Tensor | None, Tensor | None] = (None, None)
         if self.moves_sink:
             to_window = self.rotary.temporal_shift(start + self.frames - self.capacity, device)
-        first = start == self.capacity  # the first eviction
         evicted = self.rotary.temporal_shift(-(start - ring), device)
-        return self._slot_start, self.ema, first, *evicted, *to_window
+        since_first = start - self.capacity  # frames since the first eviction
+        return self._slot_start, self.ema, since_first, *evicted, *to_window
 
     @torch.no_grad()
     def _renew_sink(self, layers: slice) -> None:
@@ -325,10 +328,9 @@ class ChunkCache:
         if self._renewal is None or self._sink_k is None:
             return
         self.lent.take_back(layers, 0, self._sink_k.shape[2])
-        sink_v = None if self._sink_v is None else self._sink_v[layers]
-        compiled = resolve("auto", "renew_sink_", self.storage) != "reference"
-        renew = torch.ops.stream_r1.renew_sink_ if compiled else renew_sink_
-        renew(self.storage[layers], self._sink_k[layers], sink_v, *self._renewal)
+        count = range(len(self))[layers]
+        renew = torch.ops.stream_r1.renew_sinks_ if torch.compiler.is_compiling() else renew_sinks_
+        renew(self.storage, self._sink_k, self._sink_v, count.start, len(count), *self._renewal)
 
 
 class LayerCache:
@@ -349,6 +351,33 @@ class LayerCache:
         self._cache.moments.refuse_write("slot")
         return self._chunk_views()[:2]
 
+    def write(self, k: Tensor, v: Tensor) -> None:
+        """Put the fresh chunk's keys and values [B, T, H, D] into its slot.
+
+        As copies into `slot()`. In a compiled graph this costs the slot alone, where a copy into a view may
+        cost a walk through the whole buffer.
+
+        Raises:
+            ValueError: as `slot`.
+        """
+        if torch.compiler.is_compiling():
+            self.place().write(k, v)
+            return
+        for part, value in zip(self.slot(), (k, v), strict=True):
+            part.copy_(value)
+
+    @integers_may_change
+    def place(self) -> Slot:
+        """The slot and what is visible with it as numbers: they stay those of this chunk.
+
+        Raises:
+            ValueError: no chunk is under way.
+        """
+        cache = self._cache
+        cache._check_open("place, write")
+        start, stop = cache._slot_start, cache._slot_start + cache._slot_tokens
+        return Slot(cache.storage, self._layer, start, stop, cache._visible_start, cache._visible_stop)
+
     def renew_sink(self) -> None:
         """This layer's sink as the chunk under way sees it, after `begin_chunk(renew_sink=False)`."""
         self._cache._renew_sink(slice(self._layer, self._layer + 1))
@@ -365,11 +394,8 @@ class LayerCache:
         return views
 
     def _make_views(self) -> tuple[Tensor, Tensor, Past]:
-        cache = self._cache
-        k, v = cache.storage[self._layer, 0], cache.storage[self._layer, 1]
-        slot = slice(cache._slot_start, cache._slot_start + cache._slot_tokens)
-        visible = slice(cache._visible_start, cache._visible_stop)
-        return k[:, slot], v[:, slot], Past(k[:, visible], v[:, visible], True)
+        place = self.place()
+        return *place.views(), place.visible()
 
     @overload
     def past(self, holds_fresh: Literal[True], copy: bool = ...) -> Past: ...
@@ -377,6 +403,7 @@ class LayerCache:
     @overload
     def past(self, holds_fresh: bool, copy: bool = ...) -> Past | None: ...
 
+    @integers_may_change
     def past(self, holds_fresh: bool, copy: bool = False) -> Past | None:
         """What the fresh chunk sees.
 
@@ -399,7 +426,7 @@ class LayerCache:
             return self._chunk_views()[2]
         cache = self._cache
         cache._check_open("past")
-        k, v = cache.storage[self._layer]
+        k, v = cache.storage.select(0, self._layer)  # [] would make a graph's integer a constant
         start, stop = cache._visible_start, cache._visible_stop
         fresh_start = cache._slot_start
         fresh_stop = fresh_start + cache._slot_tokens

@@ -21,6 +21,7 @@ from stream_r1_kernels import (
     chunk_attention,
     qk_norm_rotary,
 )
+from stream_r1_kernels.graphs import integers_may_change
 
 BACKEND = "stream_r1"
 
@@ -241,6 +242,7 @@ class CachedProcessor(_Processor):
     def __init__(self, stream: _Stream, layer: LayerCache) -> None:
         self.stream, self.layer = stream, layer
 
+    @integers_may_change
     def attend(
         self, attn: Any, q: Tensor, k: Tensor, v: Tensor, rotary_emb: tuple[Tensor, Tensor] | None
     ) -> Tensor:
@@ -254,8 +256,12 @@ class CachedProcessor(_Processor):
             return cached_chunk_attention(
                 q, k, v, layer.past(holds_fresh=False, copy=stream.cache.overwrites)
             )
-        slot_k, slot_v = layer.slot()
-        q, _ = self.rotate(attn, q, k, *phases, k_out=slot_k)
-        slot_v.copy_(v)
+        if torch.compiler.is_compiling():
+            q, k = self.rotate(attn, q, k, *phases)
+            layer.write(k, v)
+        else:
+            slot_k, slot_v = layer.slot()
+            q, _ = self.rotate(attn, q, k, *phases, k_out=slot_k)
+            slot_v.copy_(v)
         stream.kept = True
         return cached_chunk_attention(q, None, None, layer.past(holds_fresh=True))

@@ -23,6 +23,7 @@ from stream_r1_kernels import (
     cached_chunk_attention,
     qk_norm_rotary,
 )
+from stream_r1_kernels.graphs import integers_may_change
 
 KEY = "stream_r1"
 """Where a dictionary keeps what `adopt` added."""
@@ -181,6 +182,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, kv_cache: CacheDict, current_start: 
 _Rotate = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
+@integers_may_change
 def _attend(rotate: _Rotate, v: Tensor, learns: bool, kv_cache: CacheDict, current_start: int) -> Tensor:
     """`rotate` makes q and k of phases cos and sin, k in the buffer that it is given."""
     if KEY not in kv_cache:
@@ -207,9 +209,13 @@ def _attend(rotate: _Rotate, v: Tensor, learns: bool, kv_cache: CacheDict, curre
     if learns:
         q, k = rotate(cos, sin, None)
         return cached_chunk_attention(q, k, v, layer.past(holds_fresh=False, copy=cache.overwrites))
-    slot_k, slot_v = layer.slot()
-    q, _ = rotate(cos, sin, slot_k)
-    slot_v.copy_(v)
+    if torch.compiler.is_compiling():
+        q, k = rotate(cos, sin, None)
+        layer.write(k, v)
+    else:
+        slot_k, slot_v = layer.slot()
+        q, _ = rotate(cos, sin, slot_k)
+        slot_v.copy_(v)
     stream.kept, stream.written = True, cache.moments.now()
     return cached_chunk_attention(q, None, None, layer.past(holds_fresh=True))
 

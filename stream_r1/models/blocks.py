@@ -251,10 +251,16 @@ class Block(nn.Module):
         for slot, (q, k, v, cos, sin) in zip(slots, chunks, strict=True):
             if slot.open is not None:
                 slot.open()
-            q, _ = self.rotate(q, k, cos, sin, slot.k)
-            slot.v.copy_(v)
+            if torch.compiler.is_compiling():  # views as inputs of a graph would keep their first offsets
+                q, k = self.rotate(q, k, cos, sin)
+                slot.place.write(k, v)
+                visible = slot.place.visible()
+            else:
+                q, _ = self.rotate(q, k, cos, sin, slot.k)
+                slot.v.copy_(v)
+                visible = slot.visible
             if slot.asked:
-                attended.append(cached_chunk_attention(q, None, None, slot.visible).flatten(2))
+                attended.append(cached_chunk_attention(q, None, None, visible).flatten(2))
         return attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
 
     def rotate(

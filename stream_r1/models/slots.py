@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stream_r1_kernels import ChunkCache, Past
+from stream_r1_kernels.slot import Slot
 
 
 class FreshSlot(NamedTuple):
@@ -18,6 +19,7 @@ class FreshSlot(NamedTuple):
     v: Tensor
     visible: Past
     open: Callable[[], None] | None  # runs before anything is written
+    place: Slot  # the same in numbers, for compiled graphs
     asked: bool  # whether anything is made of what its tokens see; else keys and values are all
 
 
@@ -36,7 +38,7 @@ def take_slots(cache: ChunkCache, chunks: int) -> tuple[Tensor, Tensor, list[tup
         for number, layer in enumerate(cache.layers, 1):
             asked = number < len(cache) or place == chunks - 1
             renew = layer.renew_sink if place > 0 else None
-            of_layers.append(FreshSlot(*layer.slot(), layer.past(True), renew, asked))
+            of_layers.append(FreshSlot(*layer.slot(), layer.past(True), renew, layer.place(), asked))
         slots.append(of_layers)
     cos, sin = phases[0] if chunks == 1 else map(torch.cat, zip(*phases, strict=True))
     return cos, sin, list(zip(*slots, strict=True))

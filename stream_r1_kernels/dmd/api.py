@@ -82,9 +82,14 @@ def dmd_gradient_(
     """
     check_dmd("dmd_gradient_", x, fake, real_cond, real_uncond, guidance, w_intra, w_inter, mask)
     check_buffer("dmd_gradient_", buffer, x, scale)
-    run = dmd_gradient_reference_
-    if resolve(backend, "dmd_gradient_", x) != "reference":
-        run = torch.ops.stream_r1.dmd_gradient_
-    run(buffer, x, fake, real_cond, real_uncond, guidance, w_intra, w_inter, mask, scale)
+    inputs = (x, fake, real_cond, real_uncond, guidance, w_intra, w_inter, mask, scale)
+    compiled = resolve(backend, "dmd_gradient_", x) != "reference"
+    if compiled and torch.compiler.is_compiling():
+        # In a graph a copy is written to: of a view the op might be given the wrong part (see graphs.py).
+        copy = buffer.clone()
+        torch.ops.stream_r1.dmd_gradient_(copy, *inputs)
+        return buffer.copy_(copy)
+    run = torch.ops.stream_r1.dmd_gradient_ if compiled else dmd_gradient_reference_
+    run(buffer, *inputs)
     count_write(buffer)
     return buffer

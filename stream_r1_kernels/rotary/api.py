@@ -54,13 +54,17 @@ def qk_norm_rotary(
         rotated_q = norm_rotary(q, q_weight, cos, sin, num_heads, eps)
         rotated_k = norm_rotary(k, k_weight, cos, sin, num_heads, eps)
         return rotated_q, rotated_k if k_out is None else k_out.copy_(rotated_k)
-    if k_out is None:
-        return torch.ops.stream_r1.qk_norm_rotary(q, k, q_weight, k_weight, cos, sin, num_heads, eps)
-    rotated_q = torch.ops.stream_r1.qk_norm_rotary_into(
-        q, k, q_weight, k_weight, cos, sin, num_heads, eps, k_out
+    if k_out is not None and not torch.compiler.is_compiling():
+        rotated_q = torch.ops.stream_r1.qk_norm_rotary_into(
+            q, k, q_weight, k_weight, cos, sin, num_heads, eps, k_out
+        )
+        count_write(k_out)
+        return rotated_q, k_out
+    rotated_q, rotated_k = torch.ops.stream_r1.qk_norm_rotary(
+        q, k, q_weight, k_weight, cos, sin, num_heads, eps
     )
-    count_write(k_out)
-    return rotated_q, k_out
+    # In a graph the keys are copied: of a view the op might be given the wrong part (see graphs.py).
+    return rotated_q, rotated_k if k_out is None else k_out.copy_(rotated_k)
 
 
 def _refuse_gradients(trained: tuple[Tensor, ...], **others: Tensor | None) -> None:

@@ -18,7 +18,6 @@ from machine import Machine
 from ptx_executor import PtxError
 from stream_r1_kernels import ChunkMask, RotaryGrid
 from stream_r1_kernels.attention.reference import dense_attention
-from stream_r1_kernels.cache import renew_sink_
 from stream_r1_kernels.dmd.reference import dmd_loss_reference
 from stream_r1_kernels.norm.reference import (
     gated_add_reference,
@@ -27,6 +26,7 @@ from stream_r1_kernels.norm.reference import (
 )
 from stream_r1_kernels.rotary.reference import norm_rotary
 from stream_r1_kernels.saliency.reference import intra_weights_reference, region_saliency_reference
+from stream_r1_kernels.sink import renew_sink_
 
 
 def kernel(name: str, header: str, args: str, body: str) -> str:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from machine import Machine
 
-from stream_r1_kernels import ChunkCache, RotaryGrid, cache
-from stream_r1_kernels.cache import renew_sink_
+from stream_r1_kernels import ChunkCache, RotaryGrid, graphs
+from stream_r1_kernels.sink import renew_sink_
 
 
 @pytest.mark.parametrize("head_dim", [16, 10])  # whole packs, and rows that are not aligned
@@ -60,7 +60,7 @@ def test_a_stream(machine: Machine, monkeypatch: pytest.MonkeyPatch, positions: 
         calls.append(args)
         machine.run("renew_sink_", *args)
 
-    monkeypatch.setattr(cache, "renew_sink_", compiled)
+    monkeypatch.setattr(graphs, "renew_sink_", compiled)
     for ours, theirs in zip(stream(), expected, strict=True):
         torch.testing.assert_close(ours, theirs)
     assert len(calls) == 3

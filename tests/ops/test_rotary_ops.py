@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._dynamo.testing import CompileCounter
 
 from stream_r1_kernels import RotaryGrid, apply_rotary, qk_norm_rotary
 
@@ -151,21 +150,35 @@ def test_opcheck() -> None:
 
 def test_compiles_in_one_graph_and_once_along_a_stream() -> None:
     grid = RotaryGrid(8)
-    counter = CompileCounter()
     weight = torch.ones(16)
+    torch.compiler.reset()
 
-    @torch.compile(backend=counter, fullgraph=True)
-    def step(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, slot: Tensor) -> Tensor:
-        return qk_norm_rotary(q, k, weight, weight, cos, sin, num_heads=2, k_out=slot)[0] + 1
+    @torch.compile(fullgraph=True)
+    def step(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, slot: Tensor, whole: Tensor, start: int
+    ) -> tuple[Tensor, Tensor]:
+        """Into a slot that is an input, and into one that is cut out of an input."""
+        given = qk_norm_rotary(q, k, weight, weight, cos, sin, num_heads=2, k_out=slot)[0]
+        inside = whole[1, :, start : start + 6]
+        cut, keys = qk_norm_rotary(q + 1, k * 2, weight, weight, cos, sin, num_heads=2, k_out=inside)
+        return given + 1, cut + keys
 
-    buffer = torch.zeros(1, 60, 2, 8)
+    buffer, whole, plain_whole = (
+        torch.zeros(1, 60, 2, 8),
+        torch.zeros(2, 1, 60, 2, 8),
+        torch.zeros(2, 1, 60, 2, 8),
+    )
     with torch.no_grad():
         for chunk in range(5):
             cos, sin = grid.phases(chunk, 1, 2, 3)
             q, k = fused_slices(1, 6, 16, torch.float32)
             slot = buffer[:, 6 * chunk : 6 * chunk + 6]
-            out = step(q, k, cos, sin, slot)
+            with torch._dynamo.config.patch(error_on_recompile=chunk > 1):
+                out, both = step(q, k, cos, sin, slot, whole, 6 * chunk)
             plain_q, plain_k = qk_norm_rotary(q, k, weight, weight, cos, sin, num_heads=2)
             assert torch.equal(out, plain_q + 1)
             assert torch.equal(slot, plain_k)
-    assert counter.frame_count == 1
+            cut, keys = qk_norm_rotary(q + 1, k * 2, weight, weight, cos, sin, num_heads=2)
+            assert torch.equal(both, cut + keys)
+            plain_whole[1, :, 6 * chunk : 6 * chunk + 6] = keys
+            assert torch.equal(whole, plain_whole)
