@@ -128,7 +128,7 @@ def test_backend_is_traced_into_one_graph():
     expected = model(*arguments, return_dict=False)[0]
     model.set_attention_backend("stream_r1")
     try:
-        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        compiled = torch.compile(model, fullgraph=True)
         torch.testing.assert_close(compiled(*arguments, return_dict=False)[0], expected, rtol=1e-4, atol=1e-5)
     finally:
         model.set_attention_backend("native")

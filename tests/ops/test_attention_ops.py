@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._dynamo.testing import CompileCounter
 
 from stream_r1_kernels import ChunkMask, Past, cached_chunk_attention, chunk_attention
 
@@ -315,24 +314,24 @@ def test_sdpa_compiles_in_one_graph() -> None:
         return chunk_attention(seen, q, q, ChunkMask(3, 2, teacher_forcing=True), backend="sdpa")
 
     q, past = torch.randn(1, 24, 2, 8), torch.randn(1, 7, 2, 8)
-    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(step, fullgraph=True)
     torch.testing.assert_close(compiled(q, past), step(q, past))
 
 
 def test_compiles_in_one_graph_and_once_along_a_stream() -> None:
-    counter = CompileCounter()
+    torch.compiler.reset()
 
-    @torch.compile(backend=counter, fullgraph=True, dynamic=True)
+    @torch.compile(fullgraph=True, dynamic=True)
     def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return cached_chunk_attention(q * 2, None, None, Past(k, v, True))
 
     buffer = torch.randn(2, 1, 100, 2, 16)
     q = torch.randn(1, 5, 2, 16)
     for length in (10, 15, 40, 100):
-        out = step(q, buffer[0][:, :length], buffer[1][:, :length])
+        with torch._dynamo.config.patch(error_on_recompile=length > 10):
+            out = step(q, buffer[0][:, :length], buffer[1][:, :length])
         plain = cached_chunk_attention(q * 2, buffer[0][:, :length], buffer[1][:, :length], None)
         torch.testing.assert_close(out, plain)
-    assert counter.frame_count == 1
 
 
 def test_compiled_training_step_has_the_same_gradients() -> None:
@@ -345,7 +344,7 @@ def test_compiled_training_step_has_the_same_gradients() -> None:
     q, k, v = (torch.randn(1, 24, 2, 8, requires_grad=True) for _ in range(3))
     past = torch.randn(1, 7, 2, 8)
     plain = torch.autograd.grad(step(q, k, v, past), (q, k, v))
-    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(step, fullgraph=True)
     for a, b in zip(torch.autograd.grad(compiled(q, k, v, past), (q, k, v)), plain, strict=True):
         torch.testing.assert_close(a, b)
 

@@ -280,7 +280,7 @@ def test_compiles_as_one_graph_with_the_same_gradients():
     inputs = [torch.randn(2, 12, 32), torch.randn(2, 12, 32), *modulation(2, 3, 32, torch.float32)]
     grad_out = torch.randn(2, 12, 32)
     eager = with_grads(block, inputs, grad_out)
-    compiled = with_grads(torch.compile(block, fullgraph=True, backend="aot_eager"), inputs, grad_out)
+    compiled = with_grads(torch.compile(block, fullgraph=True), inputs, grad_out)
     for a, b in zip(eager, compiled, strict=True):
         torch.testing.assert_close(a, b)
 
