@@ -171,7 +171,7 @@ def _pairs_data(recipe: InitRecipe, prompts: list[str]) -> str:
 def _require_fitting(recipe: InitRecipe, pairs: OdePairs) -> None:
     """Refuse trajectories that are not what the recipe would make."""
     count, _, frames, _, height, width = pairs.trajectories.shape
-    size = recipe.rollout
+    size, made_with = recipe.rollout, pairs.settings
     steps = FlowSchedule(size.shift).denoising_steps(size.steps)
     problems = [
         f"{name}: expected {got} as in {recipe.pairs.folder}, got {asked}"
@@ -183,6 +183,12 @@ def _require_fitting(recipe: InitRecipe, pairs: OdePairs) -> None:
                 "rollout.steps, shifted",
                 [round(t, 1) for t in steps],
                 [round(t, 1) for t in pairs.timesteps.tolist()],
+            ),
+            ("rollout.shift", size.shift, made_with.get("shift", size.shift)),
+            *(
+                (f"pairs.{name}", asked, made_with.get(name, asked))
+                for name in ("guidance", "solver_steps", "order")
+                for asked in [getattr(recipe.pairs, name)]
             ),
         )
         if asked != got

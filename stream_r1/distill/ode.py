@@ -8,10 +8,11 @@ predicts the end from such a state. Source: CausVid (2412.07772, section 4.3).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from copy import copy
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -146,6 +147,7 @@ class OdePairs(NamedTuple):
     text_index: Tensor  # [N], which of `text` each belongs to
     text: Tensor | PromptEmbeddings  # [P, L, D]
     timesteps: Tensor  # [K], shifted, of all states but the last
+    settings: Mapping[str, Any] = MappingProxyType({})  # that they were made with
 
 
 def make_ode_pairs(
@@ -238,12 +240,9 @@ def _pairs_in(path: Path, settings: dict[str, Any]) -> int:
             count: int = file.get_slice("text_index").get_shape()[0]
     except CheckpointError:
         return 0  # damaged: it is written again
-    differing = [name for name, value in settings.items() if made_with.get(name) != value]
-    if differing:
-        told = [f"{name} = {made_with.get(name)!r}, this is {settings[name]!r}" for name in differing]
+    if told := _differences(made_with, settings):
         raise ValueError(
-            f"make_ode_pairs: folder: {path} was made with {'; '.join(told)}: "
-            "name another folder or remove it"
+            f"make_ode_pairs: folder: {path} was made with {told}: name another folder or remove it"
         )
     return count
 
@@ -258,21 +257,68 @@ def load_ode_pairs(folder: Path | str, text: Tensor | PromptEmbeddings, *, data:
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: a file was made of other texts.
-        CheckpointError: a file can't be read.
+        ValueError: a file was made of other texts, or with other settings or timesteps than the first.
+        CheckpointError: a file can't be read, or does not agree with itself.
     """
     paths = sorted(Path(folder).glob("pairs-*.safetensors"))
     if not paths:
         raise FileNotFoundError(f"load_ode_pairs: no pairs-*.safetensors in {folder}")
-    indices = []
+    indices: list[Tensor] = []
+    first: tuple[dict[str, Any], Tensor] | None = None
     for path in paths:
-        with _opened(path) as file:
-            made_with = json.loads(file.metadata()["settings"])
-            indices.append(file.get_tensor("text_index"))
-            timesteps = file.get_tensor("timesteps")
-        if made_with["data"] != data or int(indices[-1].max()) >= len(text):
+        made_with, timesteps, index = _read_header(path)
+        if made_with.get("data") != data or int(index.max()) >= len(text):
             raise ValueError(f"load_ode_pairs: folder: {path} was made of other prompts")
-    return OdePairs(StoredTrajectories(paths), torch.cat(indices), text, timesteps)
+        indices.append(index)
+        settings, expected = first = first or (made_with, timesteps)
+        if told := _differences(made_with, settings):
+            raise ValueError(f"load_ode_pairs: folder: {path} was made with {told}, as {paths[0]}")
+        if not torch.equal(timesteps, expected):
+            raise ValueError(
+                f"load_ode_pairs: folder: {path}: timesteps: expected {expected.tolist()} as in {paths[0]}, "
+                f"got {timesteps.tolist()}"
+            )
+    return OdePairs(StoredTrajectories(paths), torch.cat(indices), text, expected, settings)
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """Settings, timesteps [K] and text_index [n] of a file that agrees with itself."""
+    with _opened(path) as file:
+        if missing := {"trajectories", "timesteps", "text_index"} - set(file.keys()):
+            raise CheckpointError(f"{path}: not a file of trajectories: no {', '.join(sorted(missing))}")
+        try:
+            settings = json.loads((file.metadata() or {})["settings"])
+        except (KeyError, ValueError):
+            raise CheckpointError(f"{path}: not a file of trajectories: expected settings in JSON") from None
+        shape = file.get_slice("trajectories").get_shape()
+        timesteps, index = file.get_tensor("timesteps"), file.get_tensor("text_index")
+    if not isinstance(settings, dict) or len(shape) != 6:
+        raise CheckpointError(
+            f"{path}: trajectories: expected [n, K + 1, F, C, h, w] and settings as a mapping, got {shape}"
+        )
+    if timesteps.shape != (shape[1] - 1,) or index.shape != (shape[0],) or shape[0] == 0:
+        raise CheckpointError(
+            f"{path}: trajectories: expected {len(index)} at {len(timesteps)} timesteps and the end, as its "
+            f"other tensors say, got {shape}"
+        )
+    if index.is_floating_point() or int(index.min()) < 0:
+        raise CheckpointError(f"{path}: text_index: expected integers >= 0, got {index[:8].tolist()}")
+    if "steps" in settings and "shift" in settings:
+        meant = FlowSchedule(settings["shift"]).denoising_steps(settings["steps"])
+        if [round(t, 2) for t in meant] != [round(t, 2) for t in timesteps.tolist()]:
+            raise CheckpointError(
+                f"{path}: timesteps: expected {meant} by its settings, got {timesteps.tolist()}"
+            )
+    return settings, timesteps, index
+
+
+def _differences(made_with: dict[str, Any], expected: dict[str, Any]) -> str:
+    """What settings differ in, "" where they agree."""
+    return "; ".join(
+        f"{name} = {made_with.get(name)!r}, this is {value!r}"
+        for name, value in expected.items()
+        if made_with.get(name) != value
+    )
 
 
 def texts_used(folder: Path | str) -> int:

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 from distill_models import LATENT, tiny_student, tiny_teacher
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stream_r1.distill.events import StepDone
@@ -14,6 +15,7 @@ from stream_r1.distill.noise import SampleNoise
 from stream_r1.distill.ode import OdePairs, OdeRegression, load_ode_pairs, make_ode_pairs, ode_pairs
 from stream_r1.distill.settings import InitSettings
 from stream_r1.distill.teacher_forcing import TeacherForcing
+from stream_r1.models.weight_files import CheckpointError
 from stream_r1.schedule import FlowSchedule
 
 SCHEDULE = FlowSchedule(5.0)
@@ -188,8 +190,41 @@ def test_making_pairs_goes_on_where_it_broke_off(tmp_path: Path) -> None:
     (tmp_path / "broken" / "pairs-000002.safetensors").unlink()
     make(tmp_path / "other", 4, latent_shape=(6, *LATENT))
     shutil.copy(tmp_path / "other" / "pairs-000002.safetensors", tmp_path / "broken")
-    with pytest.raises(ValueError, match=r"expected \[3, 3, .* in .*pairs-000002.* got \[3, 6, "):
+    with pytest.raises(ValueError, match=r"pairs-000002.* was made with latent_shape = \[6, .* is \[3, "):
         load_ode_pairs(tmp_path / "broken", text)
+
+
+def test_files_that_do_not_agree_are_refused(tmp_path: Path) -> None:
+    """With each other in any setting or in the timesteps, or with what they say of themselves."""
+    make(tmp_path / "whole", 4)
+    other, text = tmp_path / "whole" / "pairs-000002.safetensors", torch.zeros(2, 8, 16)
+    whole = other.read_bytes()
+    for name, changes in {
+        "guidance": {"guidance": 1.0},
+        "solver_steps": {"solver_steps": 4},
+        "steps": {"steps": (1000, 250)},
+        "shift": {"schedule": FlowSchedule(3.0)},
+        "seed": {"seed": 1},
+    }.items():
+        make(tmp_path / name, 4, **changes)
+        shutil.copy(tmp_path / name / "pairs-000002.safetensors", tmp_path / "whole")
+        with pytest.raises(ValueError, match=rf"pairs-000002.* was made with .*{name} = "):
+            load_ode_pairs(tmp_path / "whole", text)
+    other.write_bytes(whole)
+    tensors = load_file(other)
+    with safe_open(other, "pt") as file:
+        metadata = file.metadata()
+    for name, value in {
+        "timesteps": tensors["timesteps"] - 1,
+        "text_index": tensors["text_index"] - 1,
+        "trajectories": tensors["trajectories"][:, 1:].contiguous(),
+    }.items():
+        save_file(tensors | {name: value}, other, metadata)
+        with pytest.raises(CheckpointError, match=rf"pairs-000002.*{name}: expected"):
+            load_ode_pairs(tmp_path / "whole", text)
+    save_file(tensors, other)
+    with pytest.raises(CheckpointError, match=r"pairs-000002.*expected settings"):
+        load_ode_pairs(tmp_path / "whole", text)
 
 
 def test_a_damaged_file_is_named_and_made_again(tmp_path: Path) -> None:
