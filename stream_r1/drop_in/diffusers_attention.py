@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stream_r1.models.module_weights import is_plain
 from stream_r1_kernels import (
     ChunkCache,
     ChunkMask,
     LayerCache,
+    apply_rotary,
     cached_chunk_attention,
     chunk_attention,
     qk_norm_rotary,
@@ -174,10 +176,14 @@ class _Processor:
         attn: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, k_out: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """q, k [B, T, H * D], phases [T, D / 2] -> q, k [B, T, H, D]."""
-        weights = attn.norm_q.weight, attn.norm_k.weight
-        return qk_norm_rotary(
-            q, k, *weights, cos, sin, num_heads=attn.heads, eps=attn.norm_q.eps, k_out=k_out
-        )
+        if is_plain(attn.norm_q, attn.norm_k):
+            weights = attn.norm_q.weight, attn.norm_k.weight
+            return qk_norm_rotary(
+                q, k, *weights, cos, sin, num_heads=attn.heads, eps=attn.norm_q.eps, k_out=k_out
+            )
+        q = apply_rotary(attn.norm_q(q).unflatten(-1, (attn.heads, -1)), cos, sin)
+        k = apply_rotary(attn.norm_k(k).unflatten(-1, (attn.heads, -1)), cos, sin)
+        return q, k if k_out is None else k_out.copy_(k)
 
 
 class MaskedProcessor(_Processor):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stream_r1.models.module_weights import is_plain
 from stream_r1_kernels import (
     ChunkCache,
     Past,
@@ -143,9 +144,13 @@ def self_attention(attn: nn.Module, x: Tensor, kv_cache: CacheDict, current_star
     q, k, v = parts.q(x), parts.k(x), parts.v(x).unflatten(-1, (heads, -1))
 
     def rotate(cos: Tensor, sin: Tensor, k_out: Tensor | None) -> tuple[Tensor, Tensor]:
-        return qk_norm_rotary(
-            q, k, q_weight, k_weight, cos, sin, num_heads=heads, eps=parts.norm_q.eps, k_out=k_out
-        )
+        if is_plain(parts.norm_q, parts.norm_k):
+            return qk_norm_rotary(
+                q, k, q_weight, k_weight, cos, sin, num_heads=heads, eps=parts.norm_q.eps, k_out=k_out
+            )
+        normed_q, normed_k = (x.unflatten(-1, (heads, -1)) for x in (parts.norm_q(q), parts.norm_k(k)))
+        rotated = apply_rotary(normed_k, cos, sin)
+        return apply_rotary(normed_q, cos, sin), rotated if k_out is None else k_out.copy_(rotated)
 
     learns = any(tensor.requires_grad for tensor in (q, k, v, q_weight, k_weight))
     return parts.o(_attend(rotate, v, learns, kv_cache, current_start).flatten(2))

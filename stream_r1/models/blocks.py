@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from stream_r1.models.module_weights import is_plain, weight_of
 from stream_r1.models.slots import FreshSlot
 from stream_r1_kernels import (
     ChunkMask,
     Past,
+    apply_rotary,
     cached_chunk_attention,
     chunk_attention,
     fused_linear,
@@ -28,8 +30,8 @@ from stream_r1_kernels.backends import device_type
 def plain_linears(x: Tensor, *layers: nn.Module) -> tuple[list[Tensor], list[Tensor]] | None:
     """Weights and biases of linear layers that may run on `x` as one op with what follows them, else None.
 
-    They may on a CPU without grad, with weights as they are: no adapter, no other kind of layer, no part of
-    a divided model, no autocast.
+    They may on a CPU without grad, with weights as they are: no adapter, no other kind of layer, no hook, no
+    part of a divided or an offloaded model, no autocast.
     """
     if (
         type(x) is not Tensor
@@ -41,7 +43,7 @@ def plain_linears(x: Tensor, *layers: nn.Module) -> tuple[list[Tensor], list[Ten
     weights: list[Tensor] = []  # torch.compile does not trace list[Tensor]()
     biases: list[Tensor] = []
     for layer in layers:
-        if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+        if type(layer) is not nn.Linear or not is_plain(layer):
             return None
         weight, bias = layer.weight, layer.bias  # once: a module looks them up slowly
         if type(weight) is not nn.Parameter or weight.dtype != x.dtype or bias is None:
@@ -73,8 +75,8 @@ class RMSScale(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def normalise(self, x: Tensor, eps: float) -> Tensor:
-        """For cross-attention, where nothing is rotated: [B, T, D], in float32 inside, in x's dtype."""
+    def forward(self, x: Tensor, eps: float) -> Tensor:
+        """[B, T, D], in float32 inside, in x's dtype: for cross-attention, where nothing is rotated."""
         return rms_norm(x, self.weight, eps=eps)
 
 
@@ -173,12 +175,13 @@ class Block(nn.Module):
     def text_keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Embedded text [B, L, D] -> this block's cross-attention keys and values, [B, L, H, D / H] each."""
         attn = self.attn2
-        k = attn.norm_k.normalise(attn.to_k(text), self.eps)
+        k = attn.norm_k(attn.to_k(text), self.eps)
         return attn.split_heads(k), attn.split_heads(attn.to_v(text))
 
     def modulation(self, time: Tensor) -> Tensor:
         """The projected time embedding [B, F, 6, D] -> shifts, scales and gates of this block, as it."""
-        return self.scale_shift_table.unsqueeze(0) + time.to(self.scale_shift_table.dtype)
+        table = weight_of(self, "scale_shift_table")  # what encodes times calls it outside of forward
+        return table.unsqueeze(0) + time.to(table.dtype)
 
     def forward(
         self,
@@ -266,8 +269,15 @@ class Block(nn.Module):
     def rotate(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, k_out: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        weights = self.attn1.norm_q.weight, self.attn1.norm_k.weight
-        return qk_norm_rotary(q, k, *weights, cos, sin, num_heads=self.num_heads, eps=self.eps, k_out=k_out)
+        attn = self.attn1
+        if is_plain(attn.norm_q, attn.norm_k):
+            weights = attn.norm_q.weight, attn.norm_k.weight
+            return qk_norm_rotary(
+                q, k, *weights, cos, sin, num_heads=self.num_heads, eps=self.eps, k_out=k_out
+            )
+        q = apply_rotary(attn.split_heads(attn.norm_q(q, self.eps)), cos, sin)
+        k = apply_rotary(attn.split_heads(attn.norm_k(k, self.eps)), cos, sin)
+        return q, k if k_out is None else k_out.copy_(k)
 
     def cross_norm(self, x: Tensor) -> Tensor:
         norm = self.norm2
@@ -279,7 +289,7 @@ class Block(nn.Module):
         """h [B, T, D], text_k and text_v [B, L, H, D / H] -> [B, T, D], not yet projected."""
         attn = self.attn2
         (q,) = project(h, attn.to_q)
-        q = attn.split_heads(attn.norm_q.normalise(q, self.eps))
+        q = attn.split_heads(attn.norm_q(q, self.eps))
         if device_type(q) == "cpu" and q.dtype == text_k.dtype:  # on GPUs torch's own is the faster one
             return cached_chunk_attention(q, text_k, text_v, None).flatten(2)
         # scaled_dot_product_attention wants [B, H, T, D / H]

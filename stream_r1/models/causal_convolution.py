@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from stream_r1.models.module_weights import weight_of
 from stream_r1_kernels import rms_norm_silu
 
 _NORM_EPS = 1e-24  # Wan divides by the length, and by 1e-12 where that is less
@@ -44,7 +45,7 @@ def _mkldnn_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: list
 
 def conv3d(x: Tensor, conv: nn.Conv3d, padding: tuple[int, int, int]) -> Tensor:
     """Stride-1 `conv` of `x` [B, C, T, H, W] with frozen weights, by the fastest route this machine has."""
-    weight, bias = conv.weight, conv.bias
+    weight, bias = weight_of(conv), weight_of(conv, "bias")
     on_onednn = (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32

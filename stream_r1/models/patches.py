@@ -6,6 +6,8 @@ Shapes: B batch, F latent frames, C channels, T tokens (T = F * rows * columns),
 from torch import Tensor, nn
 from torch.nn import functional
 
+from stream_r1.models.module_weights import is_plain
+
 
 def patch_grid(where: str, height: int, width: int, patch: tuple[int, ...]) -> tuple[int, int]:
     """Rows and columns of the tokens of a latent frame; `patch` is (1, rows, columns).
@@ -23,8 +25,11 @@ def patch_grid(where: str, height: int, width: int, patch: tuple[int, ...]) -> t
 
 def patchify(x: Tensor, embedding: nn.Conv3d) -> Tensor:
     """[B, F, C, h, w] -> tokens [B, T, D]: the patch convolution as one matmul."""
+    x = x.to(embedding.weight.dtype)
+    if not is_plain(embedding):
+        return embedding(x.transpose(1, 2)).flatten(2).transpose(1, 2)
     _, patch_rows, patch_columns = embedding.kernel_size
-    x = x.to(embedding.weight.dtype).unflatten(4, (-1, patch_columns)).unflatten(3, (-1, patch_rows))
+    x = x.unflatten(4, (-1, patch_columns)).unflatten(3, (-1, patch_rows))
     patches = x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)  # [B, T, C * patch]
     return functional.linear(patches, embedding.weight.flatten(1), embedding.bias)
 

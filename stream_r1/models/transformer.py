@@ -18,6 +18,7 @@ from torch.nn import functional
 from stream_r1.models.blocks import Block, ConditionEmbedder
 from stream_r1.models.contexts import TextContext, TimeContext, per_frame
 from stream_r1.models.modeling import ConfigMixin, ModelMixin, register_to_config
+from stream_r1.models.module_weights import device_of, weight_of
 from stream_r1.models.patches import patch_grid, patchify, unpatchify
 from stream_r1.models.slots import take_slots
 from stream_r1_kernels import ChunkCache, ChunkMask, RotaryGrid, modulated_norm
@@ -307,11 +308,12 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             dtype: of the keys and values; None: that in which the model computes, autocast included.
         """
         rows, columns = self._grid("new_cache", height, width)
+        device = device_of(self, self.device)
         if dtype is None:
-            device = self.device.type
-            autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-            dtype = torch.get_autocast_dtype(device) if autocast else self.dtype
-        return self._make_cache(len(self.blocks), batch, rows, columns, max_frames, dtype, self.device)
+            kind = device.type
+            autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+            dtype = torch.get_autocast_dtype(kind) if autocast else self.dtype
+        return self._make_cache(len(self.blocks), batch, rows, columns, max_frames, dtype, device)
 
     def _make_cache(
         self,
@@ -364,7 +366,7 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def _head_modulation(self, embedding: Tensor) -> Tensor:
         """The time embedding [B, F, D] -> shift and scale of the head, [B, F, 2, D]."""
-        table = self.scale_shift_table.unsqueeze(0)
+        table = weight_of(self, "scale_shift_table").unsqueeze(0)
         return table + embedding.unsqueeze(2).to(table.dtype)
 
     def _head(self, h: Tensor, modulation: Tensor, rows: int, columns: int) -> Tensor:

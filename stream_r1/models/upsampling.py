@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from stream_r1.models.module_weights import weight_of
+
 
 def double_and_convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """Of x [N, C, H, W]: `conv`, 3 x 3 with padding 1, of x twice as high and wide: [N, C', 2 H, 2 W].
@@ -18,10 +20,11 @@ def double_and_convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
     Channels-last, differentiable in x and the weights.
     """
     count, _, height, width = x.shape
-    weight = _fold(_fold(conv.weight.float(), 2), 4)  # [b, a, C', C, 2, 2]: columns' parity, rows'
-    weight = weight.permute(1, 0, 2, 4, 5, 3).flatten(0, 2).to(conv.weight.dtype)
+    taps, bias = weight_of(conv), weight_of(conv, "bias")
+    weight = _fold(_fold(taps.float(), 2), 4)  # [b, a, C', C, 2, 2]: columns' parity, rows'
+    weight = weight.permute(1, 0, 2, 4, 5, 3).flatten(0, 2).to(taps.dtype)
     weight = weight.movedim(-1, 1)  # [4 C', C, 2, 2], channels-last
-    bias = None if conv.bias is None else conv.bias.repeat(4)
+    bias = None if bias is None else bias.repeat(4)
     x = x.contiguous(memory_format=torch.channels_last)
     y = functional.conv2d(x, weight, bias, padding=1)  # [N, 4 C', H + 1, W + 1]
     y = y.movedim(1, -1).unflatten(-1, (2, 2, -1))

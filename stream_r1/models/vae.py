@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from stream_r1.models.autoencoder import VideoAutoencoder
 from stream_r1.models.causal_convolution import Past
 from stream_r1.models.library import read_library_model
+from stream_r1.models.module_weights import device_of
 from stream_r1.models.vae_codec import decode_piece, encode_piece
 from stream_r1.models.weight_files import read_json
 
@@ -81,7 +82,7 @@ class VideoVAE(VideoAutoencoder):
 
     @property
     def device(self) -> torch.device:
-        return self.autoencoder.decoder.conv_in.weight.device
+        return device_of(self.autoencoder, self.autoencoder.decoder.conv_in.weight.device)
 
     def encode(self, video: Tensor) -> Tensor:
         """The posterior's mean for video [B, T, 3, H, W] in [0, 1]: normalised latents [B, F, C, h, w].

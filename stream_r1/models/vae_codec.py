@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stream_r1.models.causal_convolution import Past, causal_conv3d, norm_silu_conv3d
+from stream_r1.models.module_weights import weight_of
 from stream_r1.models.upsampling import double_and_convolve
 
 
@@ -116,7 +117,7 @@ def _residual_block(x: Tensor, block: WanResidualBlock, past: Past) -> Tensor:
 
 
 def _norm_conv(x: Tensor, norm: WanRMS_norm, conv: nn.Conv3d, past: Past) -> Tensor:
-    return norm_silu_conv3d(x, norm.gamma.flatten(), conv, past)
+    return norm_silu_conv3d(x, weight_of(norm, "gamma").flatten(), conv, past)
 
 
 def _add(y: Tensor, x: Tensor) -> Tensor:
@@ -150,11 +151,12 @@ def _downsample(x: Tensor, block: WanResample, past: Past, first: bool) -> Tenso
         return x
     joined = past.join(x, 1)  # the time convolution has stride 2 and reads the frame before its two
     conv = block.time_conv
+    weights = weight_of(conv), weight_of(conv, "bias")
     if not first:
-        return functional.conv3d(joined, conv.weight, conv.bias, stride=conv.stride)
+        return functional.conv3d(joined, *weights, stride=conv.stride)
     if x.shape[2] == 1:
         return x
-    rest = functional.conv3d(x, conv.weight, conv.bias, stride=conv.stride)
+    rest = functional.conv3d(x, *weights, stride=conv.stride)
     return torch.cat([x[:, :, :1], rest], dim=2)
 
 

@@ -1,0 +1,51 @@
+"""Weights that are read past their module's call: whether they may be, and where they lie.
+
+A fused op takes the weights of several modules at once. What others hang onto a module's call (hooks,
+accelerate's and diffusers' offloading, storage in another dtype) acts in the call alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def is_plain(*modules: nn.Module) -> bool:
+    """Whether nothing acts on the modules' calls: their weights are what a call would compute with."""
+    for module in modules:
+        if (
+            "forward" in module.__dict__  # as accelerate and diffusers replace it
+            or module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+        ):
+            return False
+    return True
+
+
+def weight_of(module: nn.Module, name: str = "weight") -> Tensor:
+    """A parameter of the module itself; where accelerate keeps it elsewhere, a copy where the module runs."""
+    value: Tensor = getattr(module, name)
+    if value is None or not value.is_meta:
+        return value
+    for hook in _align_hooks(module):
+        if (kept := getattr(hook, "weights_map", None)) is not None:
+            return kept[name].to(hook.execution_device)
+    return value
+
+
+def device_of(module: nn.Module, device: torch.device) -> torch.device:
+    """Where the module runs: `device`, that of its parameters, unless accelerate keeps them elsewhere."""
+    if device.type != "meta":
+        return device
+    for part in module.modules():
+        for hook in _align_hooks(part):
+            if (there := getattr(hook, "execution_device", None)) is not None:
+                return torch.device(there)
+    return device
+
+
+def _align_hooks(module: nn.Module) -> list:  # type: ignore[type-arg]
+    hook = getattr(module, "_hf_hook", None)
+    return list(getattr(hook, "hooks", [hook] if hook is not None else []))
