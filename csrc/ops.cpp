@@ -10,7 +10,7 @@ TORCH_LIBRARY(stream_r1, m) {
   m.def("cpu_isa() -> str", tags);
 
   // Attention of a chunk to the past and to itself, without any mask: the keys are [past | fresh], either may
-  // be absent. out [B, T, H, D], lse [B, H, T] float32. The past gets no gradient.
+  // be absent. out [B, T, H, D], lse [B, H, T], float64 on a CPU, else float32. The past gets no gradient.
   m.def(
       "cached_chunk_attention(Tensor q, Tensor? k, Tensor? v, Tensor? past_k, Tensor? past_v, float scale)"
       " -> (Tensor out, Tensor lse)",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -45,6 +46,14 @@ def check_eps(op: str, eps: Any) -> None:
 def check_integer(op: str, name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise TypeError(f"{op}: {name}: expected an integer, got {value!r}")
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """For references: autocast leaves the ops alone, which compute in at least float32 under it too."""
+    device = tensor.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def _kind(value: Any) -> str:

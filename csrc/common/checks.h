@@ -7,6 +7,7 @@
 #include <ATen/MemoryOverlap.h>
 
 #include <optional>
+#include <utility>
 
 #include "common/chunk_mask.h"
 #include "common/tensors.h"
@@ -35,6 +36,31 @@ inline void check_apart(const char* op, const char* name, const at::Tensor& writ
   TORCH_CHECK_VALUE(at::has_internal_overlap(written) != at::MemOverlap::Yes, op, ": ", name,
                     ": expected elements of their own, got an expanded tensor of strides ",
                     written.strides());
+}
+
+// Of a tensor that is written to, beside one that is read row by row or element by element: both may be the
+// same memory where `in_place`, but not parts of each other.
+inline void check_not_over(const char* op, const char* name, const at::Tensor& written,
+                           const char* other_name, const at::Tensor& other, bool in_place) {
+  const at::MemOverlapStatus status = at::get_overlap_status(written, other);
+  TORCH_CHECK_VALUE(
+      status != at::MemOverlapStatus::Partial && (in_place || status != at::MemOverlapStatus::Full), op, ": ",
+      name, ": expected memory of its own, got some that ", other_name, " lies in");
+}
+
+// The same beside a small tensor that is read again and again.
+inline void check_not_among(const char* op, const char* name, const at::Tensor& written,
+                            const char* other_name, const at::Tensor& other) {
+  const auto bytes = [](const at::Tensor& x) {
+    int64_t last = 0;
+    for (int64_t d = 0; d < x.dim(); ++d) last += (x.size(d) - 1) * x.stride(d);
+    const auto begin = reinterpret_cast<uintptr_t>(x.const_data_ptr());
+    return std::pair(begin, x.numel() == 0 ? begin : begin + (last + 1) * x.itemsize());
+  };
+  const auto [begin, end] = bytes(written);
+  const auto [other_begin, other_end] = bytes(other);
+  TORCH_CHECK_VALUE(end <= other_begin || other_end <= begin, op, ": ", name,
+                    ": expected memory of its own, got some that ", other_name, " lies in");
 }
 
 // --- attention: q, k, v [B, T, H, D] ---
@@ -142,7 +168,9 @@ inline void check_rotary(const at::Tensor& q, const at::Tensor& k, const at::Ten
 }
 
 // Where the rotated keys of k [B, T, H * D] go: [B, T, H, D].
-inline void check_key_slot(const at::Tensor& k_out, const at::Tensor& k, int64_t heads) {
+inline void check_key_slot(const at::Tensor& k_out, const at::Tensor& q, const at::Tensor& k,
+                           const at::Tensor& q_weight, const at::Tensor& k_weight, const at::Tensor& cos,
+                           const at::Tensor& sin, int64_t heads) {
   const char* op = "qk_norm_rotary";
   const int64_t head_dim = k.size(2) / heads;
   TORCH_CHECK_VALUE(k_out.sizes() == at::IntArrayRef({k.size(0), k.size(1), heads, head_dim}), op,
@@ -152,6 +180,12 @@ inline void check_key_slot(const at::Tensor& k_out, const at::Tensor& k, int64_t
   TORCH_CHECK_VALUE(k_out.stride(3) == 1 || k_out.numel() == 0, op,
                     ": k_out: expected a contiguous last dimension, got strides ", k_out.strides());
   check_apart(op, "k_out", k_out);
+  check_not_over(op, "k_out", k_out, "q", q, false);
+  check_not_over(op, "k_out", k_out, "k", k, false);
+  check_not_among(op, "k_out", k_out, "q_weight", q_weight);
+  check_not_among(op, "k_out", k_out, "k_weight", k_weight);
+  check_not_among(op, "k_out", k_out, "cos", cos);
+  check_not_among(op, "k_out", k_out, "sin", sin);
 }
 
 // --- distillation: x0-predictions [B, F, C, h, w] ---
@@ -165,6 +199,24 @@ inline void check_predictions(const at::Tensor& x, const at::Tensor& fake, const
   if (w_inter.has_value())
     TORCH_CHECK_VALUE(w_inter->dim() == 1 && w_inter->size(0) == x.size(0), "dmd: w_inter: expected shape [",
                       x.size(0), "], got ", w_inter->sizes());
+}
+
+// Of the gradient that is added to `buffer`.
+inline void check_gradient_buffer(const at::Tensor& buffer, const at::Tensor& x, const at::Tensor& fake,
+                                  const at::Tensor& real_cond, const std::optional<at::Tensor>& real_uncond,
+                                  const std::optional<at::Tensor>& w_intra,
+                                  const std::optional<at::Tensor>& w_inter,
+                                  const std::optional<at::Tensor>& mask) {
+  const char* op = "dmd_gradient_";
+  check_shape(op, "buffer", buffer, "x", x);
+  check_apart(op, "buffer", buffer);
+  check_not_over(op, "buffer", buffer, "x", x, true);
+  check_not_over(op, "buffer", buffer, "fake", fake, true);
+  check_not_over(op, "buffer", buffer, "real_cond", real_cond, true);
+  if (real_uncond) check_not_over(op, "buffer", buffer, "real_uncond", *real_uncond, true);
+  if (w_intra) check_not_among(op, "buffer", buffer, "w_intra", *w_intra);
+  if (w_inter) check_not_among(op, "buffer", buffer, "w_inter", *w_inter);
+  if (mask) check_not_among(op, "buffer", buffer, "mask", *mask);
 }
 
 // A weight or mask is one value a plane where its last two dimensions are 1, else planes of h * w values.

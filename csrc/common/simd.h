@@ -7,7 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#ifdef __AVX512F__
+#if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -35,6 +35,19 @@ inline Vec load(const float* p) {
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+
+// Whether a comparison holds in any lane.
+inline bool any(IntVec mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+  int32_t seen = 0;
+  for (int64_t i = 0; i < kLanes; ++i) seen |= mask[i];
+  return seen != 0;
+#endif
+}
 
 inline float sum(Vec v) {
   float lanes[kLanes];

@@ -110,15 +110,15 @@ Prepared prepare(const char* op, const Tensor& q, double scale) {
 std::tuple<Tensor, Tensor> forward(Prepared& p, const std::vector<QueryBlock>& blocks) {
   const Tensor& q = p.q;
   Tensor out = at::empty(q.sizes(), q.options());
-  Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(at::kFloat));
+  Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(at::kDouble));
   const int64_t heads_in_all = q.size(0) * q.size(2);
-  if (out.numel() == 0) return {out, lse.fill_(-std::numeric_limits<float>::infinity())};
+  if (out.numel() == 0) return {out, lse.fill_(-std::numeric_limits<double>::infinity())};
   const std::vector<QueryBlock> pieces = split(blocks, heads_in_all, q.size(1));
   p.args.blocks = pieces.data();
   p.args.num_blocks = static_cast<int64_t>(pieces.size());
   p.args.out = target(out);
   p.args.out_strides = strides_of(out);
-  p.args.lse = lse.mutable_data_ptr<float>();
+  p.args.lse = lse.mutable_data_ptr<double>();
   std::vector<int64_t> costs;
   for (const QueryBlock& piece : pieces) costs.push_back(pairs(piece) + piece.end - piece.begin);
   auto* kernel = pick_attention_forward();
@@ -173,13 +173,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(Prepared& p, const std::vector<Query
                               : at::empty({splits, q.size(0), q.size(1), q.size(2), q.size(3)},
                                           q.options().dtype(at::kFloat));
   const Tensor out = with_dense_rows(out_any), grad = with_dense_rows(grad_any.to(q.scalar_type())),
-               lse = lse_any.contiguous();
+               lse = lse_any.to(at::kDouble).contiguous();
   const Tensor grad_lse = grad_lse_any.has_value() ? grad_lse_any->to(at::kFloat).contiguous() : Tensor();
   AttentionBackwardArgs args{};
   args.forward = p.args;
   args.forward.blocks = blocks.data();
   args.forward.num_blocks = static_cast<int64_t>(blocks.size());
-  args.forward.lse = const_cast<float*>(lse.const_data_ptr<float>());
+  args.forward.lse = const_cast<double*>(lse.const_data_ptr<double>());
   args.out = source(out);
   args.out_strides = strides_of(out);
   args.grad_out = source(grad);

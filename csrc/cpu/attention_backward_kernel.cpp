@@ -30,6 +30,7 @@ struct BackwardMemory {
         grads(tiles * words_of<Math>(kQueries) * sizes.width),
         grad_queries(tiles * sizes.width * kQueries),
         lse(tiles * kQueries),
+        lse_rest(tiles * kQueries),
         delta(tiles * kQueries),
         staging(std::max(most_keys, kQueries) * sizes.row),
         by_token(words_of<Math>(most_keys) * sizes.width),
@@ -48,7 +49,7 @@ struct BackwardMemory {
   Scratch queries_t, grads_t;  // [tiles, head words, kQueries], of queries and of the gradient of the output
   Scratch queries, grads;      // [tiles, query words, width]
   Scratch grad_queries;        // [tiles, width, kQueries]
-  Scratch lse, delta;          // [tiles, kQueries]; lse is of powers of two
+  Scratch lse, lse_rest, delta;  // [tiles, kQueries]; lse is of powers of two, and has a rest below its unit
 
   Scratch staging, by_token;
   Scratch keys, values;            // [keys, row words]
@@ -59,19 +60,19 @@ struct BackwardMemory {
   Scratch row;                     // [kQueries, width]
 };
 
-// weights = 2^(factor * scores - lse) and grad_scores = weights * (grad_weights - delta), [n, wide]: both as
-// words along the queries, and grad_scores also as words along the keys, in place.
+// weights = 2^(factor * scores - lse - rest) and grad_scores = weights * (grad_weights - delta), [n, wide]:
+// both as words along the queries, and grad_scores also as words along the keys, in place.
 template <class Math>
 [[gnu::noinline]] void softmax_backward(int64_t n, int64_t wide, float factor, const float* lse,
-                                        const float* delta, const float* scores, float* grad_scores,
-                                        float* weight_rows, float* grad_rows) {
+                                        const float* rest, const float* delta, const float* scores,
+                                        float* grad_scores, float* weight_rows, float* grad_rows) {
   constexpr int64_t kWords = kQueries / Math::kPerWord;
   for (int64_t j = 0; j < wide; j += kLanes) {
-    const Vec lse_j = load(lse + j), delta_j = load(delta + j);
+    const Vec lse_j = load(lse + j), rest_j = load(rest + j), delta_j = load(delta + j);
     for (int64_t i = 0; i < n; i += Math::kPerWord) {
       Vec grads[Math::kPerWord] = {};
       for (int64_t u = 0; u < Math::kPerWord && i + u < n; ++u) {
-        const Vec weight = exp2(load(scores + (i + u) * kQueries + j) * factor - lse_j);
+        const Vec weight = exp2(load(scores + (i + u) * kQueries + j) * factor - lse_j - rest_j);
         grads[u] = weight * (load(grad_scores + (i + u) * kQueries + j) - delta_j);
         Math::store_row(weight_rows + (i + u) * kWords + j / Math::kPerWord, weight);
         if (Math::kPerWord > 1) Math::store_row(grad_rows + (i + u) * kWords + j / Math::kPerWord, grads[u]);
@@ -117,25 +118,39 @@ class BackwardHead {
   }
 
   // Packs a tile, and reads lse and delta = sum_d grad_out * out - grad_lse, such that padding has no weight.
+  // The sum is made as the products with values are: where one key has all of the weight, the two cancel
+  // exactly.
   void read_queries(int64_t tile) {
     pack_queries(tile, a_.q, a_.q_strides, m_.queries_t + transposed(tile), m_.queries + by_token(tile));
     pack_queries(tile, args_.grad_out, args_.grad_out_strides, m_.grads_t + transposed(tile),
                  m_.grads + by_token(tile));
     std::fill_n(grad_queries(tile), sizes_.width * kQueries, 0.0f);
     float* lse = m_.lse + tile * kQueries;
+    float* rest = m_.lse_rest + tile * kQueries;
     float* delta = m_.delta + tile * kQueries;
     std::fill_n(lse, kQueries, kInfinity);
+    std::fill_n(rest, kQueries, 0.0f);
     std::fill_n(delta, kQueries, 0.0f);
     const int64_t line = (b_ * a_.heads + h_) * a_.queries + tiles_[tile].begin;
-    const Tokens outs{args_.out, args_.out_strides, b_, h_, tiles_[tile].begin, count(tile)};
-    const Tokens grads{args_.grad_out, args_.grad_out_strides, b_, h_, tiles_[tile].begin, count(tile)};
+    pack_rows({args_.out, args_.out_strides, b_, h_, tiles_[tile].begin, count(tile)}, sizes_, m_.staging);
+    float* const outs_t = m_.row;
+    transpose(m_.staging, count(tile), sizes_.words, sizes_.row, outs_t, kQueries);
+    for (int64_t j = 0; j < count(tile); j += kLanes) {
+      Vec sum = {};
+      for (int64_t k = 0; k < sizes_.words; ++k)
+        sum = Math::multiply_add(sum, load(outs_t + k * kQueries + j),
+                                 load(m_.grads_t + transposed(tile) + k * kQueries + j));
+      store(delta + j, sum);
+    }
     for (int64_t i = 0; i < count(tile); ++i) {
-      outs.prefetch_after(i, sizes_.head_dim);
-      lse[i] = static_cast<float>(a_.lse[line + i] / scale_.ln2);
-      const float* out = read_row(outs.source, outs.offset(i), sizes_.head_dim, m_.row);
-      const float* grad = read_row(grads.source, grads.offset(i), sizes_.head_dim, m_.row + sizes_.width);
-      delta[i] = sum_terms(sizes_.head_dim, [&](int64_t d) { return out[d] * grad[d]; }) -
-                 (args_.grad_lse == nullptr ? 0.0f : args_.grad_lse[line + i]);
+      const double whole = a_.lse[line + i] / scale_.ln2;
+      if (std::isfinite(whole)) {
+        lse[i] = static_cast<float>(whole);
+        rest[i] = static_cast<float>(whole - lse[i]);
+      } else if (whole > 0 || std::isnan(whole)) {  // a score of +inf; of -inf alone: no key has a weight
+        lse[i] = std::numeric_limits<float>::quiet_NaN();
+      }
+      if (args_.grad_lse != nullptr) delta[i] -= args_.grad_lse[line + i];
     }
   }
 
@@ -177,8 +192,9 @@ class BackwardHead {
                   kQueries, {Start::zero}, m_.weights, kQueries);
     product<Math>(a_.brgemm, seen, wide, sizes_.words, m_.values, sizes_.row, m_.grads_t + transposed(tile),
                   kQueries, {Start::zero}, m_.grad_scores, kQueries);
-    softmax_backward<Math>(seen, wide, scale_.factor, m_.lse + tile * kQueries, m_.delta + tile * kQueries,
-                           m_.weights, m_.grad_scores, m_.weight_rows, m_.grad_rows);
+    softmax_backward<Math>(seen, wide, scale_.factor, m_.lse + tile * kQueries, m_.lse_rest + tile * kQueries,
+                           m_.delta + tile * kQueries, m_.weights, m_.grad_scores, m_.weight_rows,
+                           m_.grad_rows);
     product<Math>(a_.brgemm, sizes_.head_dim, wide, words_of<Math>(seen), m_.keys_t, m_.key_words,
                   m_.grad_scores, kQueries, {Start::there}, grad_queries(tile), kQueries);
     if (!fresh) return;

@@ -14,6 +14,8 @@ namespace {
 
 constexpr int64_t kKeys = 192;  // most keys of a tile
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+// What maxima start with: the weight of a score of -inf is then 0, also where a query has no other.
+constexpr float kLowest = std::numeric_limits<float>::lowest();
 
 // Queries of a tile, all tiles of a block about as long as each other.
 int64_t tile_step(int64_t queries) {
@@ -64,6 +66,13 @@ Vec column_maximum(const float* scores, int64_t n, int64_t columns, float factor
   return max(max(top[0], top[1]), max(top[2], top[3]));
 }
 
+// The sum of weights beside a score of +inf: inf, as that of torch's logsumexp, or NaN where a score is one.
+float infinite_total(const float* scores, int64_t n, int64_t columns, float factor, float before) {
+  bool hidden = std::isnan(before);
+  for (int64_t i = 0; i < n; ++i) hidden |= std::isnan(scores[i * columns] * factor);
+  return hidden ? std::numeric_limits<float>::quiet_NaN() : kInfinity;
+}
+
 // scores [n, columns] -> 2^(factor * scores - new maximum) as words along the keys, in place, and for each
 // query the maximum and sum so far; `decay` is what sums made with the old maximum have to be multiplied by.
 template <class Math>
@@ -71,6 +80,10 @@ template <class Math>
                                     float* maximum, float* total, float* decay) {
   for (int64_t j = 0; j < wide; j += kLanes) {
     const Vec top = column_maximum(scores + j, n, columns, factor, load(maximum + j));
+    float totals[kLanes];
+    const bool infinite = any(top == kInfinity);  // read before the scores are overwritten
+    for (int64_t lane = 0; infinite && lane < kLanes; ++lane)
+      totals[lane] = infinite_total(scores + j + lane, n, columns, factor, total[j + lane]);
     Vec sums[Math::kPerWord] = {};
     for (int64_t i = 0; i < n; i += Math::kPerWord) {
       Vec weights[Math::kPerWord];
@@ -85,6 +98,8 @@ template <class Math>
     const Vec shrink = exp2(load(maximum + j) - top);
     store(decay + j, shrink);
     store(total + j, load(total + j) * shrink + sum);
+    for (int64_t lane = 0; infinite && lane < kLanes; ++lane)
+      if (top[lane] == kInfinity) total[j + lane] = totals[lane];
     store(maximum + j, top);
   }
 }
@@ -128,7 +143,7 @@ class ForwardItem {
     pack_rows({a_.q, a_.q_strides, b_, h_, first(tile), count(tile)}, sizes_, m_.staging);
     transpose(m_.staging, count(tile), sizes_.words, sizes_.row, queries(tile), m_.columns);
     std::fill_n(sums(tile), sizes_.width * m_.columns, 0.0f);
-    std::fill_n(m_.maximum + tile * m_.columns, m_.columns, -kInfinity);
+    std::fill_n(m_.maximum + tile * m_.columns, m_.columns, kLowest);
     std::fill_n(m_.total + tile * m_.columns, m_.columns, 0.0f);
   }
 
@@ -151,7 +166,7 @@ class ForwardItem {
 
   void finish(int64_t tile) {
     transpose(sums(tile), sizes_.head_dim, count(tile), m_.columns, m_.rows, sizes_.width);
-    float* lse = a_.lse + (b_ * a_.heads + h_) * a_.queries + first(tile);
+    double* lse = a_.lse + (b_ * a_.heads + h_) * a_.queries + first(tile);
     for (int64_t i = 0; i < count(tile); ++i) {
       const float total = m_.total[tile * m_.columns + i], top = m_.maximum[tile * m_.columns + i];
       const float factor = total == 0.0f ? 0.0f : 1.0f / total;
@@ -159,7 +174,7 @@ class ForwardItem {
       for (int64_t d = 0; d < sizes_.head_dim; ++d) row[d] *= factor;
       write(row,
             b_ * a_.out_strides.batch + (first(tile) + i) * a_.out_strides.token + h_ * a_.out_strides.head);
-      lse[i] = total == 0.0f ? -kInfinity : static_cast<float>(top * scale_.ln2 + std::log(double(total)));
+      lse[i] = total == 0.0f ? -kInfinity : top * scale_.ln2 + std::log(double(total));
     }
   }
 

@@ -43,7 +43,9 @@ struct AttentionArgs {
   int64_t num_blocks;
   Target out;
   Strides out_strides;
-  float* lse;      // [B, H, T]
+  // [B, H, T]; in float64, as the backward makes the weights again from it: at scores of 1e4 half a unit of
+  // float32 is 5e-4 of each weight
+  double* lse;
   Brgemm* brgemm;  // may be null
 };
 

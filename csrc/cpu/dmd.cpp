@@ -1,10 +1,13 @@
 #include <ATen/Parallel.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cfloat>
+#include <cmath>
 #include <optional>
 #include <vector>
 
@@ -66,7 +69,7 @@ void prepare(Job& job, const Tensor& x, const Tensor& fake, const Tensor& real_c
 }
 
 // First pass: the normaliser of g, and [B] the factor of each sample's direction w_intra * g in the gradient:
-// w_inter / (B * kept), 0 for a sample that keeps nothing.
+// w_inter / (B * kept). A sample that keeps nothing has a direction of 0.
 std::vector<double> measure(Job& job, const std::optional<Tensor>& w_inter) {
   DmdArgs& args = job.args;
   job.blocks.resize(job.units());
@@ -84,9 +87,10 @@ std::vector<double> measure(Job& job, const std::optional<Tensor>& w_inter) {
     double distance = 0;
     int64_t kept = 0;
     for (const DmdBlock& block : job.sample(b)) distance += block.distance, kept += block.kept;
-    job.inverse_scale[b] = static_cast<float>(elements / distance);
+    const float inverse = static_cast<float>(elements / distance);
+    job.inverse_scale[b] = inverse <= FLT_MAX ? inverse : 0;  // all of g counts as 0
     const double weight = inter.defined() ? inter.const_data_ptr<float>()[b] : 1.0;
-    factors[b] = kept == 0 ? 0.0 : weight / (static_cast<double>(job.batch()) * kept);
+    factors[b] = weight / (static_cast<double>(job.batch()) * std::max<int64_t>(kept, 1));
   }
   return factors;
 }
@@ -98,20 +102,36 @@ bool normalises_late(const Job& job) {
   const bool half = job.args.x.element == Element::float16;
   for (int64_t b = 0; b < job.batch(); ++b) {
     const float inverse = job.inverse_scale[b];
-    if (!(inverse > 0 && inverse <= FLT_MAX)) continue;  // all of g is 0: so is the factor
+    if (inverse == 0 || inverse > (half ? 1e3f : 1e30f)) return false;
     float largest = 0, heaviest = 0;
     for (const DmdBlock& block : job.sample(b)) {
       largest = std::max(largest, block.largest);
       heaviest = std::max(heaviest, block.heaviest);
     }
     const bool tame = largest == 0 || (largest >= 1e-12f && largest <= 1e12f && largest * inverse <= 1e30f &&
-                                       heaviest <= (half ? 3e4f : 1e30f) && inverse <= (half ? 1e3f : 1e30f));
+                                       heaviest <= (half ? 3e4f : 1e30f));
     if (!tame) return false;
   }
   return true;
 }
 
-void second_pass(const Job& job) {
+// Powers of two, [B], times which w_intra * g is about 1 at most: as it is, it may leave the range of a
+// 16-bit type although its product with the factor does not.
+std::vector<float> shrinkages(const Job& job) {
+  std::vector<float> shrink(job.batch(), 1.f);
+  for (int64_t b = 0; b < job.batch(); ++b) {
+    double heaviest = 0;
+    for (const DmdBlock& block : job.sample(b)) heaviest = std::max<double>(heaviest, block.heaviest);
+    heaviest *= job.inverse_scale[b];
+    if (heaviest > 0 && heaviest <= DBL_MAX)
+      shrink[b] = std::ldexp(1.f, 14 - std::clamp(std::ilogb(heaviest), -60, 60));
+  }
+  return shrink;
+}
+
+// `factor`: [B], of the direction.
+void second_pass(Job& job, const std::vector<float>& factor) {
+  job.args.factor = factor.data();
   at::parallel_for(
       0, job.units(), job.block_grain(),
       [&, kernel = pick_dmd_directions()](int64_t begin, int64_t end) { kernel(job.args, begin, end); });
@@ -129,16 +149,17 @@ std::tuple<Tensor, Tensor, Tensor> dmd_loss_cpu(const Tensor& x, const Tensor& f
   job.args.direction_planes = planes(direction);
   const std::vector<double> factors = measure(job, w_inter);
   const bool late = normalises_late(job);
-  if (!late) second_pass(job);
+  const std::vector<float> shrink = late ? std::vector<float>() : shrinkages(job);
+  if (!late) second_pass(job, shrink);
   Tensor factor = at::empty({job.batch()}, x.options().dtype(at::kFloat));
   Tensor loss = at::empty({}, factor.options());
   double total = 0;
   for (int64_t b = 0; b < job.batch(); ++b) {
-    const double inverse = job.inverse_scale[b], scale = !late ? 1 : inverse <= FLT_MAX ? inverse : 0;
+    const double inverse = job.inverse_scale[b];
     double squares = 0;
     for (const DmdBlock& block : job.sample(b)) squares += block.squares;
-    if (scale != 0) total += 0.5 * factors[b] * squares * scale * scale;
-    factor.mutable_data_ptr<float>()[b] = static_cast<float>(factors[b] * scale);
+    total += 0.5 * factors[b] * squares * (late ? inverse * inverse : 1);
+    factor.mutable_data_ptr<float>()[b] = static_cast<float>(factors[b] * (late ? inverse : 1 / shrink[b]));
   }
   *loss.mutable_data_ptr<float>() = static_cast<float>(total);
   return {loss, direction, factor};
@@ -168,17 +189,16 @@ void dmd_gradient_cpu(Tensor buffer, const Tensor& x, const Tensor& fake, const 
                       const std::optional<Tensor>& real_uncond, double guidance,
                       const std::optional<Tensor>& w_intra, const std::optional<Tensor>& w_inter,
                       const std::optional<Tensor>& mask, double scale) {
-  check_shape("dmd_gradient_", "buffer", buffer, "x", x);
-  check_apart("dmd_gradient_", "buffer", buffer);
+  check_gradient_buffer(buffer, x, fake, real_cond, real_uncond, w_intra, w_inter, mask);
   Job job;
   prepare(job, x, fake, real_cond, real_uncond, guidance, w_intra, w_inter, mask);
   std::vector<float> factor;
   for (double value : measure(job, w_inter)) factor.push_back(static_cast<float>(value * scale));
   const Tensor dense = with_dense_rows(buffer, 2);
-  job.args.factor = factor.data();
+  job.args.adds = true;
   job.args.direction = target(dense);
   job.args.direction_planes = planes(dense);
-  second_pass(job);
+  second_pass(job, factor);
   if (!dense.is_same(buffer)) buffer.copy_(dense);
 }
 
@@ -191,6 +211,18 @@ std::tuple<Tensor, Tensor, Tensor> loss_below_autograd(const Tensor& x, const Te
   static const auto op = registered<decltype(dmd_loss_cpu)>("stream_r1::dmd_loss");
   const at::AutoDispatchBelowADInplaceOrView below;
   return op.call(x, fake, real_cond, real_uncond, guidance, w_intra, w_inter, mask);
+}
+
+// The gradient as a tensor whose own derivative by x raises. No input of the graph is saved: autograd would
+// take it for a constant.
+Tensor without_derivative(const Tensor& grad) {
+  if (!at::GradMode::is_enabled()) return grad;
+  const Tensor refusing = grad.detach();
+  torch::autograd::set_history(
+      refusing, c10::make_intrusive<torch::autograd::Error>(
+                    "dmd_loss: the derivative of its gradient is not implemented; backend='reference' has it",
+                    torch::autograd::edge_list{torch::autograd::get_current_node()->next_edge(0)}));
+  return refusing;
 }
 
 struct DmdLoss : torch::autograd::Function<DmdLoss> {
@@ -212,7 +244,7 @@ struct DmdLoss : torch::autograd::Function<DmdLoss> {
     static const auto op = registered<decltype(dmd_loss_backward_cpu)>("stream_r1::dmd_loss_backward");
     const auto saved = context->get_saved_variables();
     torch::autograd::variable_list result(8);
-    result[0] = op.call(grads[0], saved[0], saved[1]);
+    result[0] = without_derivative(op.call(grads[0], saved[0], saved[1]));
     return result;
   }
 };

@@ -144,7 +144,7 @@ void directions(const DmdArgs& args, int64_t begin, int64_t end) {
   const float guidance = args.guidance;
   for (int64_t unit = begin; unit < end; ++unit) {
     const float inverse_scale = args.inverse_scale[unit / args.blocks];
-    const float factor = args.factor == nullptr ? 1.f : args.factor[unit / args.blocks];
+    const float factor = args.factor[unit / args.blocks];
     Sums sums;
     for_pieces(args, unit, [&](const Piece& piece) {
       Weight weight = weight_of(args, piece, buffer);
@@ -158,7 +158,7 @@ void directions(const DmdArgs& args, int64_t begin, int64_t end) {
       const auto* uncond = at<kElement>(args.real_uncond, piece.offset(args.real_uncond_planes));
       const int64_t offset = piece.offset(args.direction_planes);
       const float* before = nullptr;
-      if (args.factor != nullptr)
+      if (args.adds)
         before = read_row({args.direction.data, args.direction.element}, offset, piece.n, old_buffer);
       float* direction = row_to_write(args.direction, offset, target_buffer);
       Vec squares = sums.vectors[1];
@@ -168,8 +168,8 @@ void directions(const DmdArgs& args, int64_t begin, int64_t end) {
         const Vec g = finite_or_zero((load<kElement>(fake + i, lanes) - real) * inverse_scale);
         const Vec weighted = g * load(values + i, lanes);
         squares += weighted * g;
-        store(direction + i, before == nullptr ? weighted : load(before + i, lanes) + factor * weighted,
-              lanes);
+        const Vec scaled = factor * weighted;
+        store(direction + i, before == nullptr ? scaled : load(before + i, lanes) + scaled, lanes);
       });
       sums.vectors[1] = squares;
       sums.add(piece.n);
@@ -188,11 +188,6 @@ void scale(const DmdScaleArgs& args, int64_t begin, int64_t end) {
     const float factor = args.factor[b];
     const auto* direction = at<kElement>(args.direction, offset);
     auto* grad = at<kElement>(args.grad, offset);
-    if (factor ==
-        0) {  // of a sample without a finite mean too, whose direction may have left its type's range
-      std::fill_n(grad, n, Stored<kElement>{});
-      continue;
-    }
     for_each_vector(n, [&](int64_t i, auto lanes) STREAM_R1_INLINE {
       store<kElement>(grad + i, factor * load<kElement>(direction + i, lanes), lanes);
     });

@@ -29,16 +29,18 @@ struct DmdArgs {
   int64_t blocks, planes_a_block;   // of a sample's F * C planes; the last block may be shorter
 
   DmdBlock* blocks_out;        // [B, blocks]
-  const float* inverse_scale;  // second pass: [B], 1 / mean |x - real|
+  const float* inverse_scale;  // second pass: [B], 1 / mean |x - real|, 0 where that is no positive number
   Target direction;            // [B, F, C, h, w] in planes, or no data
   Planes direction_planes;
-  const float* factor;  // second pass: [B]; null: the direction is written, else factor * direction is added
+  const float* factor;  // second pass: [B], of the direction
+  bool adds = false;    // second pass: to the direction's memory, else it is written there
 };
 
 // First pass over blocks begin .. end of the B * blocks blocks: what a DmdBlock holds and, where there is
 // memory for it, direction = w_intra * (fake - real) where the mask keeps, else 0.
 STREAM_R1_KERNEL(dmd_measure, void(const DmdArgs& args, int64_t begin, int64_t end));
-// Second pass, when the mean is known: the direction is w_intra * g, and so are the squares.
+// Second pass, when the mean is known: the direction is factor * w_intra * g, and the
+// squares are those of w_intra * g^2.
 STREAM_R1_KERNEL(dmd_directions, void(const DmdArgs& args, int64_t begin, int64_t end));
 
 struct DmdScaleArgs {

@@ -42,14 +42,16 @@ Fused fuse(const IntraWeightsArgs& args, const float* maps, const float* shares,
 
 // Writes max(floor, 1 - strength + strength * (value - low) / range); returns the sum of it.
 double spread(const IntraWeightsArgs& args, float low, float range, float* values) {
-  const float scale = args.spatial_strength / range, base = 1 - args.spatial_strength;
+  // A range near the end of float32 has no reciprocal: it is taken times a power of two first.
+  const float unit = range < 1e-30f ? 0x1p64f : 1.f;
+  const float scale = args.spatial_strength / (range * unit), base = 1 - args.spatial_strength;
   const Vec floor = splat(args.spatial_floor);
   double total = 0;
   for (int64_t start = 0; start < args.cells; start += kPiece) {
     Vec sums = {};
     for_each_vector(std::min(kPiece, args.cells - start), [&](int64_t i, auto lanes) STREAM_R1_INLINE {
       float* at = values + start + i;
-      const Vec v = max(floor, base + scale * (load(at, lanes) - low));
+      const Vec v = max(floor, base + scale * (unit * (load(at, lanes) - low)));
       store(at, v, lanes);
       sums += keep(v, lanes, Vec{});
     });

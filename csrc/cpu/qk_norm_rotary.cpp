@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor> qk_norm_rotary(const Tensor& q, const Tensor& k, cons
 Tensor qk_norm_rotary_into(const Tensor& q, const Tensor& k, const Tensor& q_weight, const Tensor& k_weight,
                            const Tensor& cos, const Tensor& sin, int64_t heads, double eps, Tensor& k_out) {
   check_rotary(q, k, q_weight, k_weight, cos, sin, heads);
-  check_key_slot(k_out, k, heads);
+  check_key_slot(k_out, q, k, q_weight, k_weight, cos, sin, heads);
   Tensor q_out = empty_heads(q, heads);
   QkJob(q, k, q_weight, k_weight, cos, sin, heads, eps).run(q_out, k_out);
   return q_out;

@@ -1,6 +1,8 @@
 #include "cpu/region_saliency_kernel.h"
 
 #include <algorithm>
+#include <cfloat>
+#include <cmath>
 
 #include "cpu/vectors.h"
 
@@ -18,6 +20,41 @@ Vec square_root(Vec v) {
 #endif
 }
 
+// Squares of these leave the range of float32 or lose digits at its end; those of float16 never do.
+constexpr float kMostSquare = 1e37f, kLeastSquare = 1e-30f;
+
+// The norms again where the squares are out of range, each scaled by its largest channel. `line` is of one
+// vector.
+template <Element kElement, class Lanes>
+[[gnu::noinline]] Vec scaled_norms(const RegionSaliencyArgs& args, const Stored<kElement>* line, Lanes lanes,
+                                   Vec squares) {
+  Vec norms = square_root(squares), largest = {};
+  for (int64_t c = 0; c < args.channels; ++c)
+    largest = max(abs(load<kElement>(line + c * args.channel_stride, lanes)), largest);
+  for (int64_t i = 0; i < kLanes; ++i) {
+    if (std::isnan(squares[i]) || !(largest[i] > 0 && largest[i] <= FLT_MAX)) continue;
+    if (squares[i] >= kLeastSquare && squares[i] <= kMostSquare) continue;
+    const int exponent = std::ilogb(largest[i]);
+    float sum = 0;
+    for (int64_t c = 0; c < args.channels; ++c) {
+      const float part = std::ldexp(load<kElement>(line + c * args.channel_stride, lanes)[i], -exponent);
+      sum += part * part;
+    }
+    norms[i] = std::ldexp(std::sqrt(sum), exponent);
+  }
+  return norms;
+}
+
+// The norm over the channels of the pixels of a vector; `line` is its first channel.
+template <Element kElement, class Lanes>
+STREAM_R1_INLINE inline Vec norms_of(const RegionSaliencyArgs& args, const Stored<kElement>* line,
+                                     Lanes lanes, Vec squares, Vec magnitude) {
+  if constexpr (kElement != Element::float16)
+    if (any(~((squares >= kLeastSquare) & (squares <= kMostSquare)) & (magnitude != 0.0f))) [[unlikely]]
+      return scaled_norms<kElement>(args, line, lanes, squares);
+  return square_root(squares);
+}
+
 // Adds the norm over the channels of each pixel of a line.
 template <Element kElement>
 void add_norms(const RegionSaliencyArgs& args, const Stored<kElement>* line, float* sums) {
@@ -26,17 +63,21 @@ void add_norms(const RegionSaliencyArgs& args, const Stored<kElement>* line, flo
     for_each_vector(args.width, [&](int64_t i, auto lanes) STREAM_R1_INLINE {
       const Vec r = load<kElement>(line + i, lanes), g = load<kElement>(green + i, lanes),
                 b = load<kElement>(blue + i, lanes);
-      store(sums + i, load(sums + i, lanes) + square_root(r * r + g * g + b * b), lanes);
+      const Vec norms =
+          norms_of<kElement>(args, line + i, lanes, r * r + g * g + b * b, abs(r) + abs(g) + abs(b));
+      store(sums + i, load(sums + i, lanes) + norms, lanes);
     });
     return;
   }
   for_each_vector(args.width, [&](int64_t i, auto lanes) STREAM_R1_INLINE {
-    Vec squares = {};
+    Vec squares = {}, magnitude = {};
     for (int64_t c = 0; c < args.channels; ++c) {
       const Vec value = load<kElement>(line + c * args.channel_stride + i, lanes);
       squares += value * value;
+      magnitude += abs(value);
     }
-    store(sums + i, load(sums + i, lanes) + square_root(squares), lanes);
+    const Vec norms = norms_of<kElement>(args, line + i, lanes, squares, magnitude);
+    store(sums + i, load(sums + i, lanes) + norms, lanes);
   });
 }
 

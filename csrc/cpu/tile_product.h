@@ -24,6 +24,7 @@ struct Float32 {
   static constexpr int64_t kPerWord = 1;
 
   static Vec multiply_add(Vec sum, const float* word, Vec b) { return sum + *word * b; }
+  static Vec multiply_add(Vec sum, Vec a, Vec b) { return sum + a * b; }
 
   // A vector of words from kPerWord vectors of values.
   static Vec join(const Vec* values) { return values[0]; }
@@ -40,6 +41,9 @@ struct BFloat16 {
     int32_t bits;
     std::memcpy(&bits, word, sizeof bits);
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(bits), (__m512bh)b);
+  }
+  static Vec multiply_add(Vec sum, Vec a, Vec b) {
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
 
   static Vec join(const Vec* values) {

@@ -102,8 +102,7 @@ Tensor dmd_loss_backward(const Tensor& grad_loss_, const Tensor& direction_, con
 void dmd_gradient_(Tensor buffer, const Tensor& x, const Tensor& fake, const Tensor& real_cond,
                    const OptionalTensor& real_uncond, double guidance, const OptionalTensor& w_intra,
                    const OptionalTensor& w_inter, const OptionalTensor& mask, double scale) {
-  check_shape("dmd_gradient_", "buffer", buffer, "x", x);
-  check_apart("dmd_gradient_", "buffer", buffer);
+  check_gradient_buffer(buffer, x, fake, real_cond, real_uncond, w_intra, w_inter, mask);
   TORCH_CHECK_TYPE(buffer.scalar_type() == x.scalar_type() || buffer.scalar_type() == at::kFloat,
                    "dmd_gradient_: buffer: expected ", x.scalar_type(), " as x, or float32, got ",
                    buffer.scalar_type());

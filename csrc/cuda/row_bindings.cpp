@@ -87,7 +87,7 @@ Tensor qk_norm_rotary_into(const Tensor& q, const Tensor& k, const Tensor& q_wei
                            const Tensor& cos, const Tensor& sin, int64_t heads, double eps, Tensor& k_out) {
   const OnDevice device(q);
   Rotary rotary(q, k, q_weight, k_weight, cos, sin, heads, eps);
-  check_key_slot(k_out, k, heads);
+  check_key_slot(k_out, q, k, q_weight, k_weight, cos, sin, heads);
   Tensor q_out = empty_heads(q, heads);
   rotary.set_heads(0, q_out);
   rotary.set_heads(1, k_out);

@@ -26,8 +26,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from stream_r1_kernels import ChunkMask
-
 Module = TypeVar("Module", bound=nn.Module)
 Engine = Literal["matmul", "attention", "convolution", "elementwise"]
 _Calls = Counter[tuple[str, Engine, torch.dtype, int, int]]  # of the fields of `Work`, in their order
@@ -308,51 +306,9 @@ def _arithmetic(func: Any, args: Any, kwargs: Any, result: Any) -> tuple[Engine,
     return "elementwise", 0
 
 
-def attention_flops(batch: int, heads: int, pairs: int, head_dim: int, matmuls: int = 2) -> int:
-    """Of `matmuls` products over the visible (query, key) pairs of a head: 2 forward, 5 more backward."""
-    return 2 * matmuls * batch * heads * pairs * head_dim
-
-
-def _dense(q: Tensor, keys: int, matmuls: int) -> int:
-    batch, tokens, heads, head_dim = q.shape
-    return attention_flops(batch, heads, tokens * keys, head_dim, matmuls)
-
-
-def _length(x: Tensor | None) -> int:
-    return 0 if x is None else x.shape[1]
-
-
-def _cached(q: Tensor, k: Tensor | None, v: Any, past_k: Tensor | None, *_: Any) -> int:
-    return _dense(q, _length(k) + _length(past_k), 2)
-
-
-def _cached_backward(
-    grad_out: Any, grad_lse: Any, q: Tensor, k: Tensor, v: Any, past_k: Tensor | None, *_: Any
-) -> int:
-    return _dense(q, _length(k), 5) + _dense(q, _length(past_k), 3)  # the past gets no gradients
-
-
-def visible_pairs(tokens: int, mask: ChunkMask) -> int:
-    """(query, key) pairs that a mask lets see each other, in a sequence of so many tokens."""
-    frames = sum(
-        (end - start) * sum(last - first for first, last in ranges)
-        for start, end, ranges in mask.blocks(mask.frames(tokens))
-    )
-    return frames * mask.tokens_per_frame**2
-
-
-def _chunked(q: Tensor, k: Any, v: Any, *mask: Any) -> int:
-    batch, tokens, heads, head_dim = q.shape
-    return attention_flops(batch, heads, visible_pairs(tokens, ChunkMask(*mask[:6])), head_dim)
-
-
-def _chunked_backward(grad_out: Any, q: Tensor, k: Any, v: Any, out: Any, lse: Any, *mask: Any) -> int:
-    return _chunked(q, k, v, *mask) // 2 * 5
-
-
 def _sdpa_cpu(q: Tensor, k: Tensor, *_: Any, **__: Any) -> int:
     batch, heads, tokens, head_dim = q.shape
-    return attention_flops(batch, heads, tokens * k.shape[2], head_dim)
+    return 2 * 2 * batch * heads * tokens * k.shape[2] * head_dim
 
 
 def _sdpa_cpu_backward(grad_out: Tensor, q: Tensor, k: Tensor, *_: Any, **__: Any) -> int:
@@ -360,10 +316,6 @@ def _sdpa_cpu_backward(grad_out: Tensor, q: Tensor, k: Tensor, *_: Any, **__: An
 
 
 _OWN: dict[str, Callable[..., int]] = {
-    "stream_r1.cached_chunk_attention": _cached,
-    "stream_r1.cached_chunk_attention_backward": _cached_backward,
-    "stream_r1.chunk_attention": _chunked,
-    "stream_r1.chunk_attention_backward": _chunked_backward,
     # the CPU's SDPA, which torch's own table of flops leaves out
     "aten._scaled_dot_product_flash_attention_for_cpu": _sdpa_cpu,
     "aten._scaled_dot_product_flash_attention_for_cpu_backward": _sdpa_cpu_backward,

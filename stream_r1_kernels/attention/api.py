@@ -7,6 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from ..arguments import without_autocast
 from ..backends import resolve
 from . import reference, sdpa
 from .mask import ChunkMask
@@ -40,9 +41,11 @@ def chunk_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = resolve(backend, op, q, k, v)
     if chosen == "reference":
-        return reference.chunk_attention(q, k, v, mask, scale)
+        with without_autocast(q):
+            return reference.chunk_attention(q, k, v, mask, scale)
     if chosen == "sdpa":
-        return sdpa.chunk_attention(q, k, v, mask, scale)
+        with without_autocast(q):
+            return sdpa.chunk_attention(q, k, v, mask, scale)
     if chosen == "triton":
         from . import triton_attention  # needs Triton, which is imported for this alone
 
@@ -130,15 +133,18 @@ def cached_chunk_attention(
     chosen = resolve(backend, op, q, k, v, past_k, past_v, pieces=pieces)
     lse: Tensor | None
     if chosen == "reference":
-        out, lse = reference.cached_chunk_attention(q, k, v, past_k, past_v, scale)
+        with without_autocast(q):
+            out, lse = reference.cached_chunk_attention(q, k, v, past_k, past_v, scale)
     elif chosen == "sdpa":
-        out, lse = sdpa.cached_chunk_attention(q, k, v, past_k, past_v, scale, return_lse)
+        with without_autocast(q):
+            out, lse = sdpa.cached_chunk_attention(q, k, v, past_k, past_v, scale, return_lse)
     elif chosen == "triton":
         from . import triton_attention
 
         out, lse = triton_attention.cached_chunk_attention(q, k, v, past_k, past_v, scale)
     else:
         out, lse = torch.ops.stream_r1.cached_chunk_attention(q, k, v, past_k, past_v, scale)
+        lse = lse.float() if return_lse else lse  # on a CPU it is in float64, for the backward
     saved = None if chosen in ("reference", "sdpa") else past  # those save copies
     if saved is not None and not torch.compiler.is_compiling() and out.grad_fn is not None:
         # torch's own error, of a saved tensor that was written since, does not say what to do

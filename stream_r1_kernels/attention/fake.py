@@ -3,11 +3,20 @@
 import torch
 from torch import Tensor
 
-from . import shapes
+from . import (
+    flops,  # noqa: F401  registers them
+    shapes,
+)
 
-torch.library.register_fake("stream_r1::cached_chunk_attention", shapes.outputs)
+
+@torch.library.register_fake("stream_r1::cached_chunk_attention")
+@torch.library.register_fake("stream_r1::chunk_attention")
+def _(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    out, lse = shapes.outputs(q)
+    return out, lse.double() if q.device.type == "cpu" else lse
+
+
 torch.library.register_fake("stream_r1::cached_chunk_attention_backward", shapes.gradients)
-torch.library.register_fake("stream_r1::chunk_attention", shapes.outputs)
 
 
 @torch.library.register_fake("stream_r1::chunk_attention_backward")

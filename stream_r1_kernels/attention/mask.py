@@ -99,6 +99,14 @@ class ChunkMask:
         clean_only = torch.zeros_like(seen)
         return torch.cat([torch.cat([seen, clean_only], 1), torch.cat([seen & ~own, own], 1)])
 
+    def visible_pairs(self, tokens: int) -> int:
+        """(query, key) pairs of tokens that see each other in a sequence of `tokens`."""
+        frames = sum(
+            (end - start) * sum(last - first for first, last in ranges)
+            for start, end, ranges in self.blocks(self.frames(tokens))
+        )
+        return frames * self.tokens_per_frame**2
+
     def blocks(self, num_frames: int) -> list[tuple[int, int, list[tuple[int, int]]]]:
         """The same as blocks of queries: (first frame, end frame, ranges of frames that they see) of each.
 

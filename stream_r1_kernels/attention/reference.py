@@ -2,37 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .mask import ChunkMask
 
 
-def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """softmax(scale q k^T) v in at least float32. A query that sees no key gives zeros and lse = -inf.
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """softmax(scale q k^T) v in at least float32. A query without a score above -inf gives zeros, lse = -inf.
 
     Args:
         q: [B, T, H, D]. k, v: [B, Tk, H, D].
-        visible: bool [T, Tk], or None for all.
 
     Returns:
         out [B, T, H, D] in q's dtype, lse [B, H, T] in float32 (float64 for float64 inputs).
     """
     exact = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("bqhd,bkhd->bhqk", q.to(exact) * scale, k.to(exact))
-    if visible is not None:
-        scores = scores.masked_fill(~visible, float("-inf"))
-    lse = scores.logsumexp(-1)  # [B, H, T]
-    weights = (scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp()
+    nothing = (scores == float("-inf")).all(-1, keepdim=True)
+    scores = scores.masked_fill(nothing, 0.0)
+    lse = scores.logsumexp(-1).masked_fill(nothing.squeeze(-1), float("-inf"))  # [B, H, T]
+    weights = scores.softmax(-1).masked_fill(nothing, 0.0)
     return torch.einsum("bhqk,bkhd->bqhd", weights, v.to(exact)).to(q.dtype), lse
 
 
+def block_by_block(
+    q: Tensor, k: Tensor, v: Tensor, mask: ChunkMask, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Tensor:
+    """`attend` on each block of queries and the keys and values that it sees, in one piece.
+
+    What a block does not see is never read: a NaN there stays there, forward and backward.
+    """
+    tokens, parts = mask.tokens_per_frame, []
+    for start, end, ranges in mask.blocks(mask.frames(q.shape[1])):
+        seen = [slice(first * tokens, last * tokens) for first, last in ranges]
+        keys, values = (torch.cat([x[:, part] for part in seen], 1) for x in (k, v))
+        parts.append(attend(q[:, start * tokens : end * tokens], keys, values))
+    return torch.cat(parts, 1) if parts else q * k * v  # without tokens
+
+
 def chunk_attention(q: Tensor, k: Tensor, v: Tensor, mask: ChunkMask, scale: float) -> Tensor:
-    frames = mask.visible(mask.frames(q.shape[1])).to(q.device)
-    visible = frames.repeat_interleave(mask.tokens_per_frame, 0).repeat_interleave(mask.tokens_per_frame, 1)
-    return dense_attention(q, k, v, scale, visible)[0]
+    return block_by_block(q, k, v, mask, lambda *block: dense_attention(*block, scale)[0])
 
 
 def cached_chunk_attention(

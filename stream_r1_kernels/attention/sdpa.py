@@ -6,23 +6,21 @@ fits, and is what `backend="auto"` takes where torch's kernel is likely the fast
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from .mask import ChunkMask
+from .reference import block_by_block, dense_attention
 
 _QUERIES = 512  # whose scores are in memory at a time, for a log-sum-exp
+_FEWEST_KEYS = 16  # torch's kernel for CPUs gives zeros for a NaN query that sees less than a vector of keys
 
 
 def chunk_attention(q: Tensor, k: Tensor, v: Tensor, mask: ChunkMask, scale: float) -> Tensor:
-    tokens = mask.tokens_per_frame
-    parts = []
-    for start, end, ranges in mask.blocks(mask.frames(q.shape[1])):
-        seen = [slice(first * tokens, last * tokens) for first, last in ranges]
-        keys, values = (torch.cat([x[:, part] for part in seen], 1) for x in (k, v))
-        parts.append(_attend(q[:, start * tokens : end * tokens], keys, values, scale))
-    return torch.cat(parts, 1) if parts else torch.zeros_like(q)
+    return block_by_block(q, k, v, mask, lambda *block: _attend(*block, scale))
 
 
 def cached_chunk_attention(
@@ -47,6 +45,8 @@ def cached_chunk_attention(
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     if k.shape[1] == 0:  # sees nothing: zeros, and gradients that are zero
         return torch.einsum("bqhd,bkhd,bkhe->bqhe", q, k, v)
+    if k.shape[1] < _FEWEST_KEYS and q.device.type == "cpu":
+        return dense_attention(q, k, v, scale)[0]
     if scale < 0:  # kernels take the largest score before the scale
         q, scale = -q, -scale
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -57,13 +57,14 @@ class _LogSumExp(torch.autograd.Function):
     """log sum exp of the scaled scores, [B, H, T] float32.
 
     With p the weights, its gradients are grad_q = scale g (p k) and grad_k = scale p^T (g q): an attention
-    with the keys as values, and the gradient of those values.
+    with the keys as values, and the gradient of those values. Second derivatives are those of torch's
+    attention, which are right or refused.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(q, k)
-        ctx.scale = scale  # type: ignore[attr-defined]
+    def forward(q: Tensor, k: Tensor, scale: float) -> Tensor:
         keys = k.permute(0, 2, 3, 1)  # [B, H, D, Tk]
         parts = [
             torch.matmul(part.transpose(1, 2).float() * scale, keys.float()).logsumexp(-1)
@@ -72,12 +73,22 @@ class _LogSumExp(torch.autograd.Function):
         return torch.cat(parts, -1)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        q, k = ctx.saved_tensors  # type: ignore[attr-defined]
-        scale = ctx.scale  # type: ignore[attr-defined]
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+        q, k, ctx.scale = inputs
+        ctx.save_for_backward(q, k)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        # in float32: the gradient times q may leave the range of float16 where what is made of it does not
+        saved: tuple[Tensor, ...] = ctx.saved_tensors
+        dtype = saved[0].dtype
+        q, k = (x.to(torch.promote_types(dtype, torch.float32)) for x in saved)
+        scale = ctx.scale
+        again = torch.is_grad_enabled()  # the gradients are differentiated
         weight = (grad * scale).transpose(1, 2).unsqueeze(-1)  # [B, T, H, 1]
         with torch.enable_grad():
-            values = k.detach().requires_grad_()
-            mean = _attend(q.detach(), k.detach(), values, scale)  # p k
-        (grad_k,) = torch.autograd.grad(mean, values, (weight * q).to(mean.dtype), allow_unused=True)
-        return (weight * mean.detach()).to(q.dtype), torch.zeros_like(k) if grad_k is None else grad_k, None
+            values = k.view_as(k) if again and k.requires_grad else k.detach().requires_grad_()
+            mean = _attend(q if again else q.detach(), k if again else k.detach(), values, scale)  # p k
+        (found,) = torch.autograd.grad(mean, values, weight * q, allow_unused=True, create_graph=again)
+        grad_k = torch.zeros_like(k) if found is None else found
+        return (weight * (mean if again else mean.detach())).to(dtype), grad_k.to(dtype), None

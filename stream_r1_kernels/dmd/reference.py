@@ -32,7 +32,12 @@ def dmd_loss_reference(
     # x - sg(x - g) without its rounding error: the value is g, the derivative in x is 1.
     finite_x = x.to(g.dtype).nan_to_num()
     squares = (g + (finite_x - finite_x.detach())) ** 2
-    per_sample = _mean_kept(squares if w_intra is None else squares * w_intra, mask)
+    if w_intra is not None:
+        # what is dropped has no weight: a NaN there would come back in the gradient
+        squares = squares * (
+            w_intra if mask is None else torch.where(mask, w_intra, torch.zeros_like(w_intra))
+        )
+    per_sample = _mean_kept(squares, mask)
     if w_inter is not None:
         per_sample = per_sample * w_inter
     return 0.5 * per_sample.sum().to(g.dtype) / max(1, x.shape[0])

@@ -3,6 +3,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..arguments import without_autocast
 from ..backends import resolve
 from .reference import fused_linear_reference
 from .validation import check_fused_linear
@@ -21,7 +22,8 @@ def fused_linear(
     """Linear layers that read the same x, side by side, and what follows them: y = act(x W^T + bias), or
     residual + y * gate.
 
-    Sums and what follows are in float32 whatever the dtypes (float64 for float64), rounded once.
+    Sums and what follows are in float32 whatever the dtypes (float64 for float64), rounded once; the
+    reference rounds what torch's linear layer gives to x's dtype first, but for float16 on a CPU.
 
     Args:
         x: [B, T, K]; float32, bfloat16, float16 or float64.
@@ -43,5 +45,6 @@ def fused_linear(
     """
     check_fused_linear(x, weights, biases, residual, gate)
     if resolve(backend, "fused_linear", x, *weights, *biases, residual, gate) == "reference":
-        return fused_linear_reference(x, weights, biases, gelu, residual, gate)
+        with without_autocast(x):
+            return fused_linear_reference(x, weights, biases, gelu, residual, gate)
     return torch.ops.stream_r1.fused_linear(x, weights, biases, gelu, residual, gate)

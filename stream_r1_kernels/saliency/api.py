@@ -3,6 +3,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..arguments import without_autocast
 from ..backends import resolve
 from .reference import intra_weights_reference, region_saliency_reference
 from .validation import check_intra_weights, check_region_saliency
@@ -93,5 +94,6 @@ def intra_weights(
         use_temporal,
     )
     if resolve(backend, "intra_weights", saliency) == "reference":
-        return intra_weights_reference(saliency, scores, *settings)
+        with without_autocast(saliency):
+            return intra_weights_reference(saliency, scores, *settings)
     return torch.ops.stream_r1.intra_weights(saliency, scores, *settings)

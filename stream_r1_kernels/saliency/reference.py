@@ -13,7 +13,10 @@ def region_saliency_reference(pixel_grads: Tensor, frames: int, rows: int, colum
     *lead, pixel_frames, _, height, width = pixel_grads.shape
     if pixel_grads.dtype != torch.float64:
         pixel_grads = pixel_grads.float()
-    norm = pixel_grads.square().sum(-3).sqrt()  # [..., T, H, W]; many times faster than vector_norm here
+    # Scaled, so that no square leaves the range; many times faster than vector_norm here.
+    largest = pixel_grads.abs().amax(-3, keepdim=True)
+    unit = torch.where((largest > 0) & largest.isfinite(), largest, torch.ones_like(largest))
+    norm = (pixel_grads / unit).square().sum(-3).sqrt() * unit.squeeze(-3)  # [..., T, H, W]
     tiles = norm.reshape(*lead, pixel_frames, rows, height // rows, columns, width // columns)
     cells = tiles.mean(dim=(-3, -1))  # [..., T, rows, columns]
     first = cells[..., :1, :, :]  # the causal VAE codes pixel frame 0 alone
@@ -46,7 +49,8 @@ def intra_weights_reference(
 ) -> Tensor:
     """saliency [M, B, F, h, w], scores [B, M] -> [B, F, 1, h, w]; float32, float64 for float64."""
     dtype = torch.float64 if saliency.dtype == torch.float64 else torch.float32
-    share = torch.softmax(-scores.to(dtype) / temperature, dim=1)  # [B, M], a weaker axis gets more
+    above = scores.to(dtype) - scores.to(dtype).amin(1, keepdim=True)
+    share = torch.softmax(-above / temperature, dim=1)  # [B, M], a weaker axis gets more
     fused = torch.einsum("bm,mbfhw->bfhw", share, saliency.to(dtype))
     weights = torch.ones_like(fused)
     if use_temporal:

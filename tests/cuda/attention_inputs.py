@@ -24,6 +24,17 @@ def visible_tokens(mask: ChunkMask, frames: int) -> Tensor:
     return mask.visible(frames).repeat_interleave(n, 0).repeat_interleave(n, 1)
 
 
+def masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """out [B, T, H, D] and lse [B, H, T] of all scores at once, where `visible` [T, Tk] lets them be."""
+    scores = torch.einsum("bqhd,bkhd->bhqk", q * scale, k)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, float("-inf"))
+    out = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1).nan_to_num(), v)
+    return out, scores.logsumexp(-1)
+
+
 def fused(
     batch: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,18 +3,17 @@
 import exact
 import pytest
 import torch
-from attention_inputs import MASKS, Sizes, fused, visible_tokens
+from attention_inputs import MASKS, Sizes, fused, masked_attention, visible_tokens
 from machine import Machine
 from torch import Tensor
 
 from stream_r1_kernels import ChunkMask
-from stream_r1_kernels.attention.reference import dense_attention
 
 
 def check(
     ours: tuple[Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor | None = None
 ) -> None:
-    true_out, true_lse = dense_attention(q.double(), k.double(), v.double(), scale, visible)
+    true_out, true_lse = masked_attention(q.double(), k.double(), v.double(), scale, visible)
     # the tensor cores round the weights to the op's dtype, as torch does in its own attention
     scores = torch.einsum("bqhd,bkhd->bhqk", q.double() * scale, k.double())
     if visible is not None:
@@ -131,7 +130,7 @@ def test_backward_of_cached_chunk_attention(machine: Machine) -> None:
     torch.manual_seed(0)
     q, k, v = (x.float().requires_grad_() for x in fused(2, 37, 2, 16, torch.bfloat16))
     past_k, past_v = (torch.randn(2, 11, 2, 16) for _ in range(2))
-    out, lse = dense_attention(q, torch.cat((past_k, k), 1), torch.cat((past_v, v), 1), 0.25)
+    out, lse = masked_attention(q, torch.cat((past_k, k), 1), torch.cat((past_v, v), 1), 0.25)
     up_out, up_lse = torch.randn_like(out), torch.randn_like(lse)
     expected = torch.autograd.grad((out, lse), (q, k, v), (up_out, up_lse))
     inputs = [x.detach() for x in (q, k, v)]
@@ -155,7 +154,7 @@ def test_backward_of_chunk_attention(machine: Machine, mask: ChunkMask) -> None:
     torch.manual_seed(0)
     visible = visible_tokens(mask, frames=7)
     q, k, v = (x.float().requires_grad_() for x in fused(1, len(visible), 2, 16, torch.bfloat16))
-    out, lse = dense_attention(q, k, v, 0.25, visible)
+    out, lse = masked_attention(q, k, v, 0.25, visible)
     upstream = torch.randn_like(out)
     expected = torch.autograd.grad(out, (q, k, v), upstream)
     inputs = [x.detach() for x in (q, k, v, out, lse)]

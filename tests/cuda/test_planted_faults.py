@@ -13,11 +13,11 @@ import exact
 import pytest
 import toolchain
 import torch
+from attention_inputs import masked_attention
 from machine import Machine
 
 from ptx_executor import PtxError
 from stream_r1_kernels import ChunkMask, RotaryGrid
-from stream_r1_kernels.attention.reference import dense_attention
 from stream_r1_kernels.dmd.reference import dmd_loss_reference
 from stream_r1_kernels.norm.reference import (
     gated_add_reference,
@@ -43,7 +43,7 @@ def attention(machine: Machine, seed: int) -> None:
     past_k, past_v = (torch.randn(1, 70, 1, 64).bfloat16() for _ in range(2))
     k *= torch.linspace(0.2, 4, 200)[:, None, None]  # growing scores: the running maximum moves
     out, lse = machine.run("cached_chunk_attention", q, k, v, past_k, past_v, 0.2, seed=seed)
-    true = dense_attention(
+    true = masked_attention(
         q.double(), torch.cat((past_k, k), 1).double(), torch.cat((past_v, v), 1).double(), 0.2
     )
     torch.testing.assert_close(out.double(), true[0], rtol=0, atol=0.02)
@@ -54,7 +54,7 @@ def split_attention(machine: Machine, seed: int) -> None:
     torch.manual_seed(seed)
     q, k, v = (torch.randn(1, n, 1, 64).bfloat16() for n in (10, 530, 530))
     out, lse = machine.run("cached_chunk_attention", q, k, v, None, None, 0.125, seed=seed, processors=4)
-    true = dense_attention(q.double(), k.double(), v.double(), 0.125)
+    true = masked_attention(q.double(), k.double(), v.double(), 0.125)
     torch.testing.assert_close(out.double(), true[0], rtol=0, atol=0.005)
     torch.testing.assert_close(lse.double(), true[1], rtol=1e-5, atol=1e-5)
 
@@ -65,7 +65,7 @@ def chunked_attention(machine: Machine, seed: int) -> None:
     q, k, v = (torch.randn(1, 200, 1, 64).bfloat16() for _ in range(3))
     out, _ = machine.run("chunk_attention", q, k, v, 20, 2, 3, 1, 1, True, 0.125, seed=seed)
     visible = mask.visible(5).repeat_interleave(20, 0).repeat_interleave(20, 1)
-    true = dense_attention(q.double(), k.double(), v.double(), 0.125, visible)[0]
+    true = masked_attention(q.double(), k.double(), v.double(), 0.125, visible)[0]
     torch.testing.assert_close(out.double(), true, rtol=0, atol=0.02)
 
 

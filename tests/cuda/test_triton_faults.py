@@ -14,12 +14,12 @@ from types import ModuleType
 
 import pytest
 import torch
+from attention_inputs import masked_attention
 from triton_machine import TritonMachine
 
 from ptx_executor import PtxError
 from stream_r1_kernels import ChunkMask
 from stream_r1_kernels.attention import triton_attention, triton_kernels
-from stream_r1_kernels.attention.reference import dense_attention
 
 SOURCE = Path(triton_kernels.__file__)
 PAGE = Path(__file__).parents[2] / "docs/planted-faults.md"
@@ -49,7 +49,7 @@ def cached(machine: TritonMachine, module: ModuleType, seed: int) -> None:
         ours = triton_attention.cached_chunk_attention(*leaves, past_k, past_v, 0.2)
         grads = torch.autograd.grad(ours, leaves, (up, up_lse))
     keys, values = torch.cat((past_k.double(), exact[1]), 1), torch.cat((past_v.double(), exact[2]), 1)
-    true = dense_attention(exact[0], keys, values, 0.2)
+    true = masked_attention(exact[0], keys, values, 0.2)
     torch.testing.assert_close(ours[1].double(), true[1], rtol=1e-5, atol=1e-5)
     _assert_near([ours[0], *grads], [true[0], *torch.autograd.grad(true, exact, (up.double(), up_lse))])
 
@@ -64,7 +64,7 @@ def chunked(machine: TritonMachine, module: ModuleType, seed: int) -> None:
         grads = torch.autograd.grad(out, leaves, up)
     visible = mask.visible(6).repeat_interleave(20, 0).repeat_interleave(20, 1)
     exact = [x.detach().double().requires_grad_() for x in leaves]
-    true = dense_attention(*exact, 0.125, visible)[0]
+    true = masked_attention(*exact, 0.125, visible)[0]
     _assert_near([out, *grads], [true, *torch.autograd.grad(true, exact, up.double())])
 
 

@@ -19,7 +19,6 @@ from stream_r1.estimate.work import (
     repeat,
     total_bytes,
     total_flops,
-    visible_pairs,
 )
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.models.vae import VideoVAE
@@ -108,11 +107,11 @@ MASKS = [
 def test_visible_pairs(mask: ChunkMask) -> None:
     for frames in (1, 2, 5, 8):
         tokens = frames * 4 * (2 if mask.teacher_forcing else 1)
-        assert visible_pairs(tokens, mask) == int(mask.visible(frames).sum()) * 16
+        assert mask.visible_pairs(tokens) == int(mask.visible(frames).sum()) * 16
         with fake_tensors():
             q = torch.zeros(1, tokens, 2, 8, requires_grad=True)
             work = count(lambda: chunk_attention(q, q, q, mask).sum().backward())  # noqa: B023
-        assert total_flops(work) == 2 * 2 * 8 * visible_pairs(tokens, mask) * (2 + 5)
+        assert total_flops(work) == 2 * 2 * 8 * mask.visible_pairs(tokens) * (2 + 5)
 
 
 def test_bytes() -> None:
