@@ -1,6 +1,15 @@
 """``python -m stream_r1`` is ``stream-r1``."""
 
-from stream_r1.cli import main
+from stream_r1.ends import told
+
+
+def main() -> None:
+    """Run the command line; never returns (``SystemExit``)."""
+    with told():
+        from stream_r1.cli import main as run
+
+        run()
+
 
 if __name__ == "__main__":
     main()

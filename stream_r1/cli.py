@@ -2,12 +2,13 @@
 
 What a command does is in ``stream_r1.commands``, imported when it runs.
 
-Errors are one clear line on stderr and exit code 2; ``--debug`` shows the traceback. Ctrl-C exits with 130; a
-training that SIGTERM stopped, with 143.
+Errors are one clear line on stderr and exit code 2; ``--debug`` shows the traceback. Signals exit with 128
+and their number: Ctrl-C with 130, SIGTERM with 143, a lost terminal (SIGHUP) with 129.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from stream_r1.ends import told
 
 app = typer.Typer(
     name="stream-r1",
@@ -26,6 +29,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+TakeOver = Annotated[
+    bool,
+    typer.Option("--take-over", help="Use the folder though a process on another machine seems to have it."),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Settings to change, dotted: student.lr=1e-5"),
@@ -53,11 +60,20 @@ def demo(
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Write the report again from what is there.")
     ] = False,
+    take_over: TakeOver = False,
 ) -> None:
     """Distil the tiny student, stream it before and after, and write a report. Minutes on two cores."""
     from stream_r1.commands.demo import run
 
-    run(out, recipe, overrides or [], settings or [], fresh=fresh, report_only=report_only)
+    run(
+        out,
+        recipe,
+        overrides or [],
+        settings or [],
+        fresh=fresh,
+        report_only=report_only,
+        take_over=take_over,
+    )
 
 
 @app.command()
@@ -66,6 +82,7 @@ def train(
     overrides: Overrides = None,
     check: Annotated[bool, typer.Option("--check", help="Check and show the settings, run nothing.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")] = False,
+    take_over: TakeOver = False,
 ) -> None:
     """Train a student by a recipe; go on where an earlier run stopped.
 
@@ -73,7 +90,7 @@ def train(
     """
     from stream_r1.commands.train import run
 
-    run(recipe, overrides or [], check=check, fresh=fresh)
+    run(recipe, overrides or [], check=check, fresh=fresh, take_over=take_over)
 
 
 @app.command()
@@ -262,11 +279,12 @@ def data_baselines(
 def data_ode_pairs(
     recipe: Annotated[Path, typer.Argument(help="A recipe of a start, as wan2.1-1.3b/ode-init.yaml.")],
     overrides: Overrides = None,
+    take_over: TakeOver = False,
 ) -> None:
     """Write the teacher's trajectories that a student's start is learnt from; goes on where it stopped."""
     from stream_r1.commands.data import ode_pairs
 
-    ode_pairs(recipe, overrides or [])
+    ode_pairs(recipe, overrides or [], take_over=take_over)
 
 
 @app.command()
@@ -290,14 +308,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     # torch's, of a float32 norm of bfloat16 values under autocast, which is what is meant
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
-    try:
+    for stream in (sys.stdout, sys.stderr):  # paths may hold what no encoding has
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    with told(None if debug else _one_line):
         app(args, prog_name="stream-r1", standalone_mode=True)
-    except KeyboardInterrupt:
-        _fail("stopped", 130)
-    except Exception as error:
-        if debug:
-            raise
-        _fail(_one_line(error), 2)
 
 
 def _one_line(error: Exception) -> str:
@@ -308,8 +323,3 @@ def _one_line(error: Exception) -> str:
         "stream_r1"
     )
     return text if expected else f"{type(error).__name__}: {text} (--debug shows where)"
-
-
-def _fail(message: str, code: int) -> None:
-    print(f"stream-r1: {message}", file=sys.stderr)
-    sys.exit(code)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from stream_r1.commands.console import make_console
 from stream_r1.commands.outputs import check_files, check_folder
 from stream_r1.data import film
+from stream_r1.disk.lock import folder_lock
 from stream_r1.disk.whole import written
 from stream_r1.recipe import locate, read_prompts
 
@@ -18,7 +19,7 @@ _CLIPS_PER_SHOT = 4
 
 def fetch(cache: Path | None) -> None:
     """Fetch the film into ``cache`` (default: the user's cache folder) and say where it is."""
-    console = Console()
+    console = make_console(lasting=True)
     with console.status("fetching the film"):
         path = film.fetch_film(cache)
     console.print(f"{path} ({path.stat().st_size / 2**20:.0f} MB)", soft_wrap=True)
@@ -37,7 +38,7 @@ def shots() -> None:
         start, length = shot.start / film.FPS, shot.frames / film.FPS
         held_out = "yes" if shot.held_out else ""
         table.add_row(str(shot.index), f"{start:.1f}", f"{length:.1f}", held_out, shot.caption)
-    Console().print(table)
+    make_console().print(table)
 
 
 def sheet(out: Path, cache: Path | None) -> None:
@@ -48,7 +49,7 @@ def sheet(out: Path, cache: Path | None) -> None:
     if out.suffix != ".png":
         raise ValueError(f"--out: expected a path that ends in .png, got {out}")
     check_files("--out", [out], {"--cache": cache or film.default_cache()})
-    console = Console()
+    console = make_console(lasting=True)
     with console.status("reading the film"):
         frames = film.load_film(cache)
     listed = film.load_shots()
@@ -72,7 +73,7 @@ def reference(out: Path, prompts: str, cache: Path | None) -> None:
 
     from stream_r1.evaluation import Reference
 
-    console = Console()
+    console = make_console(lasting=True)
     captions = read_prompts(prompts)
     check_files("--out", [out], {"--prompts": locate(prompts), "--cache": cache or film.default_cache()})
     with console.status("reading the film"):
@@ -92,7 +93,7 @@ def reference(out: Path, prompts: str, cache: Path | None) -> None:
     console.print(f"{out} ({out.stat().st_size / 2**10:.0f} KB, {len(videos)} clips)", soft_wrap=True)
 
 
-def ode_pairs(path: Path, overrides: list[str]) -> None:
+def ode_pairs(path: Path, overrides: list[str], *, take_over: bool = False) -> None:
     """Write the trajectories of a start's recipe; processes that torchrun started share the files."""
     from stream_r1 import recipe as recipes
     from stream_r1.assembly import write_ode_pairs
@@ -101,11 +102,12 @@ def ode_pairs(path: Path, overrides: list[str]) -> None:
     recipe = recipes.load_start(path, overrides)
     check_folder("pairs.folder", Path(recipe.pairs.folder), recipe.inputs(path) | {"pairs.folder": None})
     with join(recipe.distributed) as ranks:
-        console = Console(quiet=not ranks.first)
-        with console.status("loading the teacher") as status:
+        console = make_console(lasting=True, quiet=not ranks.first)
+        lock = folder_lock(recipe.pairs.folder, take_over=take_over)
+        with ranks.held_by_first(lock), console.status("loading the teacher") as status:
             for done in write_ode_pairs(recipe, ranks):
                 status.update(f"trajectories: {done} of {recipe.pairs.count}")
-        ranks.barrier()
+            ranks.barrier()
         console.print(f"{recipe.pairs.folder}: {recipe.pairs.count} trajectories", soft_wrap=True)
 
 
@@ -117,7 +119,7 @@ def baselines(out: Path, recipe: Path, cache: Path | None) -> None:
     from stream_r1.demo.settings import DemoSettings
     from stream_r1.evaluation import Reference
 
-    console = Console()
+    console = make_console(lasting=True)
     settings = DemoSettings()
     loaded = recipes.load(recipe)
     reads = loaded.inputs(recipe) | {"reference": recipes.locate(settings.reference)}

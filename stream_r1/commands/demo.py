@@ -9,13 +9,17 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from stream_r1 import recipe as recipes
+from stream_r1.commands.console import make_console
 from stream_r1.commands.outputs import check_folder
 from stream_r1.config import SettingsError, build, parse_overrides
 from stream_r1.demo.record import Record
 from stream_r1.demo.report import write_report
 from stream_r1.demo.settings import DemoSettings
+from stream_r1.disk.lock import folder_lock
+from stream_r1.disk.whole import clear_partial
 
 RECIPE = "recipes/tiny/stream-r1.yaml"
 
@@ -28,9 +32,10 @@ def run(
     *,
     fresh: bool,
     report_only: bool,
+    take_over: bool = False,
 ) -> None:
     """Run what is not done yet, then write the report; with ``report_only``, only that."""
-    console = Console()
+    console = make_console(lasting=True)
     if report_only:
         record = Record.load(out)
         if record is None:
@@ -41,29 +46,30 @@ def run(
     chosen = build(DemoSettings, parse_overrides(settings), "--set")
     loaded = recipes.load(source, overrides)
     check_folder("--out", out, loaded.inputs(source) | {"reference": recipes.locate(chosen.reference)})
-    console.print(
-        f"[bold]Stream-R1[/bold], the tiny world: {source}, {chosen.budget:.0f} s in all", highlight=False
-    )
-    with console.status("starting"):
-        from stream_r1.demo.run import Demo, clear
+    title = Text.assemble(("Stream-R1", "bold"), f", the tiny world: {source}, {chosen.budget:.0f} s in all")
+    console.print(title)
+    with folder_lock(out, take_over=take_over):
+        clear_partial(out, everything=True)
+        with console.status("starting"):
+            from stream_r1.demo.run import Demo, clear
 
-        if fresh:
-            clear(out)
-        demo = Demo(loaded, chosen, out, _Screen(console), source=source)
-    if demo.record.finished:
-        console.print(
-            "this run is done; --fresh starts over, --set budget=SECONDS makes another", highlight=False
-        )
-    elif demo.record.stages:
-        console.print(f"going on with the run in {out}", highlight=False)
-    try:
-        record = demo.run()
-    finally:
-        if demo.record.clips:
-            _tell(console, write_report(demo.record, out), demo.record)
-    if record.stopped:
-        console.print("stopped; the same command goes on from here")
-        sys.exit(130)
+            if fresh:
+                clear(out)
+            demo = Demo(loaded, chosen, out, _Screen(console), source=source)
+        if demo.record.finished:
+            console.print(
+                "this run is done; --fresh starts over, --set budget=SECONDS makes another", highlight=False
+            )
+        elif demo.record.stages:
+            console.print(f"going on with the run in {out}", highlight=False)
+        try:
+            record = demo.run()
+        finally:
+            if demo.record.clips:
+                _tell(console, write_report(demo.record, out), demo.record)
+        if record.stopped:
+            console.print("stopped; the same command goes on from here")
+            sys.exit(128 + demo.stopped_by)
 
 
 def _tell(console: Console, page: Path, record: Record) -> None:
@@ -73,7 +79,10 @@ def _tell(console: Console, page: Path, record: Record) -> None:
             f"first frame after {1000 * record.timing.first_frame:.0f} ms"
         )
     console.print(
-        f"[bold]report: {page}[/bold]  ({page.stat().st_size / 2**20:.1f} MB, opens in a browser)",
+        Text.assemble(
+            (f"report: {page}", "bold"),
+            f"  ({page.stat().st_size / 2**20:.1f} MB, opens in a browser)",
+        ),
         soft_wrap=True,
     )
 

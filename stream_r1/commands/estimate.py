@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from stream_r1.commands.console import make_console
 from stream_r1.recipe import Recipe, load_any
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def run(path: Path, overrides: list[str], *, gpus: int, device: str, as_json: bo
     from stream_r1.estimate.advice import advise
     from stream_r1.estimate.training import estimate
 
-    console = Console(stderr=as_json)
+    console = make_console(stderr=as_json)
     with console.status("counting"):
         result = estimate(recipe, gpu, gpus)
     advice: list[Change] = []
@@ -33,9 +34,9 @@ def run(path: Path, overrides: list[str], *, gpus: int, device: str, as_json: bo
         with console.status("it does not fit; trying other settings"):
             advice = advise(recipe, gpu, gpus, result)
     if as_json:
-        print(json.dumps(_as_json(result, advice), indent=2))
+        make_console().out(json.dumps(_as_json(result, advice), indent=2), highlight=False)
     else:
-        _show(Console(), path, result, advice)
+        _show(make_console(), path, result, advice)
 
 
 def _device(name: str) -> Device:

@@ -11,6 +11,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from stream_r1.commands.console import make_console
 
 _PACKAGES = ("stream-r1", "torch", "diffusers", "transformers", "triton", "av")
 _FEW = 12  # configuration values longer than this many items are cut
@@ -18,7 +21,7 @@ _FEW = 12  # configuration values longer than this many items are cut
 
 def run(paths: list[Path]) -> None:
     """Describe the machine, or each of ``paths``."""
-    console = Console()
+    console = make_console()
     if not paths:
         _machine(console)
     for path in paths:
@@ -61,7 +64,7 @@ def _describe(console: Console, path: Path) -> None:
     if path.is_dir():
         _folder(console, path)
     elif path.suffix == ".safetensors":
-        console.print(f"[bold]{path}[/bold]  {_weights(path)}", soft_wrap=True)
+        console.print(Text.assemble((str(path), "bold"), f"  {_weights(path)}"), soft_wrap=True)
     elif path.suffix in (".yaml", ".yml"):
         from stream_r1.commands.train import show
         from stream_r1.recipe import load_any
@@ -82,7 +85,7 @@ def _folder(console: Console, path: Path) -> None:
         )
     from stream_r1.models.weight_files import read_json
 
-    console.print(f"[bold]{path}[/bold]", soft_wrap=True)
+    console.print(Text(str(path), style="bold"), soft_wrap=True)
     table = _table()
     if config.is_file():
         for key, value in read_json(config).items():

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from stream_r1.distill.events import Event, SetAside, StepDone
+from stream_r1.distill.events import Event, NotSaved, SetAside, StepDone
 from stream_r1.messages import one_line
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -46,6 +46,11 @@ def set_aside(event: SetAside) -> str:
     return one_line(
         f"{event.reason}; it is kept as {event.path.name}, the run resumes from step {event.step}"
     )
+
+
+def not_saved(event: NotSaved) -> str:
+    """What became of a checkpoint, as a sentence."""
+    return f"no checkpoint after step {event.step}: {event.why}; the training goes on"
 
 
 class DistillationDisplay:
@@ -102,6 +107,8 @@ class DistillationDisplay:
         """Take in one event of ``DistillTrainer.run``."""
         if isinstance(event, SetAside):
             self.console.print(Text(set_aside(event), style="yellow"), soft_wrap=True)
+        if isinstance(event, NotSaved):
+            self.console.print(Text(not_saved(event), style="yellow"), soft_wrap=True)
         if not isinstance(event, StepDone):
             return
         self._remember(event)

@@ -6,13 +6,15 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from stream_r1.commands.console import make_console
 from stream_r1.replay import ReplayResult, replay
 
 
 def run(files: list[Path], *, tolerance: float) -> int:
     """Replay each file and show its worst relative error; 0 if all are within ``tolerance``, else 1."""
-    console = Console()
+    console = make_console()
     results = []
     for file in files:
         with console.status(f"replaying {file.name}"):
@@ -33,7 +35,8 @@ def _show(console: Console, results: list[ReplayResult], tolerance: float) -> No
     table.add_column("", no_wrap=True)
     table.add_column("where", overflow="fold")
     for result in results:
-        verdict = "[green]ok[/green]" if _fits(result, tolerance) else f"[red]past {tolerance:g}[/red]"
+        fits = _fits(result, tolerance)
+        verdict = Text("ok", style="green") if fits else Text(f"past {tolerance:g}", style="red")
         table.add_row(
             Path(result.source).stem,
             str(len(result.errors)),

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
+from stream_r1.commands.console import make_console
 from stream_r1.commands.outputs import check_files, check_folder
 from stream_r1.data.film import default_cache
 from stream_r1.disk.whole import written
@@ -107,7 +107,7 @@ def run(
     start: Path | None,
 ) -> None:
     """Stream `seconds` (None: until Ctrl-C) of every prompt, and say how fast it was."""
-    console = Console()
+    console = make_console(lasting=True)
     wanted = None if size is None else _size(size)
     if wanted is not None:
         check_side("--scale", *wanted, output.scale)

@@ -10,15 +10,20 @@ import shutil
 import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
 from rich.syntax import Syntax
+from rich.text import Text
 
 from stream_r1 import recipe as recipes
+from stream_r1.commands.console import make_console
 from stream_r1.commands.outputs import check_folder
+from stream_r1.disk.lock import folder_lock
+from stream_r1.disk.whole import clear_partial, write_text
 from stream_r1.recipe import InitRecipe, Recipe
 
 if TYPE_CHECKING:
@@ -29,13 +34,14 @@ if TYPE_CHECKING:
 CHECKPOINTS = "checkpoints"
 STUDENT = "student"
 ADAPTER = "adapter"
+SAMPLES = "samples"
 
 
-def run(path: Path, overrides: list[str], *, check: bool, fresh: bool) -> None:
+def run(path: Path, overrides: list[str], *, check: bool, fresh: bool, take_over: bool = False) -> None:
     """Check the recipe; unless that is all, train, export the student and say where it is."""
     # Before the group is there, every process finds the same and one a machine tells it.
     talks = os.environ.get("LOCAL_RANK", "0") == "0"
-    console = Console(quiet=not talks)
+    console = make_console(lasting=not check, quiet=not talks)
     try:
         recipe = recipes.load_any(path, overrides)
         if not check:
@@ -54,11 +60,21 @@ def run(path: Path, overrides: list[str], *, check: bool, fresh: bool) -> None:
 
     with join(recipe.distributed) as ranks:
         if not ranks.first:
-            console = Console(quiet=True)
+            console = make_console(quiet=True)
             warnings.simplefilter("ignore")
-        stopped_by = _train(recipe, ranks, console, fresh=fresh)
+        with ranks.held_by_first(_folder(Path(recipe.out), take_over)):
+            stopped_by = _train(recipe, ranks, console, fresh=fresh)
     if stopped_by:
         sys.exit(128 + stopped_by)
+
+
+@contextmanager
+def _folder(out: Path, take_over: bool) -> Iterator[None]:
+    """The run's folder is this run's, without what killed ones left in it."""
+    with folder_lock(out, take_over=take_over):
+        for folder in (out, *out.glob(f"{SAMPLES}/*")):
+            clear_partial(folder, everything=True)
+        yield
 
 
 def _train(recipe: Recipe | InitRecipe, ranks: Ranks, console: Console, *, fresh: bool) -> int:
@@ -78,13 +94,13 @@ def _train(recipe: Recipe | InitRecipe, ranks: Ranks, console: Console, *, fresh
         _export(trainer, out, console)  # again: the run may have been killed while it did
         return 0
 
-    if ranks.first:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "recipe.yaml").write_text(recipe.as_yaml(), encoding="utf-8")
     from stream_r1.watch.watcher import Watcher
 
     def warn(text: str) -> None:
-        console.print(f"[yellow]{escape(text)}[/]", soft_wrap=True)
+        console.print(Text(text, style="yellow"), soft_wrap=True)
+
+    if ranks.first:
+        write_text(out / "recipe.yaml", recipe.as_yaml())
 
     title = "distilling" if isinstance(recipe, Recipe) else "training the start"
     watcher = Watcher(trainer, recipe.watch, out, config=recipe.model_dump(mode="json"), warn=warn)

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -81,6 +82,7 @@ class Demo:
         require_models(recipe)
         self.recipe, self.settings, self.folder, self.watcher = recipe, settings, folder, watcher
         self.reference = Reference.load(locate(settings.reference))
+        self.stopped_by = int(signal.SIGINT)
         self._models: Models | None = None
         fingerprint = _fingerprint(recipe, settings)
         record = Record.load(folder)
@@ -156,6 +158,7 @@ class Demo:
         with self._stage("distilling", None):
             budget_used = self._train(trainer, seconds)
         done = budget_used or not trainer.stopped
+        self.stopped_by = trainer.stopped_by or self.stopped_by
         folder = self.folder / (STUDENT if done else STUDENT + "-stopped")
         trainer.export(folder)
         if not done:

@@ -53,7 +53,15 @@ class SetAside:
     reason: str
 
 
-Event = StepDone | Saved | SetAside
+@dataclass(frozen=True)
+class NotSaved:
+    """A checkpoint at an interval could not be written: the run goes on, and tries at the next one again."""
+
+    step: int
+    why: str
+
+
+Event = StepDone | Saved | SetAside | NotSaved
 
 
 def summarise(rows: Sequence[dict[str, float]]) -> dict[str, float]:

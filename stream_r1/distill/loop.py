@@ -11,12 +11,13 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from stream_r1.distill.events import Event, Saved, SetAside, StepDone
+from stream_r1.disk.lock import folder_lock
+from stream_r1.distill.events import Event, NotSaved, Saved, SetAside, StepDone
 from stream_r1.distill.lora import add_adapters
 from stream_r1.distill.noise import global_streams_kept, seed_global_streams
 from stream_r1.distill.precision import computing_in
 from stream_r1.distill.ranks import Ranks
-from stream_r1.distill.settings import LoopSettings, LoraSettings, OptimizerSettings
+from stream_r1.distill.settings import LoopSettings, LoraSettings
 from stream_r1.distill.sharded_state import SharedCheckpoints, load_shared_checkpoint
 from stream_r1.distill.sharding import (
     Sharding,
@@ -199,19 +200,26 @@ class TrainingLoop(ABC):
     def run(self) -> Iterator[Event]:
         """Trains up to `settings.steps`, yielding an event a step, after those of `set_aside`.
 
-        SIGINT (Ctrl-C), SIGTERM or `stop()`, on any rank, finishes the step under way, keeps a checkpoint and
-        ends the iteration, with `stopped` set. A consumer that leaves the loop of a process by itself keeps
-        one too; of several, the others know nothing of it.
+        SIGINT (Ctrl-C), SIGTERM, SIGHUP or `stop()`, on any rank, finishes the step under way, keeps a
+        checkpoint and ends the iteration, with `stopped` set. A consumer that leaves the loop of a process by
+        itself keeps one too; of several, the others know nothing of it.
 
         An update that is not finite is skipped, and no checkpoint at an interval is written until one of the
         same network is finite again, nor one of weights that are not: it could take the place of a good one.
-        Raises DivergedError when too many updates of a network in a row were skipped; the last checkpoint is
-        from before them.
+        Nor does a disk that is full for a while end a run: an interval's checkpoint that can't be written is
+        a `NotSaved`.
+
+        Raises:
+            DivergedError: too many updates of a network in a row were skipped; the last checkpoint is from
+                before them.
+            FolderInUseError: another process has the folder.
+            OSError: the last checkpoint can't be written.
         """
         self.stopped_by, due = 0, False
         told, self.set_aside = self.set_aside, []
         yield from told
-        with self._stop:
+        lock = nullcontext() if self.folder is None else folder_lock(self.folder)
+        with self.ranks.held_by_first(lock), self._stop:
             while self.step < self._loop.steps:
                 self.stopped_by = self.ranks.greatest(self._stop.signal)
                 if self.stopped:
@@ -380,7 +388,13 @@ class TrainingLoop(ABC):
             if why == "interval" and self._loop.distributed.async_checkpoints:
                 self._shared.begin(self.step, *self._state())
                 return
-        path = self.save()
+        try:
+            path = self.save()
+        except OSError as error:
+            if why != "interval" or self.ranks.launched:
+                raise
+            yield NotSaved(self.step, f"{error.filename or self.folder}: {error.strerror or error}")
+            return
         if path is not None:
             yield Saved(self.step, path, why)
 
@@ -429,18 +443,6 @@ class TrainingLoop(ABC):
             f"{what} not finite, at step {self.step + 1} ({told}), max_skipped is {self._loop.max_skipped}: "
             f"{advice}; the last checkpoint, if any, is from before"
         )
-
-
-def make_adamw(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """AdamW on all of a model that is to be trained."""
-    return torch.optim.AdamW(
-        trained(model).values(),
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
 
 
 def _refuse_another_run(path: Path | str, theirs: dict, ours: dict, at: str = "") -> None:

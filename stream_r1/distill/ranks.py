@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -110,6 +110,21 @@ class Ranks:
     def barrier(self) -> None:
         """Waits for every rank."""
         self.any(False)
+
+    @contextmanager
+    def held_by_first(self, lock: AbstractContextManager[object]) -> Iterator[None]:
+        """A context of the first rank that all of them wait for; what refuses it there ends all of them."""
+        with ExitStack() as stack:
+            refused: Exception | None = None
+            if self.first:
+                try:
+                    stack.enter_context(lock)
+                except Exception as error:
+                    refused = error
+            told = self.from_first(str(refused) if refused is not None else None)
+            if told is not None:
+                raise refused or RankError(told)
+            yield
 
     def require_same(self, **values: object) -> None:
         """Refuses to go on when ranks differ in what they were told. Raises ValueError on all of them."""

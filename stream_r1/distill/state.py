@@ -256,7 +256,8 @@ class Ema:
 
 
 class StopRequest:
-    """Turns SIGINT (Ctrl-C) and SIGTERM into a request that a loop can honour at a safe moment.
+    """Turns SIGINT (Ctrl-C), SIGTERM and SIGHUP (a lost terminal) into a request that a loop can honour at a
+    safe moment.
 
         with StopRequest() as stop:
             while not stop.signal: ...
@@ -282,8 +283,9 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         self.signal = 0
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._on_signal)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                    self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from stream_r1.distill.dmd import DistributionMatching
 from stream_r1.distill.events import Clock, Preview, StepDone, summarise
 from stream_r1.distill.long_rollout import Clip, Codec, long_rollout
-from stream_r1.distill.loop import Decoder, TrainingLoop, make_adamw
+from stream_r1.distill.loop import Decoder, TrainingLoop
 from stream_r1.distill.noise import SampleNoise
+from stream_r1.distill.optimizers import make_adamw
 from stream_r1.distill.order import ShuffledOrder
 from stream_r1.distill.ranks import Ranks
 from stream_r1.distill.rollout import Rollout, self_rollout

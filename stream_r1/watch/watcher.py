@@ -21,16 +21,15 @@ from stream_r1.distill.events import Event, Preview, StepDone, summarise
 from stream_r1.distill.loop import TrainingLoop
 from stream_r1.distill.noise import global_streams_kept
 from stream_r1.maps import frame_strip, heat_strip, unit_range
+from stream_r1.messages import first_line
 from stream_r1.watch.settings import WatchSettings
 from stream_r1.watch.writers import (
     EVENTS,
-    METRICS,
     FolderWriter,
     Picture,
     TensorBoardWriter,
     WandbWriter,
     Writer,
-    read_metrics,
 )
 
 _GIB = 2**30
@@ -54,7 +53,7 @@ class Watcher:
 
     Raises:
         SettingsError: a package that is missing, or wandb refuses.
-        OSError: the folder can't be written.
+        OSError: the folder can't be written. What lies there from before and is damaged refuses nothing.
     """
 
     def __init__(
@@ -80,8 +79,10 @@ class Watcher:
         self.folder.mkdir(parents=True, exist_ok=True)
         with global_streams_kept():
             self._files = FolderWriter(self.folder, trainer.step)
+            for text in self._files.told:
+                self._warn(f"watching: {text}")
             begun = trainer.step // settings.every * settings.every  # steps after it are summarised together
-            for row in read_metrics(self.folder / METRICS):
+            for row in self._files.begun:
                 if row.pop("step") > begun:
                     self._window.append(row)
             self._open(config or {})
@@ -92,14 +93,17 @@ class Watcher:
             texts = {f"prompts/{i}": prompt for i, prompt in enumerate(self._prompts)}
             if config:
                 texts["settings"] = textwrap.indent(yaml.safe_dump(config, sort_keys=False), " " * 4)
-            self._others["tensorboard"] = TensorBoardWriter(self.folder / EVENTS, done, texts)
+            self._try("tensorboard", self._open_events, texts)
         if self.settings.wandb is not None:
             try:
                 self._others["wandb"] = WandbWriter(self.settings.wandb, self.folder, done, config)
             except Exception as error:
                 raise SettingsError(
-                    f"watch.wandb: {_told(error)} (mode: offline needs no account)"
+                    f"watch.wandb: {first_line(error)} (mode: offline needs no account)"
                 ) from error
+
+    def _open_events(self, texts: dict[str, str]) -> None:
+        self._others["tensorboard"] = TensorBoardWriter(self.folder / EVENTS, self.trainer.step, texts)
 
     def __enter__(self) -> Watcher:
         if self.trainer.step == 0 and self.settings.sample_every:
@@ -182,12 +186,7 @@ class Watcher:
                 torch.cuda.empty_cache()
             if name not in self._failing:
                 self._failing.add(name)
-                self._warn(f"watching, {name}: {_told(error)}; the training goes on")
-
-
-def _told(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]
+                self._warn(f"watching, {name}: {first_line(error)}; the training goes on")
 
 
 def memory(device: torch.device) -> dict[str, float]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import os
 import shutil
 import struct
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from stream_r1.disk.whole import write_text, written
 from stream_r1.maps import png
+from stream_r1.messages import first_line
 from stream_r1.watch.settings import WandbSettings
 
 Picture = NDArray[np.uint8]
@@ -57,7 +59,8 @@ class FolderWriter:
 
     Args:
         folder: the run's; is there.
-        done: steps that the run has done. Rows and pictures of later ones are removed; with 0, all are.
+        done: steps that the run has done. Rows and pictures of later ones are removed; with 0, all are. A
+            metrics.csv that can't be read is kept under another name.
     """
 
     def __init__(self, folder: Path, done: int = 0) -> None:
@@ -65,11 +68,23 @@ class FolderWriter:
         self._path = folder / METRICS
         self._columns: list[str] = ["step"]
         self._waiting: list[dict[str, float]] = []
+        self.told: list[str] = []
+        """What was wrong with the files of an earlier part of the run, a sentence each."""
         for old in (folder / SAMPLES).glob("step-*"):
-            if not done or int(old.name.removeprefix("step-")) > done:
-                shutil.rmtree(old)
-        rows = [row for row in read_metrics(self._path) if row["step"] <= done] if done else []
-        self._rewrite(rows)
+            number = old.name.removeprefix("step-")
+            if not done or (number.isdecimal() and int(number) > done):
+                shutil.rmtree(old, ignore_errors=True)
+        try:
+            if self._path.exists() and not self._path.is_file():
+                raise ValueError("expected a file")
+            self.begun = [row for row in read_metrics(self._path) if row["step"] <= done] if done else []
+            """Rows of the steps that are done."""
+        except (ValueError, KeyError, csv.Error, OSError) as error:
+            self.begun = []
+            self.told.append(
+                f"{set_aside(self._path)}: {first_line(error)}: kept under this name, begun anew"
+            )
+        self._rewrite(self.begun)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         self._waiting.append({"step": step, **values})
@@ -103,6 +118,13 @@ class FolderWriter:
         with written(self._path) as place:
             place.write_bytes(_line(columns) + _rows(columns, rows))
         self._columns = columns
+
+
+def set_aside(path: Path) -> Path:
+    """Gives a file that can't be read a name that nobody has."""
+    names = (path.with_name(f"{path.name}.damaged{number or ''}") for number in itertools.count())
+    aside = next(name for name in names if not name.exists())
+    return path.rename(aside)
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, float]]:
@@ -213,7 +235,8 @@ def _record(event: Any) -> bytes:
 
 
 def cut_events(path: Path, step: int) -> None:
-    """Cuts an event file off before the first event of a later step, or one that is not whole."""
+    """Cuts an event file off before the first event of a later step, or one that is damaged or not whole."""
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from tensorboard.compat.proto.event_pb2 import Event
 
     data, at = path.read_bytes(), 0
@@ -222,7 +245,11 @@ def cut_events(path: Path, step: int) -> None:
         end = at + 12 + length + 4
         if end > len(data):
             break
-        if Event.FromString(data[at + 12 : end - 4]).step > step:
+        try:
+            later = Event.FromString(data[at + 12 : end - 4]).step > step
+        except DecodeError:
+            break
+        if later:
             break
         at = end
     os.truncate(path, at)
