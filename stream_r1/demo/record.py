@@ -6,7 +6,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from stream_r1.config import SettingsError
 from stream_r1.disk.whole import write_text
+from stream_r1.messages import first_line
 
 FILE = "record.json"
 
@@ -103,6 +105,13 @@ class Record(_Part):
 
     @classmethod
     def load(cls, folder: Path) -> Record | None:
-        """The folder's record, or None if there is none."""
+        """The folder's record, or None if there is none. Raises SettingsError for one that can't be read."""
         path = folder / FILE
-        return cls.model_validate_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValueError as error:
+            raise SettingsError(
+                f"{path}: not a demo's record ({first_line(error)}): remove it, or start over with --fresh"
+            ) from None

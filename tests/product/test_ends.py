@@ -146,6 +146,14 @@ def test_a_full_disk_loses_nothing_that_was_done(world, tmp_path, capsys):
     assert all((plain[key] == full[key]).all() for key in plain)
 
 
+def test_a_damaged_record_of_a_demo_is_named(world, tmp_path, capsys):
+    (tmp_path / "record.json").write_bytes(b'{"steps": \xff')
+    assert run("demo", "--report-only", "--out", tmp_path) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert str(tmp_path / "record.json") in told
+
+
 @pytest.mark.parametrize("damage", ["garbage", "folder", "columns"])
 def test_damaged_diagnostics_stop_no_run(damage, world, tmp_path, capsys):
     command = ["train", world / "recipe.yaml", f"out={tmp_path}"]
