@@ -10,7 +10,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 
-from stream_r1.config import SettingsError
+from stream_r1.config import SettingsError, problems_of
 from stream_r1.distill.initialise import InitTrainer, Objective, Samples
 from stream_r1.distill.ode import (
     OdePairs,
@@ -199,7 +199,7 @@ def _require_fitting(recipe: InitRecipe, pairs: OdePairs) -> None:
             "stream-r1 data ode-pairs RECIPE makes the others"
         )
     if problems:
-        raise SettingsError("\n  ".join(problems))
+        raise problems_of("pairs", problems)
 
 
 def require_models(recipe: Recipe | InitRecipe, *, unused: tuple[str, ...] = ()) -> None:
@@ -215,7 +215,7 @@ def require_models(recipe: Recipe | InitRecipe, *, unused: tuple[str, ...] = ())
         if not locate(value).exists()
     ]
     if missing:
-        raise SettingsError("\n  ".join(["models are missing", *missing]))
+        raise problems_of("models are missing", missing)
 
 
 def _home(recipe: Recipe | InitRecipe, ranks: Ranks | None) -> torch.device:

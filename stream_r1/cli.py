@@ -9,21 +9,24 @@ and their number: Ctrl-C with 130, SIGTERM with 143, a lost terminal (SIGHUP) wi
 from __future__ import annotations
 
 import io
+import math
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from stream_r1.ends import told
 
+_MOST_PROMPTS = 256
+_Misused: Any = typer.BadParameter.__base__  # of the arguments, whatever is wrong with them
+
 app = typer.Typer(
     name="stream-r1",
     help="Distil a video diffusion model into one that streams, guided by a reward, and stream it.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -97,7 +100,7 @@ def train(
 def estimate(
     recipe: Annotated[Path, typer.Argument(help="A recipe, as recipes/wan2.1-1.3b/stream-r1.yaml.")],
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(help="How many, on machines of 8.")] = 8,
+    gpus: Annotated[int, typer.Option(min=1, max=2**20, help="How many, on machines of 8.")] = 8,
     device: Annotated[str, typer.Option(help="a100, h100, h200, rtx4090 or b200.")] = "h100",
     as_json: Annotated[bool, typer.Option("--json", help="Bytes and seconds as JSON.")] = False,
 ) -> None:
@@ -176,6 +179,13 @@ def sample(
         raise typer.BadParameter(
             'expected at least one, as in: stream-r1 sample "a rabbit"', param_hint="prompts"
         )
+    if len(prompts) > _MOST_PROMPTS:
+        raise typer.BadParameter(
+            f"expected at most {_MOST_PROMPTS}, which make one batch, got {len(prompts)}",
+            param_hint="prompts",
+        )
+    if not math.isfinite(seconds):
+        raise typer.BadParameter(f"expected a finite number, got {seconds}", param_hint="--seconds")
     named = Models(
         folder=models,
         checkpoint=checkpoint,
@@ -208,9 +218,7 @@ def replay(
     raise typer.Exit(run(files, tolerance=tolerance))
 
 
-data_app = typer.Typer(
-    no_args_is_help=True, help="The film the tiny world is learnt from: fetch, check, look."
-)
+data_app = typer.Typer(help="The film the tiny world is learnt from: fetch, check, look.")
 app.add_typer(data_app, name="data")
 
 
@@ -312,14 +320,37 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     with told(None if debug else _one_line):
-        app(args, prog_name="stream-r1", standalone_mode=True)
+        sys.exit(app(args or ["--help"], prog_name="stream-r1", standalone_mode=False))
 
 
 def _one_line(error: Exception) -> str:
+    from stream_r1.messages import one_line
+
     text = str(error).strip() or type(error).__name__
+    if isinstance(error, _Misused):
+        return one_line(f"{error.format_message()}{_got(error)} ({_command(error)} --help tells more)")
     if isinstance(error, OSError) and error.strerror and error.filename:
-        text = f"{error.filename}: {error.strerror.lower()}"
+        text = f"{os.fsdecode(error.filename)}: {error.strerror.lower()}"
     expected = isinstance(error, ValueError | TypeError | OSError) or type(error).__module__.startswith(
         "stream_r1"
     )
-    return text if expected else f"{type(error).__name__}: {text} (--debug shows where)"
+    if expected:
+        return one_line(text)
+    text = one_line(text.partition("\n")[0])  # torch has its C++ stack below the line that says what is wrong
+    if isinstance(error, MemoryError) or "not enough memory" in text or "out of memory" in text:
+        return f"there is not enough memory for it: {text}"
+    return f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+def _got(error: BaseException) -> str:
+    """What came, where the command line's own message does not say so."""
+    from stream_r1.messages import shown
+
+    cause = error.__cause__ or error.__context__
+    problems = cause.errors() if hasattr(cause, "errors") else []
+    return f", got {shown(problems[0]['input'])}" if problems else ""
+
+
+def _command(error: Any) -> str:
+    context = getattr(error, "ctx", None)
+    return "stream-r1" if context is None else context.command_path

@@ -2,27 +2,36 @@
 
 Everything a run can be told is a field of a `Settings` model. A recipe is checked completely before
 anything is loaded: unknown keys (with the nearest valid one), wrong types, values outside their range and
-combinations that cannot work, all problems at once, each on a line of its own.
+combinations that cannot work, all problems at once, on one line.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from stream_r1.files import FileError, read_text
+from stream_r1.messages import shown, some
+
+_MOST_BYTES = 2**18  # of a recipe
+_MOST_VALUES = 20_000  # in it, what an alias stands for counted each time
+_MOST_DEEP = 16  # parts of a dotted key
+_MOST_BASES = 16  # below one another
+
 
 class Settings(BaseModel):
-    """Base of every settings model: immutable, and unknown keys are errors."""
+    """Base of every settings model: immutable; unknown keys and numbers that are not finite are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class SettingsError(ValueError):
@@ -44,59 +53,125 @@ _Loader.add_implicit_resolver(
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
+    seen: set[str] = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
+        key = loader.construct_object(key_node, deep=True)
+        line = f"line {key_node.start_mark.line + 1}"
+        if not isinstance(key, str):
+            raise SettingsError(f"{line}: expected text as a key, got {shown(key)}")
         if key in seen:
-            raise SettingsError(f"line {key_node.start_mark.line + 1}: key {key!r} is there twice")
+            raise SettingsError(f"{line}: key {shown(key)} is there twice")
         seen.add(key)
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
 
+def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
+    value = yaml.SafeLoader.construct_yaml_int(loader, node) if len(node.value) <= 100 else 2**64
+    if not -(2**63) <= value < 2**63:
+        line = f"line {node.start_mark.line + 1}"
+        raise SettingsError(f"{line}: expected a whole number of at most 64 bits, got {shown(node.value)}")
+    return value
+
+
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Parse YAML text; raise `SettingsError` naming ``source`` and the line."""
+    """Parse YAML text; raise `SettingsError` naming ``source`` and the line.
+
+    What aliases stand for is counted before anything is made of it.
+    """
     try:
-        return yaml.load(text, _Loader)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _values_in(node, {}) > _MOST_VALUES:
+            raise SettingsError(f"expected at most {_MOST_VALUES} values, aliases written out, got more")
+        return loader.construct_document(node)
     except SettingsError as error:
         raise SettingsError(f"{source}: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}, line {mark.line + 1}" if mark else source
-        raise SettingsError(f"{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
+        problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise SettingsError(f"{where}: not valid YAML ({problem})") from None
+    except RecursionError:
+        raise SettingsError(f"{source}: not valid YAML (nested too deeply, or within itself)") from None
+    except (ValueError, TypeError, OverflowError) as error:  # of a date, a set, ...
+        raise SettingsError(f"{source}: not valid YAML ({error})") from None
 
 
-def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The recipe's plain data, with the recipes named by ``base:`` (relative to the file) underneath it."""
-    return _read(Path(path), ())
+def _values_in(node: yaml.Node, known: dict[int, int]) -> int:
+    """Values of a document, those behind an alias as often as it is used; known: by node, as far as seen."""
+    if id(node) in known:
+        if known[id(node)] == 0:
+            raise RecursionError  # an alias within what it stands for
+        return known[id(node)]
+    known[id(node)] = 0
+    parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+    inner = [child for part in parts for child in (part if isinstance(part, tuple) else (part,))]
+    known[id(node)] = 1 + sum(_values_in(child, known) for child in inner)
+    return known[id(node)]
 
 
-def _read(path: Path, opened: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in opened:
-        raise SettingsError(f"{path}: base recipes go in a circle")
-    if path.is_dir():
-        raise SettingsError(f"{path}: expected a recipe (a YAML file), got a folder")
-    if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        there = f"; beside it: {', '.join(near)}" if near else ""
-        raise SettingsError(f"{path}: no such recipe{there}")
+def read_recipe(path: str | Path, keys: Collection[str] | None = None) -> dict[str, Any]:
+    """The recipe's plain data, with the recipes named by ``base:`` (relative to the file) underneath it.
+
+    Args:
+        keys: that a recipe may have; a base with others is no recipe, and nothing is told of what is in it.
+    """
+    path = Path(path)
+    data = _read(path)
+    layers, opened = [data], {os.path.realpath(path)}
+    while (base := layers[-1].pop("base", None)) is not None:
+        if not isinstance(base, str) or not base.isprintable():
+            raise SettingsError(f"{path}: base: expected a file name, got {_kind(base)}")
+        named, path = f"{path}: base", path.parent / base
+        if os.path.realpath(path) in opened:
+            raise SettingsError(f"{path}: base recipes go in a circle")
+        if len(opened) == _MOST_BASES:
+            raise SettingsError(
+                f"{named}: expected at most {_MOST_BASES} recipes below one another, got more"
+            )
+        opened.add(os.path.realpath(path))
+        layers.append(_read_base(path, named, keys))
+    data = {}
+    for layer in reversed(layers):
+        data = merge(data, layer)
+    return data
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """One file of settings."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"{path}: expected a recipe (a YAML file in UTF-8): {error}") from None
+        text = read_text(path, "a recipe (a YAML file)", _MOST_BYTES)
+    except FileNotFoundError:
+        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        there = f"; beside it: {some(near)}" if near else ""
+        raise SettingsError(f"{path}: no such recipe{there}") from None
+    except FileError as error:
+        raise SettingsError(str(error)) from None
     data = parse_yaml(text, str(path))
     if data is None:
         data = {}
     if not isinstance(data, dict):
         raise SettingsError(f"{path}: expected keys and values, got {_kind(data)}")
-    base = data.pop("base", None)
-    if base is None:
-        return data
-    if not isinstance(base, str):
-        raise SettingsError(f"{path}: base: expected a file name, got {_kind(base)}")
-    return merge(_read(path.parent / base, (*opened, path.resolve())), data)
+    return data
+
+
+def _read_base(path: Path, named: str, keys: Collection[str] | None) -> dict[str, Any]:
+    """A recipe that another one names, who may not be the one that may read it: its lines are not told."""
+    try:
+        data = _read(path)
+    except SettingsError:
+        if not path.exists():
+            raise
+        raise SettingsError(f"{named}: expected a recipe (a YAML file of settings), got {path}") from None
+    if keys is not None and not data.keys() <= {*keys, "base"}:
+        raise SettingsError(f"{named}: expected a recipe, got {path} with keys that no recipe has")
+    return data
 
 
 def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -114,11 +189,11 @@ def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
     for item in items:
         key, equals, text = item.partition("=")
         parts = key.split(".")
-        if not equals or not all(part.isidentifier() for part in parts):
+        if not equals or len(parts) > _MOST_DEEP or not all(part.isidentifier() for part in parts):
             raise SettingsError(
-                f"override {item!r}: expected key=value with a dotted key, as student.lr=1e-5"
+                f"override {shown(item)}: expected key=value with a dotted key, as student.lr=1e-5"
             )
-        value: Any = parse_yaml(text, f"override {item!r}")
+        value: Any = parse_yaml(text, f"override {shown(item)}")
         for part in reversed(parts):
             value = {part: value}
         out = merge(out, value)
@@ -130,17 +205,27 @@ def build(model: type[S], data: dict[str, Any], source: str = "settings") -> S:
     try:
         return model.model_validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
-        found = [
-            _problem(model, dict(e)) for e in error.errors(include_url=False) if e["type"] != "too_short"
-        ]
-        found = found or [
-            _problem(model, dict(e)) for e in error.errors(include_url=False)
-        ]  # too short, nothing else
-        problems = _merge_unions(found)
-        lines = [f"{key}: {text}" if key else text for key, text in problems]
-        if len(lines) == 1:
-            raise SettingsError(f"{source}: {lines[0]}") from None
-        raise SettingsError(f"{source}: {len(lines)} problems\n  " + "\n  ".join(lines)) from None
+        errors = [dict(e) for e in error.errors(include_url=False)]
+        # A list that is too short says so only where nothing else is wrong with it.
+        found = [_problem(model, e) for e in errors if e["type"] != "too_short"]
+        problems = _merge_unions(found or [_problem(model, e) for e in errors])
+        told = [f"{key}: {text}" if key else text for key, text in problems]
+        raise problems_of(source, told) from None
+
+
+def _together(problems: list[str]) -> str:
+    """One problem, or how many there are and the first ones."""
+    return problems[0] if len(problems) == 1 else f"{len(problems)} problems: {_first(problems)}"
+
+
+def _first(problems: list[str], limit: int = 12) -> str:
+    more = f"; and {len(problems) - limit} more" if len(problems) > limit else ""
+    return "; ".join(problems[:limit]) + more
+
+
+def problems_of(source: str, problems: Sequence[str]) -> SettingsError:
+    """What is wrong with settings, all of it, as an error on one line."""
+    return SettingsError(f"{source}: {_together(list(problems))}")
 
 
 def load_recipe(model: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
@@ -183,16 +268,16 @@ def _problem(model: type[BaseModel], error: dict[str, Any]) -> tuple[str, str]:
             owner = owner_next
     last = str(loc[-1]) if loc else ""
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        return ".".join([*keys, last]), _unknown(last, list(owner.model_fields))
+        return ".".join([*keys, _key(last)]), _unknown(last, list(owner.model_fields))
     if loc and (last in owner.model_fields or isinstance(loc[-1], int)):
         keys.append(last)
     key = ".".join(keys)
     if kind == "missing":
         return key, "is required and has no default"
     if kind == "literal_error":
-        return key, f"expected one of {_choices(error)}, got {came!r}{_near(came, _literals(error))}"
+        return key, f"expected one of {_choices(error)}, got {shown(came)}{_near(came, _literals(error))}"
     if kind == "enum":
-        return key, f"expected one of {error['ctx']['expected']}, got {came!r}"
+        return key, f"expected one of {error['ctx']['expected']}, got {shown(came)}"
     if kind == "value_error":
         return key, str(error["ctx"]["error"])
     if kind in _EXPECTED:
@@ -211,8 +296,12 @@ def _merge_unions(problems: list[tuple[str, str]]) -> list[tuple[str, str]]:
     return [(key, "; or ".join(texts)) for key, texts in out.items()]
 
 
+def _key(name: str) -> str:
+    return name if len(name) <= 80 and name.isprintable() else shown(name)
+
+
 def _unknown(key: str, valid: list[str]) -> str:
-    near = difflib.get_close_matches(key, valid, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(key[:80], valid, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"unknown key; {hint}valid keys: {', '.join(valid)}"
 
@@ -227,7 +316,7 @@ def _choices(error: dict[str, Any]) -> str:
 
 
 def _near(came: Any, valid: list[str]) -> str:
-    near = difflib.get_close_matches(str(came), valid, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(str(came)[:80], valid, n=1, cutoff=0.6)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
@@ -237,9 +326,9 @@ def _kind(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float):
-        return repr(value)
+        return shown(value)
     if isinstance(value, str):
-        return f"the text {value!r}"
+        return f"the text {shown(value)}"
     if isinstance(value, dict):
         return "keys and values"
     return "a list" if isinstance(value, list) else type(value).__name__

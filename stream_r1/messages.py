@@ -29,9 +29,9 @@ def shown(value: Any) -> str:
 
 def some(names: Iterable[object], limit: int = 8) -> str:
     """The first names of a list, and how many more there are."""
-    names = [str(name) for name in names]
-    told = ", ".join(name if len(name) <= 200 else f"{name[:100]}...{name[-80:]}" for name in names[:limit])
-    return told + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    texts = [str(name) for name in names]
+    told = ", ".join(text if len(text) <= 200 else f"{text[:100]}...{text[-80:]}" for text in texts[:limit])
+    return told + (f" and {len(texts) - limit} more" if len(texts) > limit else "")
 
 
 def one_line(text: str) -> str:

@@ -6,6 +6,7 @@ regression (``kind: ode-init``) or teacher forcing (``kind: teacher-forcing``).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,18 +14,28 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field
 
-from stream_r1.config import Settings, SettingsError, build, merge, parse_overrides, read_recipe
+from stream_r1.config import (
+    Settings,
+    SettingsError,
+    build,
+    merge,
+    parse_overrides,
+    problems_of,
+    read_recipe,
+)
 from stream_r1.data.prompts import read_prompt_file
 from stream_r1.distill.settings import (
     Count,
     DistillSettings,
+    Frames,
     InitSettings,
     NotNegative,
     Positive,
     RolloutSettings,
 )
+from stream_r1.messages import shown, some
+from stream_r1.models.sizes import read_sizes
 from stream_r1.models.text import MINILM_DIM, WAN_NEGATIVE_PROMPT
-from stream_r1.models.weight_files import read_json
 from stream_r1.watch.settings import WatchSettings
 
 FILM_PROMPTS = "film"
@@ -58,8 +69,8 @@ class StreamSettings(Settings):
     sink_ema: decay of the sink's moving average; "none": the sink stays as it was.
     """
 
-    window_frames: Count | None = None
-    sink_frames: int | None = Field(default=None, ge=0)
+    window_frames: Frames | None = None
+    sink_frames: int | None = Field(default=None, ge=0, le=16384)
     positions: Literal["absolute", "window"] | None = None
     sink_ema: Annotated[float, Field(gt=0, lt=1)] | Literal["none"] | None = None
 
@@ -169,8 +180,8 @@ class PairSettings(Settings):
     """
 
     folder: str
-    count: Count = 1000
-    solver_steps: Count = 48
+    count: Annotated[int, Field(ge=1, le=10**7)] = 1000
+    solver_steps: Annotated[int, Field(ge=1, le=10**5)] = 48
     guidance: NotNegative = 3.0
     negative_prompt: str = ""
     order: Literal[1, 2] = 2
@@ -235,6 +246,9 @@ def _as_yaml(recipe: Recipe | InitRecipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=100)
 
 
+_KEYS = {*Recipe.model_fields, *InitRecipe.model_fields}
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe of a distillation, see `load_any`; another kind is refused."""
     recipe = load_any(path, overrides)
@@ -257,17 +271,17 @@ def load_any(path: str | Path, overrides: Sequence[str] = ()) -> Recipe | InitRe
     Raises:
         SettingsError: what is wrong, everything at once.
     """
-    data = merge(read_recipe(locate(path)), parse_overrides(overrides))
+    data = merge(read_recipe(locate(path), _KEYS), parse_overrides(overrides))
     source = str(locate(path)) + (" with overrides" if overrides else "")
     kinds = ("distill", "ode-init", "teacher-forcing")
     kind = data.get("kind", "distill")
     if kind not in kinds:
-        raise SettingsError(f"{source}: kind: expected one of {', '.join(kinds)}, got {kind!r}")
+        raise SettingsError(f"{source}: kind: expected one of {', '.join(kinds)}, got {shown(kind)}")
     recipe: Recipe | InitRecipe
     recipe = build(Recipe, data, source) if kind == "distill" else build(InitRecipe, data, source)
     problems = list(_misfits(recipe))
     if problems:
-        raise SettingsError(f"{path}: " + ("\n  ".join(["does not fit its models", *problems])))
+        raise problems_of(f"{path}: does not fit its models", problems)
     return recipe
 
 
@@ -312,7 +326,7 @@ def _misfits(recipe: Recipe | InitRecipe) -> list[str]:
     """Combinations that cannot work, read off the models' configurations; no weight is loaded."""
     configs = {name: _config(path) for name, path in recipe.models.model_dump(exclude={"text"}).items()}
     problems = [
-        f"models.{name}: expected {' or '.join(_CLASSES[name])}, got {config['_class_name']}"
+        f"models.{name}: expected {' or '.join(_CLASSES[name])}, got {some([config['_class_name']])}"
         for name, config in configs.items()
         if name in _CLASSES and config.get("_class_name", _CLASSES[name][0]) not in _CLASSES[name]
     ]
@@ -349,6 +363,9 @@ def _misfits(recipe: Recipe | InitRecipe) -> list[str]:
             f"reward: expected no settings for the film's reward, got {recipe.reward.overrides()}"
         )
     axes = reward.get("axes") if reward else None
+    if axes is not None and not (isinstance(axes, list) and all(isinstance(axis, str) for axis in axes)):
+        problems.append(f"models.reward: config.json: axes: expected a list of names, got {shown(axes)}")
+        axes = None
     if (
         isinstance(recipe, Recipe)
         and recipe.weighting.mode == "re-dmd"
@@ -357,7 +374,7 @@ def _misfits(recipe: Recipe | InitRecipe) -> list[str]:
     ):
         problems.append(
             f"weighting.motion_axis: expected an axis of the reward ({', '.join(axes)}), "
-            f"got {recipe.weighting.motion_axis!r}"
+            f"got {shown(recipe.weighting.motion_axis)}"
         )
     return problems
 
@@ -406,4 +423,4 @@ def _config(folder: str | None) -> dict[str, Any]:
     if folder is None:
         return {}
     path = locate(folder) / "config.json"
-    return read_json(path) if path.is_file() else {}
+    return read_sizes(path) if os.path.lexists(path) else {}

@@ -7,26 +7,42 @@ are replayed chunk by chunk with the real cache, training files forward and back
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from stream_r1.models.checkpoints import student_from_state
+from stream_r1.files import FileError, parse_json
+from stream_r1.messages import first_line, shown, some
+from stream_r1.models.checkpoints import require_told, student_from_state
 from stream_r1.models.contexts import TextContext
+from stream_r1.models.sizes import require_sizes
+from stream_r1.models.tensor_files import opened, require_finite
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.models.weight_names import normalise
 
 PASSES = 5  # calls a chunk; the last one leaves the keys and values that later chunks see
 
 
-class RecordingError(ValueError):
-    """A file that is no recording; the message names the file, what was expected and what was found."""
+_MOST_CHUNKS = 4096
+_SIZES = (
+    "num_heads",
+    "dim",
+    "in_dim",
+    "out_dim",
+    "text_dim",
+    "freq_dim",
+    "ffn_dim",
+    "num_layers",
+    "text_len",
+)
+
+
+class RecordingError(FileError):
+    """A file that is no recording."""
 
 
 @dataclass(frozen=True)
@@ -66,22 +82,41 @@ def read_recording(path: str | Path) -> Recording:
         FileNotFoundError: no such file.
         RecordingError: not a safetensors file, or without the metadata and calls of a recording.
     """
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such recording")
     try:
-        with safe_open(str(path), "pt") as file:
-            meta = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+        with opened(path, "recording (safetensors)") as file:
+            meta = {name: parse_json(value, name) for name, value in (file.metadata() or {}).items()}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise RecordingError(f"{path}: expected safetensors with JSON metadata, got {error}") from None
+        require_finite(tensors.items(), str(path))
+        whole = [name for name, t in tensors.items() if not t.is_floating_point() and name != "call.t"]
+        if whole:
+            raise FileError(f"{path}: expected floating point, got other numbers in {some(whole)}")
+    except FileError as error:
+        told = str(error) if str(error).startswith(str(path)) else f"{path}: {error}"
+        raise RecordingError(told) from None
     needed = ["config", "frames_per_chunk", "window_frames", "sink_frames", "positions"]
     calls = ["call.x", "call.t", "call.v", "call.context"]
     if "chunks" not in meta:
         needed.append("mask")
         calls.append("call.grad_v")
-    missing = [name for name in needed if name not in meta] + [name for name in calls if name not in tensors]
+    if not isinstance(meta.get("config", {}), dict):
+        raise RecordingError(f"{path}: config: expected keys and values, got {shown(meta['config'])}")
+    missing = [name for name in needed if name not in meta]
+    missing += [f"config.{name}" for name in _SIZES if name not in meta.get("config", _SIZES)]
+    missing += [name for name in calls if name not in tensors]
     if missing:
-        raise RecordingError(f"{path}: expected a recording, but it has no {', '.join(missing)}")
+        raise RecordingError(f"{path}: expected a recording, but it has no {some(missing)}")
+    for name in ("dim", "num_heads"):
+        if type(meta["config"][name]) is not int or meta["config"][name] < 1:
+            got = shown(meta["config"][name])
+            raise RecordingError(f"{path}: config.{name}: expected a whole number, 1 or more, got {got}")
+    if "chunks" in meta and (type(meta["chunks"]) is not int or not 1 <= meta["chunks"] <= _MOST_CHUNKS):
+        expected = f"a whole number from 1 to {_MOST_CHUNKS}"
+        raise RecordingError(f"{path}: chunks: expected {expected}, got {shown(meta['chunks'])}")
+    for name, window in (("window_frames", meta["window_frames"]), ("sink_frames", meta["sink_frames"])):
+        if window is not None and type(window) is not int:
+            raise RecordingError(f"{path}: {name}: expected a whole number, got {shown(window)}")
     return Recording(
         str(path),
         meta,
@@ -112,6 +147,8 @@ def recorded_student(recording: Recording, dtype: torch.dtype = torch.float32) -
         "first_chunk_frames": meta.get("first_chunk_frames"),
     }
     state = normalise(recording.weights, recording.source)
+    require_sizes(config, recording.source)
+    require_told(config, state, recording.source)
     return student_from_state(config, state, dtype=dtype, source=recording.source)
 
 
@@ -127,7 +164,12 @@ def replay(path: str | Path, dtype: torch.dtype = torch.float32) -> ReplayResult
     calls = {name: value.to(dtype) for name, value in recording.calls.items()}
     calls["t"] = recording.calls["t"]
     compare = _replay_stream if recording.streaming else _replay_training
-    return ReplayResult(recording.source, compare(student, recording.meta, calls))
+    try:
+        return ReplayResult(recording.source, compare(student, recording.meta, calls))
+    except RecordingError as error:
+        raise RecordingError(f"{path}: {error}") from None
+    except (ValueError, TypeError, RuntimeError, LookupError) as error:  # calls that do not fit the weights
+        raise RecordingError(f"{path}: its calls do not fit its weights: {first_line(error)}") from error
 
 
 def relative_error(ours: Tensor, recorded: Tensor) -> float:
@@ -157,7 +199,7 @@ def _replay_training(
     student: CausalWanTransformer, meta: Mapping[str, Any], calls: Mapping[str, Tensor]
 ) -> dict[str, float]:
     if meta["mask"] not in ("block_causal", "teacher_forcing"):
-        raise RecordingError(f"replay: mask must be block_causal or teacher_forcing, got {meta['mask']!r}")
+        raise RecordingError(f"mask: expected block_causal or teacher_forcing, got {shown(meta['mask'])}")
     x = calls["x"].clone().requires_grad_()
     clean_x = calls["clean_x"].clone().requires_grad_() if "clean_x" in calls else None
     text: TextContext = student.encode_text(calls["context"])

@@ -79,15 +79,15 @@ def _describe(console: Console, path: Path) -> None:
 def _folder(console: Console, path: Path) -> None:
     parts = [p for p in sorted(path.iterdir()) if p.is_dir() and any(p.glob("*.safetensors"))]
     config, weights = path / "config.json", sorted(path.glob("*.safetensors"))
-    if not config.is_file() and not weights and not parts:
+    if not os.path.lexists(config) and not weights and not parts:
         raise ValueError(
             f"{path}: neither a model folder (config.json, *.safetensors) nor a folder of such folders"
         )
-    from stream_r1.models.weight_files import read_json
+    from stream_r1.files import read_json
 
     console.print(Text(str(path), style="bold"), soft_wrap=True)
     table = _table()
-    if config.is_file():
+    if os.path.lexists(config):
         for key, value in read_json(config).items():
             if not key.startswith("_") or key == "_class_name":
                 table.add_row(key, _short(value))
@@ -103,7 +103,7 @@ def _weights(path: Path) -> str:
     """Counts from the file's header; no tensor is read."""
     import math
 
-    from stream_r1.models.weight_files import opened
+    from stream_r1.models.tensor_files import opened
 
     count, numbers, dtypes = 0, 0, set()
     with opened(path, ".safetensors file") as file:

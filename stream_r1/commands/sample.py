@@ -16,6 +16,7 @@ from stream_r1.commands.console import make_console
 from stream_r1.commands.outputs import check_files, check_folder
 from stream_r1.data.film import default_cache
 from stream_r1.disk.whole import written
+from stream_r1.messages import shown
 from stream_r1.models.text import UMT5Encoder, check_prompt
 from stream_r1.recipe import locate
 from stream_r1.sampling.pipeline import StreamR1Pipeline
@@ -182,9 +183,9 @@ def _write(
 
 
 def _size(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
     if not found:
-        raise ValueError(f"--size: expected height x width as 64x112, got {text!r}")
+        raise ValueError(f"--size: expected height x width as 64x112, got {shown(text)}")
     return int(found[1]), int(found[2])
 
 

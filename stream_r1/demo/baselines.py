@@ -19,6 +19,8 @@ from stream_r1.demo import stages
 from stream_r1.demo.settings import DemoSettings
 from stream_r1.disk.whole import write_text
 from stream_r1.evaluation import Reference
+from stream_r1.files import FileError, read_json
+from stream_r1.messages import shown
 from stream_r1.recipe import Recipe
 
 
@@ -94,4 +96,9 @@ def save_baselines(path: Path, columns: dict[str, dict[str, float]]) -> None:
 
 def load_baselines(path: Path) -> dict[str, dict[str, float]]:
     """The figures by column; none where the file is not there (other assets, not measured)."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    columns = read_json(path) if path.exists() else {}
+    for name, row in columns.items():
+        figures = row.values() if isinstance(row, dict) else [row]
+        if not isinstance(row, dict) or not all(type(figure) in (int, float) for figure in figures):
+            raise FileError(f"{path}: {shown(name)}: expected figures by name, got {shown(row)}")
+    return columns

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from stream_r1.config import SettingsError
 from stream_r1.disk.whole import write_text
-from stream_r1.messages import first_line
+from stream_r1.files import read_text
+from stream_r1.messages import shown, some
 
 FILE = "record.json"
+
+
+def _within(name: str) -> str:
+    path = PurePath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"expected a file of the run's folder, got {shown(name)}")
+    return name
+
+
+_Name = Annotated[str, AfterValidator(_within)]
 
 
 class _Part(BaseModel):
@@ -21,9 +33,9 @@ class Clip(_Part):
     """One video of one prompt."""
 
     prompt: str
-    video: str
+    video: _Name
     """mp4, relative to the run's folder."""
-    sheet: str | None = None
+    sheet: _Name | None = None
     """Contact sheet (PNG), relative to the run's folder."""
 
 
@@ -90,7 +102,7 @@ class Record(_Part):
     evaluated: str = ""
     """What the figures are means over, in words."""
     timing: Timing | None = None
-    maps: str | None = None
+    maps: _Name | None = None
     """npz with frames, saliency, weights; relative to the run's folder."""
     stages: dict[str, float] = {}
     """Seconds spent by stage."""
@@ -107,11 +119,13 @@ class Record(_Part):
     def load(cls, folder: Path) -> Record | None:
         """The folder's record, or None if there is none. Raises SettingsError for one that can't be read."""
         path = folder / FILE
-        if not path.is_file():
+        if not path.exists():
             return None
+        text = read_text(path, "a demo's record")
         try:
-            return cls.model_validate_json(path.read_bytes())
-        except ValueError as error:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)]
             raise SettingsError(
-                f"{path}: not a demo's record ({first_line(error)}): remove it, or start over with --fresh"
+                f"{path}: not a demo's record ({some(wrong)}): remove it, or start over with --fresh"
             ) from None

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from stream_r1.config import Settings
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10_000)]
 
 
 class DemoSettings(Settings):
@@ -29,8 +29,8 @@ class DemoSettings(Settings):
     least_distillation: seconds of distillation, whatever the budget says.
     """
 
-    budget: Annotated[float, Field(ge=20)] = 330.0
-    prompts: tuple[str, ...] = (
+    budget: Annotated[float, Field(ge=20, le=10**7)] = 330.0
+    prompts: Annotated[tuple[str, ...], Field(min_length=1, max_length=256)] = (
         "close up of a smiling fat rabbit under a tree",
         "a flying squirrel glides through a blue sky",
         "a purple bird sits on a tree branch at dawn",
@@ -40,10 +40,10 @@ class DemoSettings(Settings):
     seed: int = 0
     reference: str = "assets/tiny/reference/statistics.safetensors"
     baselines: str = "assets/tiny/reference/baselines.json"
-    evaluated_videos: Annotated[int, Field(ge=2)] = 24
+    evaluated_videos: Annotated[int, Field(ge=2, le=10_000)] = 24
     evaluated_batch: Count = 8
     timed_chunks: Count = 8
-    teacher_steps: Annotated[int, Field(ge=0)] = 24
+    teacher_steps: Annotated[int, Field(ge=0, le=10_000)] = 24
     finish: float = 12.0
     least_distillation: float = 10.0
 

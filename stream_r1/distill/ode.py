@@ -24,9 +24,11 @@ from stream_r1.distill.dmd import velocity
 from stream_r1.distill.initialise import per_chunk
 from stream_r1.distill.noise import SampleNoise
 from stream_r1.distill.precision import Precision, computing_in
+from stream_r1.files import FileError, parse_json
+from stream_r1.messages import shown
 from stream_r1.models.prompt_cache import PromptEmbeddings
+from stream_r1.models.tensor_files import opened, require_finite
 from stream_r1.models.transformer import CausalWanTransformer
-from stream_r1.models.weight_files import CheckpointError, opened
 from stream_r1.schedule import FlowSchedule
 
 
@@ -137,7 +139,8 @@ class StoredTrajectories:
         with _opened(path) as file:
             stored = file.get_slice("trajectories")
             out: Tensor = stored[row] if self._state is None else stored[row, self._state]
-            return out
+        require_finite([(f"trajectories[{row}]", out)], str(path))
+        return out
 
 
 class OdePairs(NamedTuple):
@@ -235,16 +238,14 @@ def _pairs_in(path: Path, settings: dict[str, Any]) -> int:
     if not path.exists():
         return 0
     try:
-        with _opened(path) as file:
-            made_with = json.loads(file.metadata()["settings"])
-            count: int = file.get_slice("text_index").get_shape()[0]
-    except CheckpointError:
+        made_with, _, index = _read_header(path)
+    except FileError:
         return 0  # damaged: it is written again
     if told := _differences(made_with, settings):
         raise ValueError(
             f"make_ode_pairs: folder: {path} was made with {told}: name another folder or remove it"
         )
-    return count
+    return len(index)
 
 
 def _opened(path: Path) -> AbstractContextManager[Any]:
@@ -258,7 +259,7 @@ def load_ode_pairs(folder: Path | str, text: Tensor | PromptEmbeddings, *, data:
     Raises:
         FileNotFoundError: nothing is there.
         ValueError: a file was made of other texts, or with other settings or timesteps than the first.
-        CheckpointError: a file can't be read, or does not agree with itself.
+        FileError: a file can't be read, or does not agree with itself.
     """
     paths = sorted(Path(folder).glob("pairs-*.safetensors"))
     if not paths:
@@ -285,37 +286,38 @@ def _read_header(path: Path) -> tuple[dict[str, Any], Tensor, Tensor]:
     """Settings, timesteps [K] and text_index [n] of a file that agrees with itself."""
     with _opened(path) as file:
         if missing := {"trajectories", "timesteps", "text_index"} - set(file.keys()):
-            raise CheckpointError(f"{path}: not a file of trajectories: no {', '.join(sorted(missing))}")
+            raise FileError(f"{path}: not a file of trajectories: no {', '.join(sorted(missing))}")
         try:
-            settings = json.loads((file.metadata() or {})["settings"])
-        except (KeyError, ValueError):
-            raise CheckpointError(f"{path}: not a file of trajectories: expected settings in JSON") from None
+            settings = parse_json((file.metadata() or {})["settings"], f"{path}: settings")
+        except KeyError:
+            raise FileError(f"{path}: not a file of trajectories: expected settings in JSON") from None
         shape = file.get_slice("trajectories").get_shape()
         timesteps, index = file.get_tensor("timesteps"), file.get_tensor("text_index")
     if not isinstance(settings, dict) or len(shape) != 6:
-        raise CheckpointError(
+        raise FileError(
             f"{path}: trajectories: expected [n, K + 1, F, C, h, w] and settings as a mapping, got {shape}"
         )
     if timesteps.shape != (shape[1] - 1,) or index.shape != (shape[0],) or shape[0] == 0:
-        raise CheckpointError(
+        raise FileError(
             f"{path}: trajectories: expected {len(index)} at {len(timesteps)} timesteps and the end, as its "
             f"other tensors say, got {shape}"
         )
     if index.is_floating_point() or int(index.min()) < 0:
-        raise CheckpointError(f"{path}: text_index: expected integers >= 0, got {index[:8].tolist()}")
+        raise FileError(f"{path}: text_index: expected integers >= 0, got {index[:8].tolist()}")
     if "steps" in settings and "shift" in settings:
-        meant = FlowSchedule(settings["shift"]).denoising_steps(settings["steps"])
+        try:
+            meant = FlowSchedule(settings["shift"]).denoising_steps(settings["steps"])
+        except (TypeError, ValueError) as error:
+            raise FileError(f"{path}: settings: {error}") from None
         if [round(t, 2) for t in meant] != [round(t, 2) for t in timesteps.tolist()]:
-            raise CheckpointError(
-                f"{path}: timesteps: expected {meant} by its settings, got {timesteps.tolist()}"
-            )
+            raise FileError(f"{path}: timesteps: expected {meant} by its settings, got {timesteps.tolist()}")
     return settings, timesteps, index
 
 
 def _differences(made_with: dict[str, Any], expected: dict[str, Any]) -> str:
     """What settings differ in, "" where they agree."""
     return "; ".join(
-        f"{name} = {made_with.get(name)!r}, this is {value!r}"
+        f"{name} = {shown(made_with.get(name))}, this is {shown(value)}"
         for name, value in expected.items()
         if made_with.get(name) != value
     )

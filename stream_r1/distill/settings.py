@@ -19,8 +19,11 @@ from stream_r1.models.text import WAN_NEGATIVE_PROMPT
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Unit = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Frames = Annotated[int, Field(ge=1, le=16384)]  # latent
+Side = Annotated[int, Field(ge=1, le=4096)]  # of latents
 Timestep = Annotated[float, Field(ge=0, le=1000)]
+_MOST_CELLS = 2**27
 
 
 class OptimizerSettings(Settings):
@@ -55,10 +58,10 @@ class LoraSettings(Settings):
     targets: linear layers, by the ends of their names.
     """
 
-    rank: Count = 64
+    rank: Annotated[int, Field(ge=1, le=65536)] = 64
     alpha: Positive | None = None
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    targets: Annotated[tuple[str, ...], Field(min_length=1)] = (
+    targets: Annotated[tuple[str, ...], Field(min_length=1, max_length=1000)] = (
         "to_q",
         "to_k",
         "to_v",
@@ -101,14 +104,23 @@ class RolloutSettings(Settings):
     gradient_checkpointing: compute a block's inside again in the backward instead of keeping it.
     """
 
-    frames: Count = 21
-    length: Count | tuple[Count, Count] | None = None
-    height: Count = 60
-    width: Count = 104
-    steps: Annotated[tuple[Timestep, ...], Field(min_length=1)] = (1000, 750, 500, 250)
+    frames: Frames = 21
+    length: Frames | tuple[Frames, Frames] | None = None
+    height: Side = 60
+    width: Side = 104
+    steps: Annotated[tuple[Timestep, ...], Field(min_length=1, max_length=1000)] = (1000, 750, 500, 250)
     shift: Positive = 5.0
     context_noise: Timestep = 0.0
     gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _small_enough(self) -> RolloutSettings:
+        cells = self.frames * self.height * self.width
+        if cells > _MOST_CELLS:
+            raise ValueError(
+                f"frames x height x width: expected at most {_MOST_CELLS} cells of latents, got {cells}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _steps_fall(self) -> RolloutSettings:
@@ -190,7 +202,7 @@ class WeightingSettings(Settings):
     mode: WeightingMode = "full"
     beta: NotNegative = 2.0
     balance: NotNegative = 0.5
-    history: Annotated[int, Field(ge=2)] = 50
+    history: Annotated[int, Field(ge=2, le=10**6)] = 50
     temperature: Positive = 1.0
     spatial_floor: Unit = 0.15
     temporal_floor: Unit = 0.2
@@ -219,7 +231,7 @@ class DistributedSettings(Settings):
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     async_checkpoints: bool = False
-    timeout_minutes: Positive = 30.0
+    timeout_minutes: Annotated[float, Field(gt=0, le=10**6)] = 30.0
 
     @model_validator(mode="after")
     def _fits_together(self) -> DistributedSettings:
@@ -283,7 +295,7 @@ class DistillSettings(LoopSettings):
     weighting: how the reward weights the loss.
     """
 
-    batch: Count = 64
+    batch: Annotated[int, Field(ge=1, le=2**20)] = 64
     accumulation: Count = 1
     critic_updates: Count = 5
     critic_warmup: Annotated[int, Field(ge=0)] = 0
@@ -320,7 +332,7 @@ class InitSettings(LoopSettings):
     gradient_checkpointing: compute a block's inside again in the backward instead of keeping it.
     """
 
-    batch: Count = 64
+    batch: Annotated[int, Field(ge=1, le=2**20)] = 64
     accumulation: Count = 1
     optimizer: OptimizerSettings = OptimizerSettings(lr=2e-6, betas=(0.9, 0.999), clip=10.0)
     lora: LoraSettings | None = None

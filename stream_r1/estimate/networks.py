@@ -21,8 +21,8 @@ from stream_r1.config import SettingsError
 from stream_r1.distill.lora import add_adapters
 from stream_r1.distill.settings import LoraSettings
 from stream_r1.estimate.once import AlikePieces
+from stream_r1.files import read_json
 from stream_r1.models.transformer import CausalWanTransformer
-from stream_r1.models.weight_files import read_json
 from stream_r1.recipe import InitRecipe, Recipe, locate
 from stream_r1.rewards.base import Reward
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -16,6 +15,17 @@ from stream_r1.disk.whole import written
 from stream_r1.evaluation.kid import FrameFeatures
 from stream_r1.evaluation.naturalness import CleanStatistics, sharpness
 from stream_r1.evaluation.warp import MotionFigures, motion_figures
+from stream_r1.files import FileError, parse_json
+from stream_r1.messages import shown
+from stream_r1.models.tensor_files import opened, require_finite
+
+_SIZES = {  # what a file holds, and how many dimensions and last entries each has
+    "features": (2, 352),
+    "video_features": (2, 352),
+    "clean.mean": (1, 36),
+    "clean.covariance": (2, 36),
+    "figures": (1, 1 + len(MotionFigures._fields)),
+}
 
 
 @dataclass(frozen=True)
@@ -65,11 +75,20 @@ class Reference:
     @classmethod
     def load(cls, path: str | Path) -> Reference:
         """Reads what `save` wrote; FileNotFoundError if it is not there."""
-        if not Path(path).is_file():
+        if not Path(path).exists():
             raise FileNotFoundError(f"Reference.load: no such file: {path}")
-        with safe_open(str(path), "pt") as file:
-            prompts = json.loads((file.metadata() or {}).get("prompts", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        with opened(path, "file of statistics") as file:
+            prompts = parse_json((file.metadata() or {}).get("prompts", "null"), f"{path}: prompts")
+            tensors = {name: file.get_tensor(name) for name in _SIZES}
+        for name, (dims, width) in _SIZES.items():
+            t = tensors[name]
+            if t.dim() != dims or t.shape[-1] != width or not t.numel() or not t.is_floating_point():
+                expected = f"numbers of {dims} dimensions, the last of {width}"
+                raise FileError(f"{path}: {name}: expected {expected}, got {t.dtype} {list(t.shape)}")
+        require_finite(tensors.items(), str(path))
+        listed = isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts)
+        if prompts is not None and not (listed and len(prompts) == len(tensors["video_features"])):
+            raise FileError(f"{path}: prompts: expected one a video, got {shown(prompts)}")
         sharp, *motion = tensors["figures"].tolist()
         return cls(
             tensors["features"].float(),

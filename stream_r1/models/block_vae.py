@@ -19,9 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle, silu
 
+from stream_r1.files import FileError, read_json
 from stream_r1.models.autoencoder import VideoAutoencoder
 from stream_r1.models.checkpoints import load_weights
-from stream_r1.models.weight_files import CheckpointError, read_json, read_tensors
+from stream_r1.models.weight_files import read_tensors
 
 _SIDE, _FRAMES = 8, 4
 _BLOCK = 3 * _FRAMES * _SIDE * _SIDE
@@ -73,16 +74,14 @@ class BlockVAE(VideoAutoencoder):
 
         Raises:
             FileNotFoundError: no such folder, config or weights.
-            CheckpointError: another class's folder, or files that can't be read or do not fit.
+            FileError: another class's folder, or files that can't be read or do not fit.
         """
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise FileNotFoundError(f"BlockVAE.from_pretrained: expected {path}")
         config = read_json(path)
         if config.get("_class_name") != cls.__name__:
-            raise CheckpointError(
-                f"{path}: expected _class_name {cls.__name__}, got {config.get('_class_name')}"
-            )
+            raise FileError(f"{path}: expected _class_name {cls.__name__}, got {config.get('_class_name')}")
         model = cls(**{name: value for name, value in config.items() if not name.startswith("_")})
         load_weights(model, read_tensors(folder), source=str(folder))
         return model.eval().requires_grad_(False).to(device, dtype)

@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stream_r1.files import FileError
+from stream_r1.messages import first_line, shown, some
 from stream_r1.models.adapters import merge_adapter
+from stream_r1.models.tensor_files import require_finite
 from stream_r1.models.transformer import FLOAT32_PARTS, CausalWanTransformer
-from stream_r1.models.weight_files import CheckpointError, read_config, read_tensors, some
+from stream_r1.models.weight_files import model_folder, read_config, read_tensors
 from stream_r1.models.weight_names import BLOCK_NAME, normalise
 
 _TIME = "condition_embedder.time_embedder.linear_1.weight"
@@ -40,23 +43,25 @@ def infer_config(
     gives.
 
     Raises:
-        CheckpointError: weights that tell a size are missing or have other dimensions, or `head_dim` does not
+        FileError: weights that tell a size are missing or have other dimensions, or `head_dim` does not
             divide the width.
     """
     absent = [name for name in _TELLING if name not in state]
     if absent:
-        raise CheckpointError(f"{source}: expected {', '.join(absent)}, found {some(state)}")
+        raise FileError(f"{source}: expected {', '.join(absent)}, found {some(state)}")
     for name, dims in _TELLING.items():
         if state[name].dim() != dims:
             got = list(state[name].shape)
-            raise CheckpointError(f"{source}: expected {name} with {dims} dimensions, got {got}")
+            raise FileError(f"{source}: expected {name} with {dims} dimensions, got {got}")
     patches, head, text, time, ffn = (state[name].shape for name in _TELLING)
     if time[1] % 2:
-        raise CheckpointError(f"{source}: expected {_TIME} with an even width, got {list(time)}")
+        raise FileError(f"{source}: expected {_TIME} with an even width, got {list(time)}")
     dim, in_channels, patch_frames, patch_rows, patch_columns = patches
     if head_dim < 1 or dim % head_dim:
-        raise CheckpointError(f"{source}: head_dim must divide the width {dim}, got {head_dim}")
+        raise FileError(f"{source}: head_dim must divide the width {dim}, got {head_dim}")
     blocks = {int(name.split(".")[1]) for name in state if BLOCK_NAME.fullmatch(name)}
+    if max(blocks) >= len(state):
+        raise FileError(f"{source}: expected blocks numbered from 0 on, got blocks.{max(blocks)}")
     return {
         "patch_size": (patch_frames, patch_rows, patch_columns),
         "num_attention_heads": dim // head_dim,
@@ -75,7 +80,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, source: str =
     """Copy weights under diffusers' names into a model; all of them or none.
 
     Raises:
-        CheckpointError: names the missing, unexpected and wrongly shaped parameters.
+        FileError: names the missing, unexpected and wrongly shaped parameters.
     """
     check_fit(model, state, source)
     model.load_state_dict(dict(state))
@@ -85,7 +90,7 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Non
     """Refuse weights that are not a model's own, by name and shape.
 
     Raises:
-        CheckpointError: names the missing, unexpected and wrongly shaped parameters, the first of many.
+        FileError: names the missing, unexpected and wrongly shaped parameters, the first of many.
     """
     expected = model.state_dict()
     problems = []
@@ -96,11 +101,21 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Non
         for name in expected
         if name in state and state[name].shape != expected[name].shape
     ]
-    for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong)):
+    whole = [
+        f"{name} (expected floating point, got {str(state[name].dtype).removeprefix('torch.')})"
+        for name in expected
+        if name in state and not state[name].is_floating_point()
+    ]
+    for what, names in (
+        ("missing", missing),
+        ("unexpected", unexpected),
+        ("of another shape", wrong),
+        ("of another dtype", whole),
+    ):
         if names:
             problems.append(f"{len(names)} {what}: {some(names)}")
     if problems:
-        raise CheckpointError(f"{source}: the weights do not fit the model; " + "; ".join(problems))
+        raise FileError(f"{source}: the weights do not fit the model; " + "; ".join(problems))
 
 
 def load_student(
@@ -129,7 +144,7 @@ def load_student(
         settings: of `CausalWanTransformer`, over all others: `window_frames=9, sink_frames=3`, ...
 
     Raises:
-        FileNotFoundError, CheckpointError: see `read_tensors`, `infer_config` and `load_weights`.
+        FileNotFoundError, FileError: see `read_tensors`, `infer_config` and `load_weights`.
         ValueError: settings that do not exist or do not fit.
     """
     path = Path(path)
@@ -145,10 +160,26 @@ def load_student(
         own = dict(config or {})
         head_dim = head_dim or own.get("attention_head_dim", 128)
         own |= infer_config(state, head_dim=head_dim, source=str(path))
+    else:
+        require_told(own, state, model_folder(path) / "config.json")
     if adapter is not None:
         state = merge_adapter(state, adapter)
     own = {name: value for name, value in own.items() if name in known} | settings
     return student_from_state(own, state, dtype=dtype, device=device, source=str(path))
+
+
+def require_told(config: Mapping[str, Any], state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Refuse a configuration of other sizes than weights under diffusers' names have.
+
+    Raises:
+        FileError: names what differs, and what `infer_config` misses.
+    """
+    told = infer_config(state, head_dim=config.get("attention_head_dim", 128), source=str(source))
+    for name, expected in told.items():
+        got = config.get(name, expected)
+        got = tuple(got) if isinstance(got, list) else got
+        if got != expected and not (name == "out_channels" and not got):
+            raise FileError(f"{source}: {name}: expected {expected} as in the weights, got {shown(got)}")
 
 
 def student_from_state(
@@ -162,15 +193,19 @@ def student_from_state(
     """A student with these settings and these weights (diffusers' names), in eval mode.
 
     Raises:
-        CheckpointError: names the missing, unexpected and wrongly shaped parameters.
+        FileError: names the missing, unexpected and wrongly shaped parameters.
     """
-    with torch.device("meta"):  # the weights are there already: no time for random ones
-        model = CausalWanTransformer(**config)
+    try:
+        with torch.device("meta"):  # the weights are there already: no time for random ones
+            model = CausalWanTransformer(**config)
+    except Exception as error:  # whatever settings of any kind lead to
+        raise FileError(f"{source}: {first_line(error)}") from error
     check_fit(model, state, source)
     wide = torch.promote_types(dtype, torch.float32)
     placed = {
         name: value.to(device, wide if any(part in FLOAT32_PARTS for part in name.split(".")) else dtype)
         for name, value in state.items()
     }
+    require_finite(placed.items(), source)
     model.load_state_dict(placed, assign=True)
     return model.requires_grad_(True).eval()

@@ -9,7 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from stream_r1.models.weight_files import CheckpointError, read_json, some
+import torch
+
+from stream_r1.files import FileError
+from stream_r1.messages import first_line, some
+from stream_r1.models.sizes import read_sizes
+from stream_r1.models.tensor_files import require_finite
+from stream_r1.models.weight_files import require_readable_weights
 
 
 def read_library_model(kind: Any, folder: str | Path, **arguments: Any) -> Any:
@@ -22,36 +28,61 @@ def read_library_model(kind: Any, folder: str | Path, **arguments: Any) -> Any:
 
     Raises:
         FileNotFoundError: no `config.json`.
-        CheckpointError: files that can't be read, or weights that are missing or of another shape.
+        FileError: files that can't be read, or weights that are missing or of another shape.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").exists():
         raise FileNotFoundError(f"{folder}: expected a folder with the config.json of a {kind.__name__}")
-    read_json(folder / "config.json")
-    return read_whole(kind, folder, **arguments)
+    _require_held(kind, read_sizes(folder / "config.json"), folder)
+    model = read_whole(kind, folder, **arguments)
+    require_finite(model.named_parameters(), str(folder))
+    return model
+
+
+def _require_held(kind: Any, config: dict[str, Any], folder: Path) -> None:
+    """Refuses a configuration that asks for more numbers than the weights beside it have bytes."""
+    held = require_readable_weights(folder)
+    try:
+        with torch.device("meta"):
+            of_transformers = hasattr(kind, "config_class")
+            made = kind(kind.config_class.from_dict(config)) if of_transformers else kind.from_config(config)
+    except Exception as error:  # of any kind: see below
+        raise FileError(
+            f"{folder / 'config.json'}: expected the settings of a {kind.__name__}; {first_line(error)}"
+        ) from None
+    asked = sum(p.numel() for p in made.parameters())
+    if asked > held:
+        raise FileError(
+            f"{folder / 'config.json'}: asks for {asked} numbers, but the weights beside it have {held} bytes"
+        )
 
 
 def read_whole(kind: Any, source: str | Path, **arguments: Any) -> Any:
-    """The same from a folder or a repository of the hub. Raises CheckpointError alone."""
+    """The same from a folder or a repository of the hub. Raises FileError alone."""
     try:
         model, told = kind.from_pretrained(source, output_loading_info=True, **arguments)
     except Exception as error:  # of any kind: they are the libraries' and their parsers' own
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{source}: not a readable {kind.__name__}: {reason}") from error
+        raise FileError(f"{source}: not a readable {kind.__name__}: {_without_advice(error)}") from error
     missing = sorted(told["missing_keys"])
     if missing:
-        raise CheckpointError(
+        raise FileError(
             f"{source}: the weights do not fit the {kind.__name__}; {len(missing)} missing: {some(missing)}"
         )
     return model
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """A local folder's tokenizer. Raises CheckpointError if it can't be read."""
+    """A local folder's tokenizer. Raises FileError if it can't be read."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # see above
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{folder}: not a readable tokenizer: {reason}") from error
+        raise FileError(f"{folder}: not a readable tokenizer: {_without_advice(error)}") from error
+
+
+def _without_advice(error: Exception) -> str:
+    """The first line of a library's error, unless it advises to read the file in a way that runs code."""
+    line = first_line(error)
+    unsafe = any(word in line for word in ("weights_only", "trust_remote_code", "allow_pickle", "unsafe"))
+    return "damaged, or holds more than tensors" if unsafe else line

@@ -9,11 +9,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from stream_r1.disk.whole import written
+from stream_r1.files import FileError
+from stream_r1.models.tensor_files import opened
 
 _TAIL = 1 << 20  # bytes of a large file that tell it from another of its size
 
@@ -33,6 +34,8 @@ class PromptCache:
         self.folder = Path(folder)
         self.model = model
         self._cleared = False  # a look at a folder of a hundred thousand files, once a process
+        self.size: tuple[int, int] | None = None
+        """Tokens at most, and the width, of the states that its encoder makes; others count as damaged."""
 
     def path(self, prompt: str) -> Path:
         """The file of a prompt."""
@@ -42,9 +45,13 @@ class PromptCache:
     def get(self, prompt: str) -> Tensor | None:
         """The states [tokens, dim] of a prompt, on the CPU, if they are kept."""
         try:
-            with safe_open(self.path(prompt), framework="pt") as file:
-                return file.get_tensor("states") if file.metadata()["prompt"] == prompt else None
-        except (FileNotFoundError, SafetensorError, KeyError, TypeError):
+            with opened(self.path(prompt), "prompt's embedding") as file:
+                states: Tensor = file.get_tensor("states")
+                sound = states.dim() == 2 and states.is_floating_point() and bool(states.isfinite().all())
+                if self.size is not None and sound:
+                    sound = len(states) <= self.size[0] and states.shape[1] == self.size[1]
+                return states if sound and file.metadata()["prompt"] == prompt else None
+        except (OSError, FileError, KeyError, TypeError):
             return None
 
     def put(self, prompt: str, states: Tensor) -> None:

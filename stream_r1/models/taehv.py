@@ -14,9 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from stream_r1.files import FileError
 from stream_r1.models.autoencoder import VideoAutoencoder
 from stream_r1.models.checkpoints import check_fit
-from stream_r1.models.weight_files import CheckpointError, read_tensors
+from stream_r1.models.tensor_files import require_finite
+from stream_r1.models.weight_files import read_tensors
 
 _POOLED = (2, 2, 1)  # frames that each stage of the encoder makes one
 _GROWN = (1, 2, 2)  # frames that each stage of the decoder makes of one
@@ -63,7 +65,7 @@ class TinyVAE(VideoAutoencoder):
 
         Raises:
             FileNotFoundError: no such file.
-            CheckpointError: another layout; names the missing, unexpected and wrongly shaped parameters.
+            FileError: another layout; names the missing, unexpected and wrongly shaped parameters.
         """
         state = read_tensors(path)
         sizes = [_size(state, f"decoder.{index}.weight", str(path)) for index in (1, 8, 14, 20)]
@@ -76,6 +78,7 @@ class TinyVAE(VideoAutoencoder):
                 # trained to make more frames than this decoder does: its last ones are the ones to make
                 state[name] = state[name][-layer.conv.weight.shape[0] :]
         check_fit(model, state, str(path))
+        require_finite(state.items(), str(path))
         model.load_state_dict(state, assign=True)
         return model.requires_grad_(False).to(device, dtype)
 
@@ -201,5 +204,5 @@ def _conv(inputs: int, outputs: int, *, stride: int = 1, bias: bool = True) -> n
 def _size(state: Mapping[str, Tensor], name: str, source: str) -> torch.Size:
     if name not in state or state[name].dim() != 4:
         found = ", ".join(list(state)[:5])
-        raise CheckpointError(f"{source}: expected the layout of taew2_1.pth with {name}, found {found}")
+        raise FileError(f"{source}: expected the layout of taew2_1.pth with {name}, found {found}")
     return state[name].shape

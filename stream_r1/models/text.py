@@ -17,10 +17,11 @@ import ftfy
 import torch
 from torch import Tensor
 
+from stream_r1.files import FileError
 from stream_r1.models.library import read_library_model, read_tokenizer
 from stream_r1.models.offload import ModelOffload
 from stream_r1.models.prompt_cache import PromptCache, PromptEmbeddings, fingerprint, padded
-from stream_r1.models.weight_files import CheckpointError, read_json
+from stream_r1.models.sizes import read_sizes
 
 # What Wan 2.1's teachers are guided away from, as its own pipelines have it: over-exposed, static, blurred,
 # subtitles, paintings, JPEG residue, malformed hands and faces, crowds in the background, walking backwards.
@@ -70,6 +71,8 @@ class TransformersEncoder(ABC):
         self.device = torch.device(device)
         self.keep_loaded = keep_loaded
         self._cache = cache
+        if cache is not None:
+            cache.size = (text_len, dim)
         self._known: OrderedDict[str, Tensor] = OrderedDict()
         self._model: Any = None
         self._offload: ModelOffload | None = None
@@ -244,7 +247,7 @@ class UMT5Encoder(TransformersEncoder):
 
     Raises:
         FileNotFoundError: the folder lacks one of the two.
-        CheckpointError: one that can't be read; of the model, when a prompt needs it.
+        FileError: one that can't be read; of the model, when a prompt needs it.
     """
 
     def __init__(
@@ -264,9 +267,9 @@ class UMT5Encoder(TransformersEncoder):
                     f"UMT5Encoder: {folder} must hold text_encoder/ and tokenizer/, {part} is missing"
                 )
         self._folder, self._dtype = folder / "text_encoder", dtype
-        width = read_json(self._folder / "config.json").get("d_model")
-        if not isinstance(width, int):
-            raise CheckpointError(
+        width = read_sizes(self._folder / "config.json").get("d_model")
+        if width is None:
+            raise FileError(
                 f"{self._folder / 'config.json'}: expected d_model of a UMT5 encoder, got {width!r}"
             )
         kept = None

@@ -9,12 +9,14 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
+from stream_r1.files import FileError
+from stream_r1.messages import some
 from stream_r1.models.autoencoder import VideoAutoencoder
 from stream_r1.models.causal_convolution import Past
 from stream_r1.models.library import read_library_model
 from stream_r1.models.module_weights import device_of
+from stream_r1.models.sizes import read_sizes
 from stream_r1.models.vae_codec import decode_piece, encode_piece
-from stream_r1.models.weight_files import read_json
 
 
 class VideoVAE(VideoAutoencoder):
@@ -63,18 +65,24 @@ class VideoVAE(VideoAutoencoder):
         """Load a local diffusers folder (`config.json` and weights) of an `AutoencoderKLWan`.
 
         Raises FileNotFoundError if the folder or its config is missing, ValueError if it holds another class,
-        CheckpointError if its files can't be read or lack weights.
+        FileError if its files can't be read or lack weights.
         """
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(
                 f"VideoVAE.from_pretrained: expected {folder}/config.json of an AutoencoderKLWan"
             )
-        config = read_json(folder / "config.json")
+        config = read_sizes(folder / "config.json")
         if config.get("_class_name") != "AutoencoderKLWan":
             got = config.get("_class_name")
-            raise ValueError(f"VideoVAE.from_pretrained: {folder} must hold an AutoencoderKLWan, got {got}")
-        return cls(read_library_model(AutoencoderKLWan, folder, torch_dtype=dtype)).to(device)
+            raise ValueError(
+                f"VideoVAE.from_pretrained: {folder} must hold an AutoencoderKLWan, got {some([got])}"
+            )
+        model = read_library_model(AutoencoderKLWan, folder, torch_dtype=dtype)
+        try:
+            return cls(model).to(device)
+        except ValueError as error:
+            raise FileError(f"{folder / 'config.json'}: {error}") from None
 
     @property
     def dtype(self) -> torch.dtype:

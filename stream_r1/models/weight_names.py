@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from stream_r1.models.weight_files import CheckpointError
+from stream_r1.files import FileError
 
 # original -> diffusers; what follows (.weight, .bias) stays
 _TOP = {
@@ -41,7 +41,7 @@ _BLOCK = {
         ("norm_k", "norm_k"),
     )
 }
-BLOCK_NAME = re.compile(r"(blocks\.\d+)\.(.+)")
+BLOCK_NAME = re.compile(r"(blocks\.\d{1,6})\.(.+)")
 _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 _LEADING = ("model.", "module.", "diffusion_model.")
 
@@ -82,7 +82,7 @@ def normalise(state: Mapping[str, Tensor], source: str = "state dict") -> dict[s
     """Any of the known namings -> diffusers' names.
 
     Raises:
-        CheckpointError: two entries become one name.
+        FileError: two entries become one name.
     """
     stripped = {name: strip_prefixes(name) for name in state}
     # The affine norm tells nothing (norm2 and norm3 are swapped between the two), so a file is judged as a
@@ -92,6 +92,6 @@ def normalise(state: Mapping[str, Tensor], source: str = "state dict") -> dict[s
     for name, bare in stripped.items():
         ours = to_diffusers_name(bare) if original else bare
         if ours in named:
-            raise CheckpointError(f"{source}: several entries are named {ours}, one of them {name}")
+            raise FileError(f"{source}: several entries are named {ours}, one of them {name}")
         named[ours] = state[name]
     return named

@@ -11,12 +11,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stream_r1.disk.whole import written
+from stream_r1.files import FileError, read_json
+from stream_r1.messages import first_line, shown
+from stream_r1.models.checkpoints import check_fit
+from stream_r1.models.tensor_files import read_file, require_finite
 from stream_r1.models.text import MiniLMEncoder, TextEncoder
-from stream_r1.models.weight_files import read_json
 from stream_r1.rewards.base import ScoreNormalizer, check_video
 from stream_r1.rewards.film_features import FilmFeatureExtractor, FilmFeatures
 
@@ -170,20 +173,23 @@ class FilmReward(nn.Module):
         """
         folder = Path(folder)
         config = read_json(folder / "config.json")
-        if config.get("type") != "film" or tuple(config.get("axes", ())) != AXES:
+        if config.get("type") != "film" or config.get("axes") != list(AXES):
             raise ValueError(
                 f'FilmReward.from_pretrained: folder: expected type "film", axes {list(AXES)} in {folder}, '
-                f"got {config.get('type')!r} with {config.get('axes')}"
+                f"got {shown(config.get('type'))} with {shown(config.get('axes'))}"
             )
-        heads = FilmHeads(config["hidden"], config["shared"])
-        heads.load_state_dict(load_file(folder / "heads.safetensors"))
-        return cls(
-            heads,
-            ScoreNormalizer(config["mean"], config["std"]),
-            max_frames=config["max_frames"],
-            window_frames=config["window_frames"],
-            text_encoder=text_encoder,
-        )
+        try:
+            heads = FilmHeads(config["hidden"], config["shared"])
+            normalizer = ScoreNormalizer(config["mean"], config["std"])
+            frames = {name: config[name] for name in ("max_frames", "window_frames")}
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            told = f"no {error}" if isinstance(error, KeyError) else first_line(error)
+            raise FileError(f"{folder / 'config.json'}: not a film reward's settings: {told}") from None
+        weights = read_file(folder / "heads.safetensors")
+        check_fit(heads, weights, str(folder / "heads.safetensors"))
+        require_finite(weights.items(), str(folder / "heads.safetensors"))
+        heads.load_state_dict(weights)
+        return cls(heads, normalizer, text_encoder=text_encoder, **frames)
 
 
 @torch.no_grad()

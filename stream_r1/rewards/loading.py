@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from stream_r1.models.weight_files import read_json
+from stream_r1.files import read_json
+from stream_r1.messages import shown
 from stream_r1.rewards.base import Reward
 from stream_r1.rewards.film import FilmReward
 
@@ -44,4 +45,4 @@ def load_reward(spec: str | Path, *, device: str | torch.device = "cpu", **setti
         from stream_r1.rewards.videoalign import VideoAlignReward
 
         return VideoAlignReward.from_pretrained(folder, device=device, **settings)
-    raise ValueError(f'load_reward: spec: expected type "film" or "videoalign" in {path}, got {kind!r}')
+    raise ValueError(f'load_reward: spec: expected type "film" or "videoalign" in {path}, got {shown(kind)}')

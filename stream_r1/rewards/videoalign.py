@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stream_r1.config import Settings, build
-from stream_r1.models.weight_files import read_json
+from stream_r1.files import read_json, read_text
 from stream_r1.rewards import qwen_pixels
 from stream_r1.rewards.base import ScoreNormalizer, check_video
 from stream_r1.rewards.videoalign_checkpoint import (
@@ -40,6 +40,7 @@ _CHAT = (
     f"<|im_start|>user\n<|vision_start|>{VIDEO_TOKEN}<|vision_end|>%s<|im_end|>\n<|im_start|>assistant\n"
 )
 _PROMPT_FIELD = "{text_prompt}"
+_MOST_INSTRUCTION = 2**18  # bytes
 
 
 class VideoAlignSettings(Settings):
@@ -216,7 +217,7 @@ class VideoAlignReward(nn.Module):
 
         Raises:
             FileNotFoundError: no instruction, or what `videoalign_checkpoint.load_network` misses.
-            CheckpointError, ValueError: see `videoalign_checkpoint.load_network`.
+            FileError, ValueError: see `videoalign_checkpoint.load_network`.
             SettingsError: settings that don't exist or don't fit.
         """
         folder = Path(folder)
@@ -258,10 +259,7 @@ def read_instruction(path: Path) -> str:
             'the published weights\' is "detailed_special" in prompt_template.py of KwaiVGI/VideoAlign '
             "(docs/reward-videoalign.md)"
         )
-    try:
-        text = path.read_bytes().decode("utf-8")  # line ends included
-    except UnicodeDecodeError as error:
-        raise ValueError(f"VideoAlignReward: instruction: expected UTF-8 in {path}: {error}") from None
+    text = read_text(path, "an instruction", _MOST_INSTRUCTION)  # line ends included
     if hashlib.sha256(text.encode()).hexdigest() != PUBLISHED_INSTRUCTION_SHA256:
         log.warning("%s is not the instruction that the published VideoReward was trained with", path)
     return text

@@ -26,10 +26,12 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, Qwen2VLModel
 
+from stream_r1.files import FileError, read_json
+from stream_r1.messages import shown
 from stream_r1.models.adapters import CONFIG, require_kept_base
 from stream_r1.models.checkpoints import check_fit
 from stream_r1.models.library import read_whole
-from stream_r1.models.weight_files import CheckpointError, read_file, read_json
+from stream_r1.models.tensor_files import read_file, require_finite
 from stream_r1.rewards.base import ScoreNormalizer
 
 AXES = ("VQ", "MQ", "TA")
@@ -45,6 +47,7 @@ _PUBLISHED_NORMS = {
     "TA_mean": 2.8105,
     "TA_std": 2.5121,
 }
+_LARGEST = 2**31
 _LORA_NAME = re.compile(r"(.+)\.lora_(A|B)(?:\.default)?\.weight")
 _HEAD = "rm_head.weight"
 
@@ -90,7 +93,7 @@ def load_network(
 
     Raises:
         FileNotFoundError: a file or the base model is missing.
-        CheckpointError: the weights don't fit; it names them.
+        FileError: the weights don't fit; it names them.
         ValueError: a configuration of another kind of reward.
     """
     folder = Path(folder)
@@ -109,7 +112,7 @@ def load_network(
     embedding = state.get("language_model.embed_tokens.weight")
     if embedding is not None:
         if len(embedding) < len(tokenizer):
-            raise CheckpointError(
+            raise FileError(
                 f"{checkpoint}: embed_tokens.weight: expected a row for each of the tokenizer's "
                 f"{len(tokenizer)} tokens, reward tokens included, got {list(embedding.shape)}"
             )
@@ -126,7 +129,7 @@ def read_config(folder: Path) -> RewardConfig:
         ValueError: a key is missing, or the reward is of a kind that is not read at the three reward tokens.
     """
     path = folder / "model_config.json"
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{folder}: expected VideoAlign's model_config.json, found none")
     content = read_json(path)
 
@@ -144,21 +147,39 @@ def read_config(folder: Path) -> RewardConfig:
     }
     for (section, key), value in expected.items():
         if get(section, key) != value:
-            raise ValueError(f"{path}: {section}.{key}: expected {value!r}, got {get(section, key)!r}")
+            raise FileError(f"{path}: {section}.{key}: expected {value!r}, got {shown(get(section, key))}")
+
+    def number(section: str, key: str, kinds: tuple[type, ...] = (int, float)) -> Any:
+        value = get(section, key)
+        if type(value) not in kinds or not 0 < value < _LARGEST:
+            raise FileError(f"{path}: {section}.{key}: expected a positive number, got {shown(value)}")
+        return value
+
     rank, scale = 0, 0.0
     if get("peft_lora_config", "lora_enable"):
-        rank, alpha = get("peft_lora_config", "lora_r"), get("peft_lora_config", "lora_alpha")
+        rank, alpha = number("peft_lora_config", "lora_r", (int,)), number("peft_lora_config", "lora_alpha")
         scale = alpha / (math.sqrt(rank) if content["peft_lora_config"].get("use_rslora") else rank)
     norms = content.get("inference_config") or _PUBLISHED_NORMS
+    if not isinstance(norms, dict):
+        raise FileError(f"{path}: inference_config: expected keys and values, got {shown(norms)}")
     missing = [key for key in _PUBLISHED_NORMS if key not in norms]
     if missing:
         raise ValueError(f"{path}: inference_config: expected {', '.join(missing)}, found none")
+    for key in _PUBLISHED_NORMS:
+        if type(norms[key]) not in (int, float):
+            raise FileError(f"{path}: inference_config.{key}: expected a number, got {shown(norms[key])}")
     mean, std = (tuple(float(norms[f"{axis}_{what}"]) for axis in AXES) for what in ("mean", "std"))
-    ScoreNormalizer(mean, std)  # refuses deviations that are not positive
+    try:
+        ScoreNormalizer(mean, std)  # refuses deviations that are not positive
+    except ValueError as error:
+        raise FileError(f"{path}: inference_config: {error}") from None
+    if not isinstance(get("model_config", "model_name_or_path"), str):
+        got = shown(get("model_config", "model_name_or_path"))
+        raise FileError(f"{path}: model_config.model_name_or_path: expected a folder or name, got {got}")
     return RewardConfig(
         base_model=get("model_config", "model_name_or_path"),
-        fps=float(get("data_config", "fps")),
-        max_pixels=int(get("data_config", "max_frame_pixels")),
+        fps=float(number("data_config", "fps")),
+        max_pixels=number("data_config", "max_frame_pixels", (int,)),
         lora_rank=rank,
         lora_scale=scale,
         mean=mean,
@@ -208,7 +229,7 @@ def merge_lora(
         rank: A is [rank, in], B is [out, rank].
 
     Raises:
-        CheckpointError: a factor without its partner or its weight, or of another shape.
+        FileError: a factor without its partner or its weight, or of another shape.
     """
     factors: dict[str, dict[str, Tensor]] = {}
     merged: dict[str, Tensor] = {}
@@ -220,13 +241,13 @@ def merge_lora(
             merged[name] = value
     for name, pair in factors.items():
         if set(pair) != {"A", "B"}:
-            raise CheckpointError(f"{source}: {name}: expected lora_A and lora_B, found only {set(pair)}")
+            raise FileError(f"{source}: {name}: expected lora_A and lora_B, found only {set(pair)}")
         if name not in merged:
-            raise CheckpointError(f"{source}: {name}: expected it beside its lora_A and lora_B, found none")
+            raise FileError(f"{source}: {name}: expected it beside its lora_A and lora_B, found none")
         weight, down, up = merged[name], pair["A"], pair["B"]
         expected = [rank, weight.shape[1]], [weight.shape[0], rank]
         if (list(down.shape), list(up.shape)) != expected:
-            raise CheckpointError(
+            raise FileError(
                 f"{source}: {name}: expected lora_A {expected[0]} and lora_B {expected[1]}, "
                 f"got {list(down.shape)} and {list(up.shape)}"
             )
@@ -239,7 +260,7 @@ def _base_files(base: str) -> tuple[Any, Any]:
         architecture = AutoConfig.from_pretrained(base)
         tokenizer = AutoTokenizer.from_pretrained(base)
     except Exception as error:  # of the libraries and their parsers
-        kind = FileNotFoundError if isinstance(error, OSError) else CheckpointError
+        kind = FileNotFoundError if isinstance(error, OSError) else FileError
         raise kind(
             f"base_model: expected the folder or hub name of Qwen2-VL-2B-Instruct (its configuration and "
             f"tokenizer), got {base}, which could not be read"
@@ -282,7 +303,7 @@ def _rename(stored: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
         if ours is None:
             continue
         if ours in state:
-            raise CheckpointError(f"{source}: several entries are named {ours}, one of them {name}")
+            raise FileError(f"{source}: several entries are named {ours}, one of them {name}")
         state[ours] = value
     return state
 
@@ -292,9 +313,7 @@ def _take_head(state: dict[str, Tensor], width: int, source: str) -> Tensor:
     head = state.pop(_HEAD, None)
     if head is None or list(head.shape) not in ([1, width], [len(AXES), width]):
         got = "none" if head is None else list(head.shape)
-        raise CheckpointError(
-            f"{source}: {_HEAD}: expected [1, {width}] or [{len(AXES)}, {width}], got {got}"
-        )
+        raise FileError(f"{source}: {_HEAD}: expected [1, {width}] or [{len(AXES)}, {width}], got {got}")
     return head.float()
 
 
@@ -305,5 +324,6 @@ def _assemble(
     with init_empty_weights(include_buffers=False):  # the weights are there already: no time for random ones
         model: nn.Module = Qwen2VLModel._from_config(architecture, attn_implementation="sdpa")
     check_fit(model, state, source)
+    require_finite(state.items(), source)
     model.load_state_dict(dict(state), assign=True)
     return model.to(device).requires_grad_(False).eval()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from stream_r1.models.weight_files import read_json
+from stream_r1.files import read_json
 
 # Parts of diffusers folders of other Wan models, and what they would take.
 _NOT_SUPPORTED = {
@@ -51,7 +51,8 @@ def find_parts(folder_or_repo: str | Path, checkpoint: str | Path | None, *, wit
     index = folder / "model_index.json"  # of a repository only the parts that are needed are here
     listed = read_json(index) if index.is_file() else {}
     for part, meaning in _NOT_SUPPORTED.items():
-        if (folder / part).is_dir() or any(listed.get(part) or ()):
+        named = listed.get(part)
+        if (folder / part).is_dir() or (any(named) if isinstance(named, list) else named):
             raise NotImplementedError(f"from_pretrained: {folder} has {part}/: {meaning} is not supported")
     needed = ["vae/config.json"]
     if checkpoint is None:

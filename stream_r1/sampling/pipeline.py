@@ -161,7 +161,7 @@ class StreamR1Pipeline:
         Raises:
             FileNotFoundError: parts that are missing, by name.
             ValueError: an unknown preset, parts that do not fit, `offload` with a setting it excludes.
-            CheckpointError: weights that can't be used, see `load_student`.
+            FileError: weights that can't be used, see `load_student`.
             NotImplementedError: a folder of a Wan model with parts that are not supported, by name.
         """
         for name, asked in (("dtype", dtype), ("vae_dtype", vae_dtype or dtype)):

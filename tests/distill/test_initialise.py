@@ -15,7 +15,7 @@ from stream_r1.distill.noise import SampleNoise
 from stream_r1.distill.ode import OdePairs, OdeRegression, load_ode_pairs, make_ode_pairs, ode_pairs
 from stream_r1.distill.settings import InitSettings
 from stream_r1.distill.teacher_forcing import TeacherForcing
-from stream_r1.models.weight_files import CheckpointError
+from stream_r1.files import FileError
 from stream_r1.schedule import FlowSchedule
 
 SCHEDULE = FlowSchedule(5.0)
@@ -220,10 +220,10 @@ def test_files_that_do_not_agree_are_refused(tmp_path: Path) -> None:
         "trajectories": tensors["trajectories"][:, 1:].contiguous(),
     }.items():
         save_file(tensors | {name: value}, other, metadata)
-        with pytest.raises(CheckpointError, match=rf"pairs-000002.*{name}: expected"):
+        with pytest.raises(FileError, match=rf"pairs-000002.*{name}: expected"):
             load_ode_pairs(tmp_path / "whole", text)
     save_file(tensors, other)
-    with pytest.raises(CheckpointError, match=r"pairs-000002.*expected settings"):
+    with pytest.raises(FileError, match=r"pairs-000002.*expected settings"):
         load_ode_pairs(tmp_path / "whole", text)
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from stream_r1.files import FileError
 from stream_r1.models.adapters import merge_adapter
 from stream_r1.models.checkpoints import load_student
 from stream_r1.models.transformer import CausalWanTransformer
-from stream_r1.models.weight_files import CheckpointError
 
 SIZES = {"num_attention_heads": 1, "attention_head_dim": 8, "in_channels": 2, "out_channels": 2}
 SIZES |= {"text_dim": 6, "freq_dim": 4, "ffn_dim": 10, "num_layers": 1}
@@ -90,10 +90,10 @@ def test_other_adapters_are_refused(student, tmp_path):
         ),
     ):
         save_adapter(tmp_path, q, **config)
-        with pytest.raises(CheckpointError, match=told):
+        with pytest.raises(FileError, match=told):
             merge_adapter(state, tmp_path)
     save_adapter(tmp_path, {"blocks.7.attn1.to_q": q["blocks.0.attn1.to_q"]})
-    with pytest.raises(CheckpointError, match=r"found blocks\.7\.attn1\.to_q\.weight"):
+    with pytest.raises(FileError, match=r"found blocks\.7\.attn1\.to_q\.weight"):
         merge_adapter(state, tmp_path)
 
 
@@ -132,7 +132,7 @@ def test_kinds_of_adapters_are_applied_right_or_refused(tmp_path, kind):
                 value += 0.1 * torch.randn_like(value)
     adapted.save_pretrained(tmp_path)
     if not applied:
-        with pytest.raises(CheckpointError, match=next(iter(settings))) as error:
+        with pytest.raises(FileError, match=next(iter(settings))) as error:
             merge_adapter(before, tmp_path)
         assert str(tmp_path) in str(error.value)
         return
@@ -159,5 +159,5 @@ def test_kinds_of_adapters_are_applied_right_or_refused(tmp_path, kind):
 def test_settings_that_are_not_known_to_be_plain_are_refused(student, tmp_path, told, config):
     state = student.state_dict()
     save_adapter(tmp_path, {"blocks.0.attn1.to_q": state["blocks.0.attn1.to_q.weight"]}, **config)
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(FileError, match=told):
         merge_adapter(state, tmp_path)

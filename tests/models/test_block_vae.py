@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
+from stream_r1.files import FileError
 from stream_r1.models.block_vae import BlockVAE, as_blocks
-from stream_r1.models.weight_files import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +103,10 @@ def test_folders_that_do_not_fit_are_named(vae, tmp_path):
     vae.save_pretrained(tmp_path / "vae")
     config = json.loads((tmp_path / "vae/config.json").read_text())
     (tmp_path / "vae/config.json").write_text(json.dumps(config | {"channels": 7}))
-    with pytest.raises(CheckpointError, match="project"):
+    with pytest.raises(FileError, match="project"):
         BlockVAE.from_pretrained(tmp_path / "vae")
     (tmp_path / "vae/config.json").write_text(json.dumps(config | {"_class_name": "AutoencoderKLWan"}))
-    with pytest.raises(CheckpointError, match=r"BlockVAE.*AutoencoderKLWan"):
+    with pytest.raises(FileError, match=r"BlockVAE.*AutoencoderKLWan"):
         BlockVAE.from_pretrained(tmp_path / "vae")
 
 

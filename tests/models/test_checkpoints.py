@@ -8,9 +8,9 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
+from stream_r1.files import FileError
 from stream_r1.models.checkpoints import infer_config, load_student, load_weights, read_weights
 from stream_r1.models.transformer import CausalWanTransformer
-from stream_r1.models.weight_files import CheckpointError
 from stream_r1.models.weight_names import (
     normalise,
     strip_prefixes,
@@ -127,12 +127,12 @@ def test_a_network_is_chosen(student, tmp_path):
     for network, shift in ((None, 1), ("generator_ema", 1), ("generator", 0), ("critic", 2)):
         weights = read_weights(tmp_path / "all.pt", network)
         assert torch.equal(weights["proj_out.bias"], student.proj_out.bias + shift)
-    with pytest.raises(CheckpointError, match="expected generator or generator_ema, found critic"):
+    with pytest.raises(FileError, match="expected generator or generator_ema, found critic"):
         read_weights(tmp_path / "critic.pt")
-    with pytest.raises(CheckpointError, match="generator_ema, generator, critic, got 'ema'"):
+    with pytest.raises(FileError, match="generator_ema, generator, critic, got 'ema'"):
         read_weights(tmp_path / "all.pt", "ema")
     torch.save(state, tmp_path / "bare.pt")
-    with pytest.raises(CheckpointError, match="found a bare state dict"):
+    with pytest.raises(FileError, match="found a bare state dict"):
         read_weights(tmp_path / "bare.pt", "critic")
 
 
@@ -182,20 +182,16 @@ def test_shards_that_do_not_make_one_state_dict_are_refused(student, tmp_path):
     first, second, third = split(to_original_names(student.state_dict()))
     torch.save(first, tmp_path / "a.pt")
     torch.save(second, tmp_path / "b.pt")
-    with pytest.raises(
-        CheckpointError, match=r"expected blocks\.0\.ffn\.net\.0\.proj\.weight, found .* more"
-    ):
+    with pytest.raises(FileError, match=r"expected blocks\.0\.ffn\.net\.0\.proj\.weight, found .* more"):
         load_student(tmp_path, head_dim=8)
     torch.save({name: value for name, value in third.items() if "ffn.0" in name}, tmp_path / "d.pt")
-    with pytest.raises(
-        CheckpointError, match=r"the weights do not fit the model; \d+ missing: .* and \d+ more"
-    ):
+    with pytest.raises(FileError, match=r"the weights do not fit the model; \d+ missing: .* and \d+ more"):
         load_student(tmp_path, head_dim=8)
     torch.save(third | {"patch_embedding.bias": first["patch_embedding.bias"]}, tmp_path / "c.pt")
-    with pytest.raises(CheckpointError, match=r"one state dict, found patch_embedding\.bias in c\.pt again"):
+    with pytest.raises(FileError, match=r"one state dict, found patch_embedding\.bias in c\.pt again"):
         load_student(tmp_path)
     (tmp_path / "__0_0.distcp").touch()
-    with pytest.raises(CheckpointError, match="a distributed checkpoint; make one file of it first"):
+    with pytest.raises(FileError, match="a distributed checkpoint; make one file of it first"):
         load_student(tmp_path)
 
 
@@ -229,10 +225,10 @@ def test_sizes_are_read_off_the_weights(student, tmp_path):
     loaded = load_student(tmp_path / "student.safetensors", head_dim=8, dtype=torch.bfloat16)
     assert loaded.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
     assert loaded.scale_shift_table.dtype == torch.float32
-    with pytest.raises(CheckpointError, match="head_dim must divide the width 16, got 128"):
+    with pytest.raises(FileError, match="head_dim must divide the width 16, got 128"):
         load_student(tmp_path / "student.safetensors")
     with pytest.raises(
-        CheckpointError, match=r"expected patch_embedding\.weight, proj_out\.weight, .*, found a, b"
+        FileError, match=r"expected patch_embedding\.weight, proj_out\.weight, .*, found a, b"
     ):
         infer_config({"a": torch.zeros(1), "b": torch.zeros(1)})
 
@@ -263,7 +259,7 @@ def test_weights_that_do_not_fit_are_named(student):
     state["proj_out.bias"] = torch.zeros(3)
     before = {name: value.clone() for name, value in student.state_dict().items()}
     state["patch_embedding.bias"] = state["patch_embedding.bias"] + 1
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(FileError) as error:
         load_weights(student, state, source="student.pt")
     assert re.fullmatch(
         r"student\.pt: the weights do not fit the model; 1 missing: blocks\.1\.attn1\.to_q\.bias; "
@@ -272,7 +268,7 @@ def test_weights_that_do_not_fit_are_named(student):
         str(error.value),
     )
     assert same(student.state_dict(), before)
-    with pytest.raises(CheckpointError, match=r"several entries are named proj_out\.bias"):
+    with pytest.raises(FileError, match=r"several entries are named proj_out\.bias"):
         normalise({"proj_out.bias": torch.zeros(1), "model.proj_out.bias": torch.zeros(1)})
 
 
@@ -283,7 +279,7 @@ class Trap:
 
 def test_a_file_with_code_is_not_run(tmp_path):
     torch.save({"generator": {}, "trap": Trap()}, tmp_path / "trap.pt")
-    with pytest.raises(CheckpointError, match="without running code"):
+    with pytest.raises(FileError, match="without running code"):
         read_weights(tmp_path / "trap.pt")
 
 
@@ -296,16 +292,16 @@ def test_files_that_are_no_weights(tmp_path):
     with pytest.raises(FileNotFoundError, match="diffusion_pytorch_model"):
         load_student(tmp_path)
     torch.save([torch.zeros(1)], tmp_path / "list.pt")
-    with pytest.raises(CheckpointError, match="expected a state dict, got list"):
+    with pytest.raises(FileError, match="expected a state dict, got list"):
         read_weights(tmp_path / "list.pt")
     torch.save({"step": 3}, tmp_path / "step.pt")
-    with pytest.raises(CheckpointError, match="expected a state dict of tensors, found step"):
+    with pytest.raises(FileError, match="expected a state dict of tensors, found step"):
         read_weights(tmp_path / "step.pt")
     (tmp_path / "text.pt").write_text("not a checkpoint")
-    with pytest.raises(CheckpointError, match=r"text\.pt"):
+    with pytest.raises(FileError, match=r"text\.pt"):
         read_weights(tmp_path / "text.pt")
     (tmp_path / "text.safetensors").write_text("not a checkpoint")
-    with pytest.raises(CheckpointError, match=r"text\.safetensors"):
+    with pytest.raises(FileError, match=r"text\.safetensors"):
         read_weights(tmp_path / "text.safetensors")
 
 
@@ -326,7 +322,7 @@ def test_what_is_no_file_of_tensors_is_named_without_advice_to_run_it(student, t
         told = (
             rf"{name}: expected tensors, readable without running code; damaged, or holds more than tensors$"
         )
-        with pytest.raises(CheckpointError, match=told):
+        with pytest.raises(FileError, match=told):
             load_student(tmp_path / name)
 
 
@@ -334,5 +330,5 @@ def test_an_odd_time_embedding_is_refused(student, tmp_path):
     state = student.state_dict()
     name = "condition_embedder.time_embedder.linear_1.weight"
     torch.save(state | {name: state[name][:, 1:].clone()}, tmp_path / "odd.pt")
-    with pytest.raises(CheckpointError, match=r"odd.pt: expected condition_embedder.* with an even width"):
+    with pytest.raises(FileError, match=r"odd.pt: expected condition_embedder.* with an even width"):
         load_student(tmp_path / "odd.pt", head_dim=8)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from stream_r1.files import FileError
 from stream_r1.models.taehv import TinyVAE
-from stream_r1.models.weight_files import CheckpointError
 
 State = dict[str, Tensor]
 CHANNELS, WIDTHS, ENCODER = 4, (12, 8, 6, 5), 6
@@ -182,14 +182,10 @@ def test_other_files_are_refused(state: State, tmp_path: Path) -> None:
         TinyVAE.from_pretrained(tmp_path / "absent.pth")
     file = tmp_path / "other.pth"
     torch.save({"layers.0.weight": torch.zeros(1)}, file)
-    with pytest.raises(
-        CheckpointError, match=r"layout of taew2_1\.pth with decoder\.1\.weight, found layers\.0"
-    ):
+    with pytest.raises(FileError, match=r"layout of taew2_1\.pth with decoder\.1\.weight, found layers\.0"):
         TinyVAE.from_pretrained(file)
     wrong = state | {"decoder.22.weight": torch.zeros(12, WIDTHS[3], 3, 3)}  # patches of 2 x 2 pixels
     del wrong["encoder.4.conv.2.bias"]
     torch.save(wrong, file)
-    with pytest.raises(
-        CheckpointError, match=r"1 missing: encoder\.4\.conv\.2\.bias; 1 of another shape: decoder"
-    ):
+    with pytest.raises(FileError, match=r"1 missing: encoder\.4\.conv\.2\.bias; 1 of another shape: decoder"):
         TinyVAE.from_pretrained(file)

@@ -95,7 +95,7 @@ def test_refusals_name_the_key_what_was_expected_and_what_came(overrides, told):
         ("base: 3\n", "base: expected a file name"),
         ("base: it.yaml\n", "in a circle"),
         ("base: other.yaml\n", "no such recipe; beside it: it.yaml"),
-        (b"\x80\x02", r"it\.yaml: expected a recipe \(a YAML file in UTF-8\)"),
+        (b"\x80\x02", r"it\.yaml: expected a recipe \(a YAML file\) in UTF-8"),
     ],
 )
 def test_files_that_are_no_recipes(tmp_path, text, told):

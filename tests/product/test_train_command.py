@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stream_r1.cli import main
+from stream_r1.files import FileError
 from stream_r1.models.checkpoints import load_student
-from stream_r1.models.weight_files import CheckpointError
 from stream_r1.watch.writers import read_metrics
 
 
@@ -50,9 +50,7 @@ def test_a_run_that_was_killed_while_it_exported_exports(world, tmp_path, capsys
     written = file.read_bytes()
     shutil.rmtree(file.parent)
     checkpoint = tmp_path / "out" / "checkpoints" / "step-00000002.safetensors"
-    with pytest.raises(
-        CheckpointError, match="a training run's checkpoint; the run exports its student to OUT"
-    ):
+    with pytest.raises(FileError, match="a training run's checkpoint; the run exports its student to OUT"):
         load_student(checkpoint)
     assert run(*command) == 0
     assert "all 2 steps are done" in capsys.readouterr().out

@@ -117,7 +117,7 @@ class TestScores:
         with pytest.raises(FileNotFoundError, match=r"instruction.*prompt_template\.py"):
             VideoAlignReward.from_pretrained(folder)
         (folder / "instruction.txt").write_bytes(b"\xff\xfe")
-        with pytest.raises(ValueError, match=r"instruction: expected UTF-8 in .*instruction\.txt"):
+        with pytest.raises(ValueError, match=r"instruction\.txt: expected .*UTF-8"):
             VideoAlignReward.from_pretrained(folder)
         (folder / "instruction.txt").write_bytes(TEMPLATE.replace("\n", "\r\n").encode())
         reward = VideoAlignReward.from_pretrained(folder)

@@ -19,7 +19,7 @@ from videoalign_folder import (
 )
 
 from stream_r1.config import SettingsError
-from stream_r1.models.weight_files import CheckpointError
+from stream_r1.files import FileError
 from stream_r1.rewards import load_reward
 from stream_r1.rewards.videoalign import VideoAlignReward
 from stream_r1.rewards.videoalign_checkpoint import load_network, read_config, to_transformers_name
@@ -95,12 +95,10 @@ class TestFiles:
         )
         del base["model.norm.weight"]
         save_file(base, folder / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(CheckpointError, match=r"with-weights: the weights .* 1 missing: .*norm\.weight"):
+        with pytest.raises(FileError, match=r"with-weights: the weights .* 1 missing: .*norm\.weight"):
             open_reward(changed, base_model="with-weights")
         (changed / "checkpoint-20" / "adapter_config.json").write_text('{"init_lora_weights": "pissa"}')
-        with pytest.raises(
-            CheckpointError, match=r"adapter_config\.json: expected init_lora_weights .* 'pissa'"
-        ):
+        with pytest.raises(FileError, match=r"adapter_config\.json: expected init_lora_weights .* 'pissa'"):
             open_reward(changed, base_model="with-weights")
 
     def test_last_checkpoint_or_the_one_that_is_named(self, written):
@@ -135,13 +133,13 @@ class TestFiles:
     )
     def test_weights_that_do_not_fit(self, written, name, value, message):
         state = {**written.state, f"base_model.model.{name}": value}
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises(FileError, match=message):
             change_weights(written, {key: kept for key, kept in state.items() if kept is not None})
 
     def test_weights_that_are_code(self, written):
         changed = copy_of(written)
         torch.save({"a": print}, changed / "checkpoint-20" / "model.pth")
-        with pytest.raises(CheckpointError, match="without running code"):
+        with pytest.raises(FileError, match="without running code"):
             load_network(changed)
 
     def test_base_model_that_is_not_there(self, written, tmp_path):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from sampling_models import SIZE, WordEncoder
 
-from stream_r1.models.weight_files import CheckpointError
+from stream_r1.files import FileError
 from stream_r1.sampling.pipeline import StreamR1Pipeline
 
 
@@ -87,7 +87,7 @@ def test_a_broken_off_download_is_named(
         (folder / file).write_bytes(whole[: int(content * len(whole))])
     else:
         (folder / file).write_bytes(content.encode() if isinstance(content, str) else content)
-    with pytest.raises((CheckpointError, FileNotFoundError)) as error:
+    with pytest.raises((FileError, FileNotFoundError)) as error:
         StreamR1Pipeline.from_pretrained(folder, size=SIZE).text_encoder.encode(["a"])
     assert str(folder / file.partition("/")[0]) in str(error.value)
     assert "\n" not in str(error.value)
@@ -104,7 +104,7 @@ def test_weights_that_a_file_lacks_are_not_random(wan: Path, tmp_path: Path, par
     state = load_file(file)
     stored = next(key for key in state if key.endswith(name))
     save_file({key if key != stored else f"x.{key}": t for key, t in state.items()}, file, {"format": "pt"})
-    with pytest.raises(CheckpointError, match=rf"{part}: the weights do not fit.* 1 missing: .*{name}"):
+    with pytest.raises(FileError, match=rf"{part}: the weights do not fit.* 1 missing: .*{name}"):
         StreamR1Pipeline.from_pretrained(folder, size=SIZE).text_encoder.encode(["a"])
 
 
