@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ def _acquire(lock: FileLock, folder: Path) -> None:
             lock.acquire(timeout=0)
     except Timeout:
         raise FolderInUseError(
-            f"{folder}: in use by {_told(_owner(folder))}: wait for it, stop it, or name another folder"
+            f"{folder}: in use by {_told(_holder(folder))}: wait for it, stop it, or name another folder"
         ) from None
     except NotImplementedError:  # a disk without locks: what lies beside has to do
         return
@@ -103,6 +104,16 @@ def _refuse_another(folder: Path, take_over: bool) -> None:
         )
     if not process.gone and process.pid != os.getpid():
         raise FolderInUseError(f"{folder}: in use by {_told(owner)}: wait for it, or stop it")
+
+
+def _holder(folder: Path) -> tuple[Process, str] | None:
+    """Who has the lock: it writes that down a moment later, over what one that is gone may have left."""
+    for _ in range(40):
+        owner = _owner(folder)
+        if owner is not None and not (owner[0].here and owner[0].gone):
+            return owner
+        time.sleep(0.05)
+    return None
 
 
 def _owner(folder: Path) -> tuple[Process, str] | None:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,8 +50,13 @@ def test_a_second_process_is_told_who_has_it_and_a_killed_one_has_nothing(tmp_pa
         told = rf"{tmp_path}: in use by process {pid} on "
         with pytest.raises(FolderInUseError, match=told), folder_lock(tmp_path, take_over=True):
             pass
+        owner = (tmp_path / OWNER).read_text()
+        pretend(tmp_path, pid=999_999_999)  # as if the holder had not written yet over what another left
+        later = threading.Timer(0.2, (tmp_path / OWNER).write_text, [owner])
+        later.start()
         with pytest.raises(FolderInUseError, match=f"process {pid} "):
             save_checkpoint(tmp_path, 1, {}, {})
+        later.join()
     assert (tmp_path / OWNER).exists()  # it was killed
     with folder_lock(tmp_path), folder_lock(tmp_path / ".." / tmp_path.name):
         save_checkpoint(tmp_path, 1, {"a": {"x": torch.zeros(1)}}, {})
