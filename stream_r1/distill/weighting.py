@@ -226,11 +226,6 @@ class StreamR1Weights:
                 not fit it, or a reward that scores something else.
         """
         check_video(video, prompts, name="StreamR1Weights")
-        least, most = video.detach().aminmax() if len(video) else (0.0, 0.0)
-        if least < -0.5 or most > 1.5:  # not a little beyond the range, but another one
-            raise ValueError(
-                f"StreamR1Weights: video: expected values in [0, 1], got {float(least):g} to {float(most):g}"
-            )
         if len(latent_shape) != 3:
             raise ValueError(f"StreamR1Weights: latent_shape: expected (F, h, w), got {tuple(latent_shape)}")
         prompts, (frames, rows, columns) = list(prompts), latent_shape

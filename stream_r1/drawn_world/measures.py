@@ -14,6 +14,7 @@ from torch import Tensor
 from stream_r1.drawn_world.laws import fit, still_distance
 from stream_r1.drawn_world.scenes import MOTIONS, Scene
 from stream_r1.drawn_world.tracking import Track, track
+from stream_r1.pixels import check_range
 
 MEASURES = {
     "presence": "share of frames that show one compact thing of one of the world's colours",
@@ -42,6 +43,7 @@ def measure(video: Tensor, scene: Scene) -> dict[str, float]:
             "measure: video: expected floating-point [T, 3, H, W] with T >= 8, "
             f"got {video.dtype} {list(video.shape)}"
         )
+    check_range(video, "measure: video", finite=True)
     frames = video.detach().float().cpu().movedim(1, -1).numpy()
     found = track(frames)
     own_colour = found.colour == scene.colour
@@ -80,6 +82,7 @@ def spread(videos: Tensor | Sequence[Tensor]) -> float:
     """
     starts = []
     for video in videos:
+        check_range(video, "spread: videos", finite=True)
         found = track(video.detach().float().cpu().movedim(1, -1).numpy())
         if found.there.any():
             first = int(found.there.argmax())

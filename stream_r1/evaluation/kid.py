@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stream_r1.pixels import check_range
 from stream_r1.rewards.efficientnet import EfficientNetLite
 
 _LAST_BLOCK = 20  # of lite2: 352 channels
@@ -31,6 +32,7 @@ class FrameFeatures:
     @torch.no_grad()
     def __call__(self, frames: Tensor, *, batch: int = 16) -> Tensor:
         """frames [N, 3, H, W] in [0, 1] -> [N, 352] float32."""
+        check_range(frames, "FrameFeatures: frames", finite=True)
         pooled = []
         for part in frames.split(batch):
             large = F.interpolate(part.float(), _INPUT, mode="bicubic", antialias=True, align_corners=False)

@@ -18,6 +18,7 @@ from stream_r1.evaluation.warp import MotionFigures, motion_figures
 from stream_r1.files import FileError, parse_json
 from stream_r1.messages import shown
 from stream_r1.models.tensor_files import opened, require_finite
+from stream_r1.pixels import check_range
 
 _SIZES = {  # what a file holds, and how many dimensions and last entries each has
     "features": (2, 352),
@@ -41,9 +42,14 @@ class Reference:
 
     @classmethod
     def fit(
-        cls, videos: Sequence[Tensor], prompts: Sequence[str] | None = None, *, frames_per_video: int = 4
+        cls,
+        videos: Tensor | Sequence[Tensor],
+        prompts: Sequence[str] | None = None,
+        *,
+        frames_per_video: int = 4,
     ) -> Reference:
-        """videos: N tensors [T, 3, H, W], floating point in [0, 1], T >= 3; H, W >= 32."""
+        """videos: N tensors [T, 3, H, W], floating point in [0, 1], T >= 3; H, W >= 32; see `as_videos`."""
+        videos = as_videos(videos, "Reference.fit: videos")
         if prompts is not None and len(prompts) != len(videos):
             raise ValueError(
                 f"Reference.fit: prompts: expected {len(videos)}, one a video, got {len(prompts)}"
@@ -98,6 +104,28 @@ class Reference:
             MotionFigures(*motion),
             None if prompts is None else tuple(prompts),
         )
+
+
+def as_videos(videos: Tensor | Sequence[Tensor], name: str) -> list[Tensor]:
+    """N tensors [T, 3, H, W] on the CPU, checked under `name`: function and parameter.
+
+    Raises:
+        TypeError: not floating point.
+        ValueError: none, another shape or range, fewer than 3 frames or 32 pixels a side.
+    """
+    group = list(videos)
+    if not group:
+        raise ValueError(f"{name}: expected at least one video, got none")
+    for video in group:
+        if not isinstance(video, Tensor) or not video.is_floating_point():
+            got = video.dtype if isinstance(video, Tensor) else type(video).__name__
+            raise TypeError(f"{name}: expected floating-point tensors in [0, 1], got {got}")
+        if video.ndim != 4 or video.shape[1] != 3 or video.shape[0] < 3 or min(video.shape[2:]) < 32:
+            raise ValueError(
+                f"{name}: expected [T, 3, H, W] with T >= 3 and H, W >= 32, got {list(video.shape)}"
+            )
+        check_range(video, name, finite=True)
+    return [video.detach().cpu() for video in group]
 
 
 def mean_motion(videos: Sequence[Tensor]) -> MotionFigures:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stream_r1.evaluation.kid import FrameFeatures, kernel_distance, prompt_match
 from stream_r1.evaluation.naturalness import sharpness
-from stream_r1.evaluation.reference import Reference, mean_motion, some_frames, video_means
+from stream_r1.evaluation.reference import Reference, as_videos, mean_motion, some_frames, video_means
 
 
 class Measure(NamedTuple):
@@ -66,9 +66,9 @@ def evaluate_videos(
         averaged. With `sharpness` relative to the reference; `motion_reference`, `warp_error_reference` and
         `judder_reference` say what the reference itself has.
     """
-    videos = _as_list(videos, "videos")
+    videos = as_videos(videos, "evaluate_videos: videos")
     if not isinstance(reference, Reference):
-        clips = _as_list(reference, "reference")
+        clips = as_videos(reference, "evaluate_videos: reference")
         reference = Reference.fit(clips, reference_prompts, frames_per_video=frames_per_video)
     frames = [some_frames(video, frames_per_video) for video in videos]
     features = FrameFeatures()(torch.cat(frames))
@@ -85,21 +85,3 @@ def evaluate_videos(
         if match is not None:
             result["prompt_match"] = match
     return result
-
-
-def _as_list(videos: Tensor | Sequence[Tensor], parameter: str) -> list[Tensor]:
-    group = list(videos)
-    if not group:
-        raise ValueError(f"evaluate_videos: {parameter}: expected at least one video, got none")
-    for video in group:
-        if not isinstance(video, Tensor) or not video.is_floating_point():
-            got = video.dtype if isinstance(video, Tensor) else type(video).__name__
-            raise TypeError(
-                f"evaluate_videos: {parameter}: expected floating-point tensors in [0, 1], got {got}"
-            )
-        if video.ndim != 4 or video.shape[1] != 3 or video.shape[0] < 3 or min(video.shape[2:]) < 32:
-            raise ValueError(
-                f"evaluate_videos: {parameter}: expected [T, 3, H, W] with T >= 3 and H, W >= 32, "
-                f"got {list(video.shape)}"
-            )
-    return [video.detach().cpu() for video in group]

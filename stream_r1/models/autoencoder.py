@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
+from stream_r1.pixels import check_range
+
 # Pixels (of all frames and samples) that one call of a network may hold: several latent frames a call are
 # faster while they are small; at 480p this leaves one latent frame a call, as diffusers does.
 _PIXELS_PER_PIECE = 1 << 20
@@ -108,7 +110,9 @@ class VideoAutoencoder(nn.Module, ABC):
             raise ValueError(f"{name}: video must be [B, T, 3, H, W], got {list(video.shape)}")
         if not video.is_floating_point():
             raise TypeError(f"{name}: video must be floating point in [0, 1], got {video.dtype}")
-        return self.latent_shape(video.shape[1], video.shape[3], video.shape[4])[0]
+        latent_frames = self.latent_shape(video.shape[1], video.shape[3], video.shape[4])[0]
+        check_range(video, f"{name}: video")
+        return latent_frames
 
     def _size(self, z: Tensor) -> tuple[int, int]:
         return z.shape[-2] * self.spatial_factor, z.shape[-1] * self.spatial_factor

@@ -8,6 +8,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from stream_r1.pixels import check_range
+
 
 @runtime_checkable
 class Reward(Protocol):
@@ -70,3 +72,4 @@ def check_video(video: Tensor, prompts: Sequence[str], *, name: str) -> None:
         raise TypeError(f"{name}: prompts: expected a list of strings, got {type(prompts).__name__}")
     if len(prompts) != video.shape[0]:
         raise ValueError(f"{name}: prompts: expected {video.shape[0]}, one a video, got {len(prompts)}")
+    check_range(video, f"{name}: video")

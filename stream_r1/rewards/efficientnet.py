@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stream_r1.pixels import check_range
+
 _STAGE_STRIDES = (1, 2, 2, 2, 1, 2, 1)
 _BLOCKS_PER_STAGE = {
     "lite0": (1, 2, 2, 3, 3, 4, 1),
@@ -94,6 +96,7 @@ class EfficientNetLite(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images [N, 3, H, W] in [0, 1] -> one feature map [N, C, h, w] a tap."""
+        check_range(images, "EfficientNetLite: images")
         x = (images - self._mean) / self._std
         x = F.relu6(self.stem(x.contiguous(memory_format=torch.channels_last)), inplace=True)
         outputs = []

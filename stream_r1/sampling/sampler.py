@@ -21,6 +21,7 @@ from stream_r1.models.contexts import TimeContext
 from stream_r1.models.offload import ModelOffload
 from stream_r1.models.text import TextEncoder
 from stream_r1.models.transformer import CausalWanTransformer
+from stream_r1.pixels import check_range
 from stream_r1.sampling.chunk import Chunk, ChunkTimings, StreamTimings
 from stream_r1.sampling.graphs import PassGraphs, refuse_graphs
 from stream_r1.sampling.noise import StreamNoise
@@ -178,6 +179,7 @@ class Sampler:
         if given.shape[2] == 3 and channels != 3:
             if self.vae is None:
                 raise ValueError("stream: first_frames must be latents, for this Sampler has no vae")
+            check_range(given, "stream: first_frames", finite=True)
             self.use(self.vae)
             given = self.vae.encode(given)
         elif given.shape[2] != channels:

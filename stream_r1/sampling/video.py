@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional
 
+from stream_r1.pixels import check_range
 from stream_r1.sampling.footage import MAX_PIXELS
 from stream_r1.sampling.pictures import picture_kind, read_image, read_moving
 from stream_r1.sampling.video_file import VideoFile
@@ -281,6 +282,7 @@ def _check_frames(caller: str, frames: Tensor) -> None:
         raise ValueError(f"{caller}: frames must be [T, 3, H, W], got {list(frames.shape)}")
     if not frames.is_floating_point() and frames.dtype != torch.uint8:
         raise TypeError(f"{caller}: frames must be floating point in [0, 1] or uint8, got {frames.dtype}")
+    check_range(frames, f"{caller}: frames", finite=True)
 
 
 def _check_enlargement(caller: str, scale: int, how: str) -> None:

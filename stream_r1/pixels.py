@@ -1,0 +1,38 @@
+"""The range of pixels: floating point in [0, 1], in everything that takes them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+_LEAST, _MOST = -0.5, 1.5  # not a little beyond the range, as resizing and decoding leave it, but another one
+
+
+def check_range(pixels: Tensor, name: str, *, finite: bool = False) -> None:
+    """Refuses pixels of another range, as [-1, 1] or [0, 255].
+
+    One pass over them; on a GPU the one wait for its result. Not looked at: integers, what holds no values
+    (meta and fake tensors) and what is being compiled or captured in a CUDA graph.
+
+    Args:
+        pixels: any shape.
+        name: function and parameter, for the message.
+        finite: refuse what is not a number, too.
+
+    Raises:
+        ValueError: another range; the message has the one that came.
+    """
+    if pixels.numel() == 0 or not pixels.is_floating_point() or _is_without_values(pixels):
+        return
+    least, most = torch.stack(pixels.detach().aminmax()).tolist()
+    if least < _LEAST or most > _MOST or (finite and least != least):
+        raise ValueError(f"{name}: expected values in [0, 1], got {least:g} to {most:g}")
+
+
+def _is_without_values(pixels: Tensor) -> bool:
+    if torch.compiler.is_compiling() or pixels.is_meta or isinstance(pixels, FakeTensor):
+        return True
+    if torch._C._functorch.is_functorch_wrapped_tensor(pixels):
+        return True
+    return pixels.is_cuda and torch.cuda.is_current_stream_capturing()
