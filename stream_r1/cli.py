@@ -212,7 +212,10 @@ def replay(
     files: Annotated[list[Path], typer.Argument(help="Files of the golden format (.safetensors).")],
     tolerance: Annotated[float, typer.Option(min=0.0, help="Worst relative error allowed.")] = 1e-5,
 ) -> None:
-    """Run recorded calls of another implementation through the student; exit 1 past the tolerance."""
+    """Run recorded calls of another implementation through the student.
+
+    Exit 1 past the tolerance, 2 where a file was refused; the others are replayed all the same.
+    """
     from stream_r1.commands.replay import run
 
     raise typer.Exit(run(files, tolerance=tolerance))

@@ -158,7 +158,31 @@ def replay(path: str | Path, dtype: torch.dtype = torch.float32) -> ReplayResult
     Args:
         path: a file of the golden format.
         dtype: to compute in; the recorded values are cast to it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        RecordingError: not a recording, or one whose parts do not fit together.
     """
+    try:
+        return _replay(path, dtype)
+    except RecordingError:
+        raise
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        RuntimeError,
+    ) as error:  # of what the file says
+        lines = str(error).splitlines() or [""]
+        reason = lines[0] if isinstance(error, ValueError) else f"{type(error).__name__}: {lines[0]}"
+        reason = reason.removeprefix(f"{path}: ")
+        raise RecordingError(
+            f"{path}: expected a recording whose parts fit together, got {reason}"
+        ) from error
+
+
+def _replay(path: str | Path, dtype: torch.dtype) -> ReplayResult:
     recording = read_recording(path)
     student = recorded_student(recording, dtype)
     calls = {name: value.to(dtype) for name, value in recording.calls.items()}

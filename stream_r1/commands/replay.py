@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -13,13 +14,25 @@ from stream_r1.replay import ReplayResult, replay
 
 
 def run(files: list[Path], *, tolerance: float) -> int:
-    """Replay each file and show its worst relative error; 0 if all are within ``tolerance``, else 1."""
+    """Replay each file and show its worst relative error, and after them why files were refused.
+
+    Returns 0 if all are within ``tolerance``, 1 if one is not, 2 if one was refused.
+    """
     console = make_console()
-    results = []
+    results: list[ReplayResult] = []
+    refused: list[str] = []
     for file in files:
         with console.status(f"replaying {file.name}"):
-            results.append(replay(file))
-    _show(console, results, tolerance)
+            try:
+                results.append(replay(file))
+            except (OSError, ValueError) as error:
+                refused.append(str(error))
+    if results:
+        _show(console, results, tolerance)
+    for reason in refused:
+        print(f"stream-r1: refused: {reason}", file=sys.stderr)
+    if refused:
+        return 2
     return 0 if all(_fits(result, tolerance) for result in results) else 1
 
 

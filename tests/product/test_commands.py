@@ -1,6 +1,7 @@
 """The command line itself: quick help, replay's exit codes, info, and errors as one line."""
 
 import io
+import json
 import math
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from stream_r1.cli import main
 from stream_r1.commands.progress import DistillationDisplay
@@ -53,6 +56,25 @@ def test_replay_of_something_else_is_an_error(tmp_path, capsys):
     shown = capsys.readouterr().err
     assert "no such recording" in shown
     assert "Traceback" not in shown
+
+
+def test_replay_continues_past_a_file_that_it_refuses(tmp_path, capsys):
+    good = GOLDEN / "train_block_causal.safetensors"
+    nothing, missing, torn = (tmp_path / f"{name}[b].safetensors" for name in ("nothing", "none", "torn"))
+    nothing.write_bytes(b"nothing")
+    with safe_open(good, "pt") as file:
+        meta = file.metadata() | {"config": json.dumps({"dim": 24})}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    save_file(tensors, torn, meta)
+    assert run("replay", nothing, good, missing, torn, "--tolerance", "1e-12") == 2
+    shown = capsys.readouterr()
+    assert "train_block_causal" in shown.out
+    refusals = shown.err.strip().splitlines()
+    assert len(refusals) == 3
+    for path, refusal in zip((nothing, missing, torn), refusals, strict=True):
+        assert str(path) in refusal
+    assert "num_heads" in refusals[2]
+    assert run("replay", nothing) == 2
 
 
 def test_info_of_machine_models_and_recipe(world, tmp_path, capsys):
