@@ -403,9 +403,12 @@ def _stream_misfits(recipe: Recipe | InitRecipe, student: dict[str, Any]) -> lis
             f"stream.window_frames: expected at least {sink + chunk} (sink {sink} + a chunk of {chunk}), "
             f"got {window}"
         )
-    if student.get("sink_ema") is not None and sink != chunk:
+    first = student.get("first_chunk_frames") or chunk
+    uneven = sink != chunk or first != chunk or (window is not None and window % chunk != 0)
+    if student.get("sink_ema") is not None and uneven:
         problems.append(
-            f"stream.sink_ema: expected sink_frames equal to a chunk ({chunk}) for a moving sink, got {sink}"
+            f"stream.sink_ema: expected sink_frames equal to a chunk ({chunk}), as the first, and a window "
+            f"of whole chunks for a moving sink, got {sink}, {first} and {window}"
         )
     return problems
 

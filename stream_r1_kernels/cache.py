@@ -25,9 +25,10 @@ from torch import Tensor
 from .arguments import FLOATS, check_integer
 from .attention.past import Past
 from .cache_reuse import Lent, Moments, snapshot
-from .cache_sizes import capacity_of
+from .cache_sizes import layout_of
 from .graphs import integers_may_change, renew_sinks_
 from .rotary import RotaryGrid
+from .sink import kept_sink
 from .slot import Slot
 
 
@@ -48,12 +49,13 @@ class ChunkCache:
         rotary: the grid that keys are rotated with.
         rows, columns: tokens of a frame, as a grid.
         frames_per_chunk: latent frames denoised together.
-        window_frames: frames visible at once, sink and fresh chunk included; None: the whole past.
-        sink_frames: first frames that stay visible for ever.
+        window_frames: frames visible at once, sink and fresh chunk included, any number that has room for
+            these; None: the whole past. Fastest where it is the sink and whole chunks.
+        sink_frames: first frames that stay visible for ever, any number.
         positions: "absolute": keys stay at their frame; "window": the sink always lies just before the
             window.
-        ema: keep the sink as a moving average, `sink = ema * sink + (1 - ema) * evicted chunk`; None: leave
-            it as it is.
+        ema: keep the sink as a moving average, `sink = ema * sink + (1 - ema) * evicted chunk`, where every
+            chunk is as long as the sink; None: leave it as it is.
         max_frames: room for a stream without a window, in frames (ignored with a window, which streams for
             ever).
         first_chunk_frames: frames of the first chunk where it differs (1: independent first frame).
@@ -97,7 +99,7 @@ class ChunkCache:
             least = 0 if name == "batch" else 1
             if size < least:
                 raise ValueError(f"ChunkCache: {name} must be at least {least}, got {size}")
-        capacity = capacity_of(
+        self._layout = layout_of(
             frames_per_chunk, first, window_frames, sink_frames, positions, ema, max_frames
         )
         self.rotary = rotary
@@ -109,36 +111,26 @@ class ChunkCache:
         self.sink_frames = sink_frames
         self.ema = ema
         self.moves_sink = positions == "window"
-        self.capacity = capacity
-        # A short first chunk without a sink goes to the end of its slot: what is visible stays one range.
-        self._lead = frames_per_chunk - first if window_frames is not None and sink_frames == 0 else 0
+        self.capacity = self._layout.capacity
 
-        tokens = self.capacity * self.tokens_per_frame
+        tokens = (self.capacity + self._layout.spare) * self.tokens_per_frame
         shape = (layers, 2, batch, tokens, heads, rotary.head_dim)
         with torch.inference_mode(False):  # else no other mode could write there
             # Zeros, not empty: what has not been written must never be a NaN in somebody's sum.
             self.storage = torch.zeros(shape, dtype=dtype, device=device)
-            self._sink_k, self._sink_v = self._allocate_sink()
+            self._sink_k, self._sink_v = self._keep_sink()
         self._pinned: tuple[Tensor, Tensor] | None = None
         self._views: dict[int, tuple[Tensor, Tensor, Past]] = {}  # by layer, of the chunk under way
         self.lent = Lent(layers)
         self.moments = Moments()
         self.reset()
 
-    def _allocate_sink(self) -> tuple[Tensor | None, Tensor | None]:
-        """The sink as it is at its own frames: its moved or averaged copy in the buffer is made from this."""
-        if (
-            self.window_frames is None
-            or self.sink_frames == 0
-            or not (self.moves_sink or self.ema is not None)
-        ):
+    def _keep_sink(self) -> tuple[Tensor | None, Tensor | None]:
+        """Where the sink is kept at its own frames, if its copy in the buffer is another."""
+        if self.window_frames is None or self.sink_frames == 0:
             return None, None
         sink = self.storage[:, 0, :, : self.sink_frames * self.tokens_per_frame]
-        if self.ema is None:
-            return torch.zeros_like(sink, memory_format=torch.contiguous_format), None
-        wide = torch.float64 if sink.dtype == torch.float64 else torch.float32
-        k, v = (torch.zeros(sink.shape, dtype=wide, device=sink.device) for _ in range(2))
-        return k, v
+        return kept_sink(sink, self.ema, turns=self.moves_sink, moves=self._layout.spare > 0)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: their views are made anew, in their own buffer."""
@@ -190,12 +182,12 @@ class ChunkCache:
 
     @property
     def full(self) -> bool:
-        """Whether the chunk under way sees the whole buffer of a window, as every later one will.
+        """Whether the chunk under way sees as many frames as a window holds, as every later one will.
 
         Passes over such chunks differ by `slot_start` and the numbers in tensors, and by nothing else.
         """
-        visible = (self._visible_start, self._visible_stop)
-        return self.window_frames is not None and visible == (0, self.capacity * self.tokens_per_frame)
+        visible = self._visible_stop - self._visible_start
+        return self.window_frames is not None and visible == self.capacity * self.tokens_per_frame
 
     def pin_positions(self) -> None:
         """From the next chunk on write every chunk's phases into the same two tensors, for CUDA graphs.
@@ -219,13 +211,14 @@ class ChunkCache:
         self._slot_start = self._slot_tokens = 0
         self._renewal: tuple[Any, ...] | None = None
         self._visible_start = self._visible_stop = 0
+        self._surplus = self._moves = 0
         self._views.clear()
 
     @property
     def keeps_last(self) -> bool:
         """Whether a chunk still lies in the buffer, its phases too, while the next one is written."""
-        ring = self.capacity - self.sink_frames
-        return self._pinned is None and (self.window_frames is None or ring > self.frames_per_chunk)
+        ring = self._layout.ring
+        return self._pinned is None and (ring is None or ring >= 2 * self.frames_per_chunk)
 
     @integers_may_change
     def begin_chunk(self, *, renew_sink: bool = True) -> None:
@@ -244,26 +237,18 @@ class ChunkCache:
         if self.open:
             return
         self.moments.refuse_write("begin_chunk")
-        start, frames, sink = self._next_frame, self.frames, self.sink_frames
-        if self.window_frames is None:
-            if start + frames > self.capacity:
-                raise ValueError(
-                    f"ChunkCache: max_frames is {self.capacity}, but frames {start} to {start + frames - 1} "
-                    "come next; a stream without an end needs window_frames"
-                )
-            slot, evicts = start, False
-        else:
-            ring = self.capacity - sink
-            along = start + self._lead - sink
-            evicts = along >= ring
-            slot = sink + along % ring if evicts else start + self._lead
-
-        tokens = self.tokens_per_frame
-        self._slot_start, self._slot_tokens = slot * tokens, frames * tokens
-        self._visible_start = 0 if evicts else self._lead * tokens
-        self._visible_stop = self.capacity * tokens if evicts else (slot + frames) * tokens
+        start, frames, tokens = self._next_frame, self.frames, self.tokens_per_frame
+        if self.window_frames is None and start + frames > self.capacity:
+            raise ValueError(
+                f"ChunkCache: max_frames is {self.capacity}, but frames {start} to {start + frames - 1} "
+                "come next; a stream without an end needs window_frames"
+            )
+        place = self._layout.place(start, frames)
+        self._slot_start, self._slot_tokens = place.slot * tokens, frames * tokens
+        self._visible_start, self._visible_stop = place.start * tokens, place.stop * tokens
+        self._moves, self._surplus = self._surplus, place.surplus * tokens  # of the last chunk, of this one
         self._views.clear()
-        self._renewal = self._plan_renewal(start) if evicts and self._sink_k is not None else None
+        self._renewal = self._plan_renewal(start) if place.evicts and self._sink_k is not None else None
         if renew_sink:
             self._renew_sink(slice(None))
         phases = self.rotary.phases(start, frames, self.rows, self.columns, self.storage.device)
@@ -320,17 +305,27 @@ class ChunkCache:
             to_window = self.rotary.temporal_shift(start + self.frames - self.capacity, device)
         evicted = self.rotary.temporal_shift(-(start - ring), device)
         since_first = start - self.capacity  # frames since the first eviction
+        if self._layout.spare:
+            since_first = max(0, since_first)  # which may have been of a part of a chunk
         return self._slot_start, self.ema, since_first, *evicted, *to_window
 
     @torch.no_grad()
     def _renew_sink(self, layers: slice) -> None:
-        """Average the chunk to be evicted into the sink, then write the sink's copy that this chunk sees."""
+        """Move the last chunk's surplus to where it stays, average what is evicted into the sink, then write
+        the sink's copy that this chunk sees.
+        """
+        if self._moves:
+            start, end = self.sink_frames * self.tokens_per_frame, self.capacity * self.tokens_per_frame
+            self.lent.take_back(layers, start, start + self._moves)
+            seen = self.storage[layers]
+            seen[:, :, :, start : start + self._moves].copy_(seen[:, :, :, end : end + self._moves])
         if self._renewal is None or self._sink_k is None:
             return
-        self.lent.take_back(layers, 0, self._sink_k.shape[2])
+        self.lent.take_back(layers, self._surplus, self._surplus + self._sink_k.shape[2])
         count = range(len(self))[layers]
         renew = torch.ops.stream_r1.renew_sinks_ if torch.compiler.is_compiling() else renew_sinks_
-        renew(self.storage, self._sink_k, self._sink_v, count.start, len(count), *self._renewal)
+        where = (self.storage, self._sink_k, self._sink_v, count.start, len(count))
+        renew(*where, *self._renewal, self._surplus)
 
 
 class LayerCache:

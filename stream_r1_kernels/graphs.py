@@ -57,7 +57,7 @@ def _write_slot(storage: Tensor, k: Tensor, v: Tensor, layer: int, start: int) -
 _LIBRARY.define(
     "renew_sinks_(Tensor(a!) storage, Tensor(b!) sink_k, Tensor(c!)? sink_v, SymInt layer, SymInt layers,"
     " SymInt slot, float? ema, SymInt since_first, Tensor evicted_cos, Tensor evicted_sin,"
-    " Tensor? window_cos, Tensor? window_sin) -> ()",
+    " Tensor? window_cos, Tensor? window_sin, SymInt place=0) -> ()",
     tags=_TAGS,
 )
 
@@ -76,17 +76,20 @@ def renew_sinks_(
     evicted_sin: Tensor,
     window_cos: Tensor | None,
     window_sin: Tensor | None,
+    place: int = 0,
 ) -> None:
     """`renew_sink_` of the layers from `layer` on, `layers` of them, by the kernel where there is one.
 
     `since_first` is 0 at a stream's first renewal: a number, as graphs are made anew for another bool.
     """
     some = slice(layer, layer + layers)
-    compiled = resolve("auto", "renew_sink_", storage) != "reference"
-    renew = torch.ops.stream_r1.renew_sink_ if compiled else renew_sink_
     values = None if sink_v is None else sink_v[some]
     phases = (evicted_cos, evicted_sin, window_cos, window_sin)
-    renew(storage[some], sink_k[some], values, slot, ema, since_first == 0, *phases)
+    arguments = (storage[some], sink_k[some], values, slot, ema, since_first == 0, *phases)
+    if place or resolve("auto", "renew_sink_", storage) == "reference":
+        renew_sink_(*arguments, place)
+    else:
+        torch.ops.stream_r1.renew_sink_(*arguments)
 
 
 @torch.library.register_fake("stream_r1::write_slot_")

@@ -119,7 +119,7 @@ def adopt(
     )
     stream = _Stream(cache)
     for layer, entry in enumerate(kv_cache):
-        entry["k"], entry["v"] = cache.storage[layer, 0], cache.storage[layer, 1]
+        entry["k"], entry["v"] = cache.storage[layer, 0, :, :size], cache.storage[layer, 1, :, :size]
         entry[KEY] = (stream, layer)
     return cache
 
@@ -209,7 +209,7 @@ def _attend(rotate: _Rotate, v: Tensor, learns: bool, kv_cache: CacheDict, curre
     end = current_start + v.shape[1]
     if cache.moments.recomputed() is None:
         _count(kv_cache, "global_end_index", end)
-        _count(kv_cache, "local_end_index", min(end, cache.storage.shape[3]))
+        _count(kv_cache, "local_end_index", min(end, cache.capacity * cache.tokens_per_frame))
     cos, sin = cache.positions()
     if learns:
         q, k = rotate(cos, sin, None)

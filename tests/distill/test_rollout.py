@@ -19,6 +19,7 @@ CACHES = {
     "everything": {},
     "window": {"window_frames": 6},
     "sink": {"window_frames": 9, "sink_frames": 3},
+    "sizes in frames": {"window_frames": 8, "sink_frames": 1, "positions": "window"},
     "window positions, EMA sink": {
         "window_frames": 9,
         "sink_frames": 3,

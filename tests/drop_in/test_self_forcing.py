@@ -25,6 +25,9 @@ SETTINGS = {
     "sink": {"sink_frames": 3},
     "sink at the window": {"sink_frames": 3, "positions": "window"},
     "averaged sink at the window": {"sink_frames": 3, "positions": "window", "ema": 0.7},
+    "window of 8": {"frames": 8},
+    "one frame of sink, window of 8": {"frames": 8, "sink_frames": 1, "positions": "window"},
+    "four frames of sink, window of 8": {"frames": 8, "sink_frames": 4},
 }
 
 
@@ -94,7 +97,8 @@ def random_chunk(generator: torch.Generator, dtype: torch.dtype = torch.float32)
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
 def test_outputs_and_counters_are_those_of_the_rolled_cache(settings):
     chunks = 4 if settings.get("window") is False else 9
-    frames = 12 if settings.get("window") is False else 9
+    frames = 12 if settings.get("window") is False else settings.get("frames", 9)
+    settings = {name: value for name, value in settings.items() if name != "frames"}
     generator = torch.Generator().manual_seed(0)
     kv_cache = dictionaries(frames)
     adopt(kv_cache, rows=ROWS, columns=COLUMNS, frames_per_chunk=CHUNK, **settings)

@@ -164,6 +164,8 @@ STREAMS = {
     "first frame alone, window": {"first_chunk_frames": 1, "window_frames": 6},
     "first frame alone, sink": {"first_chunk_frames": 1, "window_frames": 7, "sink_frames": 1},
     "chunks of two": {"frames_per_chunk": 2, "window_frames": 4},
+    "sizes in frames": {"window_frames": 8, "sink_frames": 1},
+    "sizes in frames, first frame alone": {"window_frames": 7, "sink_frames": 2, "first_chunk_frames": 1},
 }
 
 
@@ -226,7 +228,7 @@ def test_empty_batch():
         ({"added_kv_proj_dim": 32}, "added_kv_proj_dim must be None"),
         ({"image_dim": 32}, "image_dim must be None"),
         ({"patch_size": (2, 2, 2)}, "patch_size"),
-        ({"window_frames": 8, "sink_frames": 3}, "window_frames - sink_frames"),
+        ({"window_frames": 5, "sink_frames": 3}, "window_frames must have room"),
         ({"positions": "relative"}, "positions must be one of absolute, window"),
         ({"frames_per_chunk": 0}, "frames_per_chunk must be at least 1"),
     ],

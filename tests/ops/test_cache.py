@@ -1,6 +1,7 @@
 """ChunkCache against a plain list of frames with un-rotated keys, rotated anew wherever a chunk sees them."""
 
 import gc
+import itertools
 import weakref
 from dataclasses import dataclass, field
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stream_r1_kernels import ChunkCache, RotaryGrid, apply_rotary, cached_chunk_attention
+from stream_r1_kernels import ChunkCache, ChunkMask, RotaryGrid, apply_rotary, cached_chunk_attention
 
 HEADS, WIDTH, ROWS, COLUMNS = 2, 12, 2, 3
 TOKENS = ROWS * COLUMNS
@@ -29,6 +30,18 @@ SETTINGS = {
     "first frame alone and sink": {
         "window_frames": 10,
         "sink_frames": 1,
+        "first_chunk_frames": 1,
+        "positions": "window",
+    },
+    "window of no whole chunks": {"window_frames": 8},
+    "window of a chunk and a frame": {"window_frames": 4},
+    "one frame of sink": {"window_frames": 9, "sink_frames": 1},
+    "one frame of sink before whole chunks": {"window_frames": 10, "sink_frames": 1, "positions": "window"},
+    "sink that ends within a chunk": {"window_frames": 9, "sink_frames": 4, "positions": "window"},
+    "first frame alone, window of 8": {"window_frames": 8, "first_chunk_frames": 1},
+    "first frame alone and a chunk of sink": {
+        "window_frames": 10,
+        "sink_frames": 3,
         "first_chunk_frames": 1,
         "positions": "window",
     },
@@ -137,6 +150,46 @@ def test_nothing_but_the_slot_shares_memory_with_the_slot(settings):
         assert past is None or (past.k.sum() == 0 and past.v.sum() == 0)
         assert (0 if past is None else past.k.shape[1]) == seen.k.shape[1] - tokens
         cache.commit()
+
+
+def test_any_window_and_sink_in_frames_show_what_the_training_mask_shows():
+    """Every size with chunks of up to 4 frames: a token a frame, whose value is its number."""
+    sizes = itertools.product(range(1, 5), range(1, 5), range(6), range(1, 12))
+    for chunk, first, sink, window in sizes:
+        if first > chunk or window < sink + chunk:
+            continue
+        cache = ChunkCache(
+            1,
+            1,
+            1,
+            RotaryGrid(2),
+            1,
+            1,
+            chunk,
+            window_frames=window,
+            sink_frames=sink,
+            first_chunk_frames=first,
+        )
+        size = f"chunks of {chunk} after {first}, window of {window}, sink of {sink}"
+        aligned = (window - sink) % chunk == 0 and (sink == 0 or (sink - first) % chunk == 0)
+        assert aligned == (cache.storage.shape[3] == window), size
+        mask = ChunkMask(1, chunk, window_frames=window - sink, sink_frames=sink, first_chunk_frames=first)
+        frames = first + 9 * chunk
+        shown = mask.visible(frames)
+        for start, end in mask.chunks(frames):
+            cache.begin_chunk()
+            assert (cache.next_frame, cache.frames) == (start, end - start), size
+            for part in cache[0].slot():
+                part.copy_(torch.arange(start, end).view(1, -1, 1, 1))
+            expected = shown[start].nonzero().flatten().tolist()
+            seen = cache[0].past(True)
+            for part in seen.k, seen.v:  # the sink stays at its frames: nothing is rotated
+                assert part.is_contiguous(), size
+                assert sorted(part[0, :, 0, 0].int().tolist()) == expected, size
+            past = cache[0].past(False)
+            before = [] if past is None else sorted(past.v[0, :, 0, 0].int().tolist())
+            assert before == [frame for frame in expected if frame < start], size
+            cache.commit()
 
 
 def test_snapshot_outlives_later_chunks():
@@ -256,13 +309,16 @@ def test_without_a_chunk_under_way_nothing_is_shown_or_kept(call, chunks):
     ("settings", "message"),
     [
         ({}, "max_frames must be at least 1 without window_frames, got None"),
-        ({"window_frames": 8}, "multiple of 3"),
-        ({"window_frames": 3, "sink_frames": 3}, "positive multiple of 3"),
-        ({"window_frames": 9, "sink_frames": 2}, "sink_frames must end with a chunk"),
-        ({"window_frames": 10, "sink_frames": 3, "first_chunk_frames": 1}, r"1 \+ a multiple of 3"),
+        ({"window_frames": 2}, r"window_frames must have room .* at least 0 \+ 3 .* got 2"),
+        ({"window_frames": 5, "sink_frames": 3}, r"window_frames must have room .* at least 3 \+ 3 .* got 5"),
         (
             {"window_frames": 12, "sink_frames": 6, "ema": 0.9},
-            "sink_frames must equal frames_per_chunk = 3, got 6",
+            "sink_frames .* must equal frames_per_chunk = 3, .* got 6, 3 and 12",
+        ),
+        ({"window_frames": 8, "sink_frames": 3, "ema": 0.9}, "window_frames be a multiple .* got 3, 3 and 8"),
+        (
+            {"window_frames": 9, "sink_frames": 3, "ema": 0.9, "first_chunk_frames": 1},
+            "first_chunk_frames must equal .* got 3, 1 and 9",
         ),
         ({"max_frames": 9, "ema": 0.9}, "ema must be None without window_frames"),
         ({"window_frames": 9, "sink_frames": 3, "ema": 1.5}, "ema must be between 0 and 1"),

@@ -22,6 +22,7 @@ STREAMS: dict[str, dict[str, Any]] = {
     "averaged sink": {"sink_ema": 0.8, "positions": "absolute"},
     "averaged sink at the window": {"window_frames": 12, "sink_ema": 0.8},
     "first frame alone": {"first_chunk_frames": 1, "window_frames": 10, "sink_frames": 4},
+    "sizes in frames": {"window_frames": 8, "sink_frames": 1},
     "first frame alone, without a sink": {"first_chunk_frames": 1, "sink_frames": 0, "positions": "absolute"},
 }
 SIZE, CHUNKS, TEXT = (2, 4), 7, ["a fat rabbit", "a butterfly"]
