@@ -152,7 +152,7 @@ def test_kinds_of_adapters_are_applied_right_or_refused(tmp_path, kind):
         ("rank r", {"r": None}),
         ("expected rank 4 .* got 3", {"r": 4}),
         ("lora_alpha", {"lora_alpha": "6"}),
-        ("lora_alpha", {"lora_alpha": float("nan")}),
+        ("NaN", {"lora_alpha": float("nan")}),
         ("use_rslora", {"use_rslora": "no"}),
     ],
 )
