@@ -84,7 +84,7 @@ def test_a_function_that_is_given_the_cache(by_views, dynamic):
         # a cache of any size, a batch of any size, then nothing new for another one; bfloat16
         ours, theirs = make_cache(max_frames=8), make_cache(max_frames=8)
         assert_streams_agree(compiled, ours, stream, theirs, chunks(4), 2)
-        for batch, dtype, warm in ((3, torch.float32, 1), (2, torch.float32, 0), (2, torch.bfloat16, 1)):
+        for batch, dtype, warm in ((3, torch.float32, 3), (2, torch.float32, 0), (2, torch.bfloat16, 3)):
             ours, theirs = (make_cache(batch=batch, dtype=dtype, **ROLLING) for _ in range(2))
             assert_streams_agree(compiled, ours, stream, theirs, chunks(6, batch, dtype), warm)
 
