@@ -20,65 +20,82 @@ Vec square_root(Vec v) {
 #endif
 }
 
-// Squares of these leave the range of float32 or lose digits at its end; those of float16 never do.
-constexpr float kMostSquare = 1e37f, kLeastSquare = 1e-30f;
-
-// The norms again where the squares are out of range, each scaled by its largest channel. `line` is of one
-// vector.
-template <Element kElement, class Lanes>
-[[gnu::noinline]] Vec scaled_norms(const RegionSaliencyArgs& args, const Stored<kElement>* line, Lanes lanes,
-                                   Vec squares) {
-  Vec norms = square_root(squares), largest = {};
-  for (int64_t c = 0; c < args.channels; ++c)
-    largest = max(abs(load<kElement>(line + c * args.channel_stride, lanes)), largest);
-  for (int64_t i = 0; i < kLanes; ++i) {
-    if (std::isnan(squares[i]) || !(largest[i] > 0 && largest[i] <= FLT_MAX)) continue;
-    if (squares[i] >= kLeastSquare && squares[i] <= kMostSquare) continue;
-    const int exponent = std::ilogb(largest[i]);
-    float sum = 0;
-    for (int64_t c = 0; c < args.channels; ++c) {
-      const float part = std::ldexp(load<kElement>(line + c * args.channel_stride, lanes)[i], -exponent);
-      sum += part * part;
-    }
-    norms[i] = std::ldexp(std::sqrt(sum), exponent);
-  }
-  return norms;
-}
-
-// The norm over the channels of the pixels of a vector; `line` is its first channel.
-template <Element kElement, class Lanes>
-STREAM_R1_INLINE inline Vec norms_of(const RegionSaliencyArgs& args, const Stored<kElement>* line,
-                                     Lanes lanes, Vec squares, Vec magnitude) {
-  if constexpr (kElement != Element::float16)
-    if (any(~((squares >= kLeastSquare) & (squares <= kMostSquare)) & (magnitude != 0.0f))) [[unlikely]]
-      return scaled_norms<kElement>(args, line, lanes, squares);
-  return square_root(squares);
-}
-
-// Adds the norm over the channels of each pixel of a line.
-template <Element kElement>
-void add_norms(const RegionSaliencyArgs& args, const Stored<kElement>* line, float* sums) {
+// Adds the norm over the channels of each pixel of a line, of values times `scale` where there is one;
+// returns the largest of the sums of squares.
+template <Element kElement, bool kScaled>
+Vec add_norms(const RegionSaliencyArgs& args, const Stored<kElement>* line, float scale, float* sums,
+              Vec largest) {
+  const auto value = [&](const Stored<kElement>* from, auto lanes) STREAM_R1_INLINE {
+    const Vec v = load<kElement>(from, lanes);
+    return kScaled ? v * scale : v;
+  };
   if (args.channels == 3) {
     const auto *green = line + args.channel_stride, *blue = green + args.channel_stride;
     for_each_vector(args.width, [&](int64_t i, auto lanes) STREAM_R1_INLINE {
-      const Vec r = load<kElement>(line + i, lanes), g = load<kElement>(green + i, lanes),
-                b = load<kElement>(blue + i, lanes);
-      const Vec norms =
-          norms_of<kElement>(args, line + i, lanes, r * r + g * g + b * b, abs(r) + abs(g) + abs(b));
-      store(sums + i, load(sums + i, lanes) + norms, lanes);
+      const Vec r = value(line + i, lanes), g = value(green + i, lanes), b = value(blue + i, lanes);
+      const Vec squares = r * r + g * g + b * b;
+      largest = max(squares, largest);
+      store(sums + i, load(sums + i, lanes) + square_root(squares), lanes);
     });
-    return;
+    return largest;
   }
   for_each_vector(args.width, [&](int64_t i, auto lanes) STREAM_R1_INLINE {
-    Vec squares = {}, magnitude = {};
+    Vec squares = {};
     for (int64_t c = 0; c < args.channels; ++c) {
-      const Vec value = load<kElement>(line + c * args.channel_stride + i, lanes);
-      squares += value * value;
-      magnitude += abs(value);
+      const Vec v = value(line + c * args.channel_stride + i, lanes);
+      squares += v * v;
     }
-    const Vec norms = norms_of<kElement>(args, line + i, lanes, squares, magnitude);
-    store(sums + i, load(sums + i, lanes) + norms, lanes);
+    largest = max(squares, largest);
+    store(sums + i, load(sums + i, lanes) + square_root(squares), lanes);
   });
+  return largest;
+}
+
+// Lines [first, first + lines) of the pictures of a latent frame, whose first picture begins at `corner`.
+struct Band {
+  int64_t corner, pixel_frames, lines;
+
+  template <class Body>
+  void for_lines(const RegionSaliencyArgs& args, const Body& body) const {
+    for (int64_t f = 0; f < pixel_frames; ++f)
+      for (int64_t y = 0; y < lines; ++y) body(corner + f * args.frame_stride + y * args.row_stride);
+  }
+};
+
+template <Element kElement>
+[[gnu::noinline]] float largest_value(const RegionSaliencyArgs& args, const Band& band) {
+  Vec largest = {};
+  band.for_lines(args, [&](int64_t offset) {
+    for (int64_t c = 0; c < args.channels; ++c)
+      for_each_vector(args.width, [&](int64_t i, auto lanes) STREAM_R1_INLINE {
+        largest =
+            max(abs(load<kElement>(at<kElement>(args.grads, offset + c * args.channel_stride) + i, lanes)),
+                largest);
+      });
+  });
+  return max(largest);
+}
+
+// Sums of norms down each column of pixels of a band, times the result. Where squares leave the range of
+// float32 the values are scaled by the band's largest; those of float16 never do.
+template <Element kElement>
+float sum_norms(const RegionSaliencyArgs& args, const Band& band, float* sums) {
+  Vec largest = {};
+  std::fill_n(sums, args.width, 0.f);
+  band.for_lines(args, [&](int64_t offset) {
+    largest = add_norms<kElement, false>(args, at<kElement>(args.grads, offset), 1, sums, largest);
+  });
+  const float squares = max(largest);
+  if (kElement == Element::float16 || (squares >= 1e-30f && squares <= 1e37f)) return 1;
+  const float value = largest_value<kElement>(args, band);
+  if (!(value > 0 && value <= FLT_MAX)) return 1;
+  const int exponent = std::clamp(std::ilogb(value), -126, 126);
+  std::fill_n(sums, args.width, 0.f);
+  band.for_lines(args, [&](int64_t offset) {
+    add_norms<kElement, true>(args, at<kElement>(args.grads, offset), std::ldexp(1.f, -exponent), sums,
+                              largest);
+  });
+  return std::ldexp(1.f, exponent);
 }
 
 template <Element kElement>
@@ -93,17 +110,12 @@ void reduce(const RegionSaliencyArgs& args, int64_t begin, int64_t end) {
     const int64_t first = frame == 0 ? 0 : 1 + factor * (frame - 1), pixel_frames = frame == 0 ? 1 : factor;
     const int64_t corner = sample / args.batch * args.axis_stride + sample % args.batch * args.batch_stride +
                            first * args.frame_stride + row * cell_height * args.row_stride;
-    std::fill_n(sums, width, 0.f);
-    for (int64_t f = 0; f < pixel_frames; ++f) {
-      const auto* line = at<kElement>(args.grads, corner + f * args.frame_stride);
-      for (int64_t y = 0; y < cell_height; ++y, line += args.row_stride)
-        add_norms<kElement>(args, line, sums);
-    }
+    const float unit = sum_norms<kElement>(args, {corner, pixel_frames, cell_height}, sums);
     const float share = 1.f / static_cast<float>(pixel_frames * cell_height * cell_width);
     for (int64_t column = 0; column < args.columns; ++column) {
       float total = 0;
       for (int64_t i = 0; i < cell_width; ++i) total += sums[column * cell_width + i];
-      args.out[band * args.columns + column] = total * share;
+      args.out[band * args.columns + column] = total * share * unit;
     }
   }
 }
