@@ -82,7 +82,9 @@ class Moments:
 
     def begin_chunk(self) -> None:
         # At the end of the last one: what calls begin_chunk may lie in a node that is older than the call.
-        self._chunk = self._ended
+        self._chunk = (
+            _NEVER if torch.compiler.is_compiling() else self._ended
+        )  # a number that differs each time
 
     def end_chunk(self, at: int | None = None) -> None:
         """`at`: when the next one can have begun at the earliest; None: now."""
