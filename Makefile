@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | docs | sanitize | assets: each makes .venv and installs what it needs; quick the second time.
+# make demo | test | bench | lint | docs | sanitize | compat | assets: each makes .venv and installs what it needs; quick the second time.
 #
 # PYTHON       interpreter that makes .venv                      (python3)
 # TORCH_INDEX  index to take torch from, for the CPU build of it (pip's own)
@@ -12,7 +12,7 @@ PIP         := $(BIN)/python -m pip --disable-pip-version-check -qq
 SOURCES     := $(shell find csrc -type f 2>/dev/null)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-executor bench gpu-check lint docs sanitize cross assets clean help
+.PHONY: demo test test-executor bench gpu-check lint docs sanitize cross compat assets clean help
 
 help:
 	@echo "make demo    distil the tiny student, stream it before and after, write out/demo/index.html (minutes)"
@@ -20,10 +20,11 @@ help:
 	@echo "make test-executor  those of the PTX executor (minutes; when it or a compiler changes)"
 	@echo "make bench   every op beside its rivals; writes docs/benchmarks.md, .json and docs/roofline.svg"
 	@echo "make gpu-check  on a machine with a GPU: build, tests, timings; writes docs/gpu-measured.md"
-	@echo "make lint    ruff, mypy, clang-format"
+	@echo "make lint    ruff, mypy, vermin, clang-format"
 	@echo "make docs    the documentation as a site that needs no network: out/site/index.html"
 	@echo "make sanitize  the ops' tests with AddressSanitizer and UndefinedBehaviorSanitizer (minutes)"
 	@echo "make cross   compile the CPU kernels for aarch64 (needs g++-aarch64-linux-gnu)"
+	@echo "make compat  build the ops once, test them with the oldest and the newest torch in range (downloads gigabytes)"
 	@echo "make assets  train the tiny world's models again (hours)"
 
 demo: $(VENV)/.built
@@ -48,6 +49,7 @@ lint: $(VENV)/.tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy stream_r1 stream_r1_kernels ptx_executor
+	$(BIN)/vermin --quiet --no-tips --violations --target=3.10- stream_r1 stream_r1_kernels ptx_executor build_support setup.py
 	find csrc tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format --dry-run --Werror
 
 docs: $(VENV)/.docs
@@ -65,6 +67,19 @@ cross:
 	@mkdir -p build/aarch64
 	@for file in csrc/cpu/*_kernel.cpp; do echo $$file; aarch64-linux-gnu-g++ -std=c++20 -O2 -fopenmp -Wall -fno-math-errno \
 	  -fno-trapping-math -DSTREAM_R1_ISA=baseline -Icsrc -c $$file -o build/aarch64/$$(basename $$file .cpp).o || exit 1; done
+
+# The ops as people install them: one wheel, in environments that have nothing else of this repository.
+COMPAT_TORCH ?= 2.10.0 2.14.1
+compat: $(VENV)/.built
+	rm -rf build/compat && mkdir -p build/compat/tests
+	$(PIP) wheel --no-build-isolation --no-deps -w build/compat ./kernels
+	cp -r tests/conftest.py tests/ops build/compat/tests
+	@for torch in $(COMPAT_TORCH); do echo "== torch $$torch"; \
+	  $(PYTHON) -m venv build/compat/env && \
+	  build/compat/env/bin/python -m pip --disable-pip-version-check -qq install torch==$$torch numpy pytest hypothesis build/compat/*.whl && \
+	  build/compat/env/bin/python -m stream_r1_kernels.info && \
+	  (cd build/compat && env/bin/python -m pytest -q --import-mode=importlib -c /dev/null --rootdir . tests/ops --ignore tests/ops/test_devices.py $(ARGS)) || exit 1; \
+	  rm -rf build/compat/env; done
 
 # The tiny world from the film on; each step resumes where it was stopped.
 assets: $(VENV)/.built
@@ -88,11 +103,11 @@ $(VENV)/.torch:
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing torch $(TORCH) into $(VENV)"
 	@$(PIP) install torch==$(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	@$(PIP) install "setuptools>=77" wheel ninja
+	@$(PIP) install "setuptools>=77" wheel
 	@touch $@
 
 # The package, editable, with the extension compiled; again when its sources change.
-$(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py build_support/cuda.py $(SOURCES)
+$(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py build_support/cuda.py build_support/objects.py $(SOURCES)
 	@echo "building and installing stream-r1"
 	@$(PIP) install --no-build-isolation -e . torch==$(TORCH)
 	@touch $@

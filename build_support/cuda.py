@@ -15,13 +15,12 @@ import os
 import re
 import shutil
 import site
-import subprocess
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from .objects import ROOT, Job, build
+
 DEFAULT_ARCHS = "80;90a;100a;120"
 FLAGS = ("-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 
@@ -32,7 +31,7 @@ def sources() -> list[Path]:
 
 
 def binding_sources() -> list[Path]:
-    """The files that the C++ compiler compiles, against torch."""
+    """The files that the C++ compiler compiles, with torch's headers."""
     return sorted((ROOT / "csrc/cuda").glob("*.cpp"))
 
 
@@ -144,27 +143,19 @@ def decide(torch_cuda: str | None) -> tuple[Toolkit | None, str]:
     return toolkit, ""
 
 
-def compile_kernels(toolkit: Toolkit, folder: Path, jobs: int) -> list[str]:
-    """Object files of all kernels, in `folder`; what is newer than the sources and made alike is kept.
+def compile_kernels(toolkit: Toolkit, folder: Path) -> list[str]:
+    """Object files of all kernels, in `folder`.
 
     Raises:
         subprocess.CalledProcessError: nvcc refused a file; what it said has been printed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    headers = list((ROOT / "csrc").rglob("*.*h"))
-    newest_header = max(path.stat().st_mtime for path in headers)
 
-    def build(source: Path) -> str:
-        built, note = folder / f"{source.stem}.o", folder / f"{source.stem}.command"
-        command = [str(toolkit.nvcc), *FLAGS, *arch_flags(archs()), "-c", str(source), "-o", str(built)]
-        fresh = built.exists() and built.stat().st_mtime > max(newest_header, source.stat().st_mtime)
-        if not (fresh and note.exists() and note.read_text() == " ".join(command)):
-            subprocess.run(command, check=True, env=toolkit.environment)
-            note.write_text(" ".join(command))
-        return str(built)
+    def job(source: Path) -> Job:
+        built = folder / f"{source.stem}.o"
+        compiler = [str(toolkit.nvcc), *FLAGS, *arch_flags(archs())]
+        return Job(built, source, [*compiler, "-c", str(source), "-o", str(built)])
 
-    with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(build, sources()))
+    return build([job(source) for source in sources()], toolkit.environment)
 
 
 def link_arguments(toolkit: Toolkit) -> list[str]:

@@ -61,6 +61,6 @@ def _kind(value: Any) -> str:
 
 
 def count_write(x: Tensor) -> None:
-    """Tell autograd that an op has written to x: in inference mode torch counts its own writes alone."""
-    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled() and not x.is_inference():
+    """Tell autograd that an op has written to x. A write that the op has told itself may be told again."""
+    if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(x)

@@ -1,11 +1,11 @@
 """What this machine can run and, for what it can't, why.
 
-The compiled ops are registered with torch when this module is imported. A build that is missing, or that was
-made against another torch, is no error here: the reasons are kept, the backends of plain torch work, and
-asking for a compiled one raises with them.
+The compiled ops are registered with torch when this module is imported. A build that is missing or does not
+load is no error here: the reason is kept, and raised by the first call that would have run on it. Nothing
+falls back to slower code by itself.
 
 The environment variable STREAM_R1_EXTENSION names a folder with another build of the extension, such as the
-one with sanitizers.
+one with sanitizers. STREAM_R1_EXTENSION=none runs without: "auto" takes the backends of plain torch.
 """
 
 from __future__ import annotations
@@ -38,13 +38,15 @@ from .dispatch import (
     refusal,
 )
 
-_OLDEST_TRITON = (3, 7)
+_OLDEST_TRITON = (3, 6)
 
+_WITHOUT = os.environ.get("STREAM_R1_EXTENSION") == "none"
 _FOLDER = Path(os.environ.get("STREAM_R1_EXTENSION") or Path(__file__).parent)
 
 
-def _public(version: str) -> str:
-    return version.split("+")[0]
+def _release(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def read_build_record() -> dict[str, Any] | None:
@@ -55,23 +57,26 @@ def read_build_record() -> dict[str, Any] | None:
 
 def _load_extension() -> str | None:
     """Register the compiled ops; returns why that was not possible, or None."""
+    if _WITHOUT:
+        return "STREAM_R1_EXTENSION=none: the compiled extension is not loaded"
     found = sorted(_FOLDER.glob("_C*.so"))
     record = read_build_record()
     if not found and os.environ.get("STREAM_R1_EXTENSION"):
         return f"STREAM_R1_EXTENSION: expected a folder with the extension, _C*.so, got {_FOLDER}"
     if not found:
         return "the compiled extension is not built: run `pip install -e .` (or install a wheel)"
-    if record is None:
-        return f"the compiled extension's {found[0].parent / '_build.json'} is missing: build it again"
-    if _public(record["torch"]) != _public(torch.__version__):
-        return (
-            f"the compiled extension was built against torch {record['torch']} but torch {torch.__version__} "
-            "is running: rebuild it with `pip install -e . --no-build-isolation`"
-        )
+    if record is None or "oldest_torch" not in record:
+        note = found[0].parent / "_build.json"
+        return f"the compiled extension's {note} is missing or of an older build: build it again"
+    oldest = record["oldest_torch"]
+    built = f"the compiled extension, for torch {oldest} and later (built with {record['torch']})"
+    if _release(torch.__version__) < _release(oldest):
+        return f"{built}, can't be loaded with torch {torch.__version__}: install torch>={oldest}"
     try:
         torch.ops.load_library(str(found[0]))
-    except OSError as error:
-        return f"the compiled extension could not be loaded: {error.__cause__ or error}"  # torch hides why
+    except OSError as error:  # torch hides why
+        why = error.__cause__ or error
+        return f"{built}, could not be loaded with torch {torch.__version__}: {why}; build it again"
     return None
 
 
@@ -210,7 +215,8 @@ def resolve(backend: str, op: str, tensor: Tensor, *others: Tensor | None, piece
 
     Raises:
         ValueError: the name is unknown, or the backend has no kernels for the tensor's size.
-        RuntimeError: the backend can't be used on this machine, on the tensor's device, or for the op.
+        RuntimeError: the backend can't be used on this machine, on the tensor's device, or for the op; for
+            "auto", the extension is there to be loaded and can't be.
         TypeError: the backend has no kernels for the tensor's dtype.
     """
     if backend == "reference":
@@ -223,6 +229,7 @@ def resolve(backend: str, op: str, tensor: Tensor, *others: Tensor | None, piece
             and not (op in FORWARD_ONLY and torch.is_grad_enabled())
         ):
             return "cpu" if op in _OPS["cpu"] else "reference"  # quicker than to choose; small ops feel it
+        _refuse_a_broken_build(op, tensor)
         return choose(describe_call(op, tensor, *others, pieces=pieces), build()).backend
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -233,3 +240,14 @@ def resolve(backend: str, op: str, tensor: Tensor, *others: Tensor | None, piece
         missing = "".join(f"; {each}" for each in others_missing) if backend in _UNAVAILABLE else ""
         raise kind(f"{op}: backend {backend!r} {message}{missing}")
     return backend
+
+
+def _refuse_a_broken_build(op: str, tensor: Tensor) -> None:
+    """Before "auto" takes what is slower because the extension is missing, which nobody asked for."""
+    if EXTENSION_PROBLEM is None or _WITHOUT or _counted_for is not None:
+        return
+    if tensor.device.type in ("cpu", "cuda") and tensor.dtype in DTYPES:
+        raise RuntimeError(
+            f"{op}: backend 'auto': {EXTENSION_PROBLEM}. To run on plain torch, slower, set "
+            "STREAM_R1_EXTENSION=none, or name a backend"
+        )

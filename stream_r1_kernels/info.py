@@ -6,6 +6,7 @@ from __future__ import annotations
 import platform
 import sys
 from dataclasses import replace
+from importlib.metadata import packages_distributions
 
 import torch
 
@@ -41,11 +42,15 @@ def _what_is_built() -> list[str]:
     if record is None:
         lines.append("extension         not built")
     else:
-        lines.append(f"extension built   against torch {record['torch']}")
+        oldest = record.get("oldest_torch")
+        lines.append(f"extension built   for torch {oldest} and later, with torch {record['torch']}")
         lines.append(f"  CPU kernels     {', '.join(record['isa'])}")
         if "cuda_archs" in record:
             lines.append(f"  CUDA kernels    {', '.join(record['cuda_archs'])}, PTX of the last")
         lines.extend(f"  left out        {part}: {why}" for part, why in record["left_out"].items())
+    installed = sorted({*packages_distributions().get("stream_r1_kernels", [])})
+    if len(installed) > 1:
+        lines.append(f"installed twice   by {' and '.join(installed)}: uninstall both, then install one")
     if EXTENSION_PROBLEM is None:
         lines.append(f"running with      {torch.ops.stream_r1.cpu_isa()}, {torch.get_num_threads()} threads")
     return lines

@@ -1,9 +1,5 @@
 // chunk_attention and cached_chunk_attention: allocation, the blocks of work, and registration on the CPU.
-// The loops are in attention_{forward,backward}_kernel.cpp, autograd in attention_autograd.cpp.
-
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
+// The loops are in attention_{forward,backward}_kernel.cpp.
 
 #include <numeric>
 #include <set>
@@ -15,16 +11,13 @@
 namespace stream_r1 {
 namespace {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
 constexpr int64_t kSmallWork = 1 << 17;  // multiply-adds that one thread does faster alone than with help
 
 Strides strides_of(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2)}; }
 
 // The same blocks, none longer than the kernel takes, and short enough that every thread finds some.
 std::vector<QueryBlock> split(const std::vector<QueryBlock>& blocks, int64_t heads_in_all, int64_t queries) {
-  const int64_t items_wanted = 4 * at::get_num_threads();
+  const int64_t items_wanted = 4 * get_num_threads();
   const int64_t fair = (heads_in_all * queries + items_wanted - 1) / items_wanted;
   const int64_t longest =
       std::clamp<int64_t>((fair + kQueries - 1) / kQueries * kQueries, kQueries, kMostQueries);
@@ -58,7 +51,7 @@ int64_t pairs(const std::vector<QueryBlock>& blocks) {
 template <class Kernel>
 void run_balanced(int64_t groups, const std::vector<int64_t>& costs, bool alone, const Kernel& kernel) {
   const int64_t period = static_cast<int64_t>(costs.size()), items = groups * period;
-  const int64_t parts = alone ? 1 : std::min<int64_t>(at::get_num_threads(), items);
+  const int64_t parts = alone ? 1 : std::min<int64_t>(get_num_threads(), items);
   if (parts <= 1) return kernel(0, items);
   std::vector<double> before(period + 1, 0.0);  // the cost of a group's items before each
   for (int64_t i = 0; i < period; ++i) before[i + 1] = before[i] + static_cast<double>(costs[i]);
@@ -73,7 +66,7 @@ void run_balanced(int64_t groups, const std::vector<int64_t>& costs, bool alone,
     const double rest = share - group * static_cast<double>(whole);
     return whole * period + (std::lower_bound(before.begin(), before.end() - 1, rest) - before.begin());
   };
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part)
       if (boundary(part) < boundary(part + 1)) kernel(boundary(part), boundary(part + 1));
   });
@@ -81,22 +74,21 @@ void run_balanced(int64_t groups, const std::vector<int64_t>& costs, bool alone,
 
 // Tensors that the arguments of a kernel point into; kept alive while it runs.
 struct Prepared {
-  Tensor q, k[2], v[2];  // 0: the past, 1: the fresh keys
+  Tensor q;
+  OptionalTensor k[2], v[2];  // 0: the past, 1: the fresh keys
   AttentionArgs args{};
 };
 
 void set_keys(const char* op, Prepared& p, int source_index, const Tensor& k, const Tensor& v) {
   check_keys(op, p.q, k, v);
-  p.k[source_index] = with_dense_rows(k);
-  p.v[source_index] = with_dense_rows(v);
-  p.args.keys[source_index] = {source(p.k[source_index]), source(p.v[source_index]),
-                               strides_of(p.k[source_index]), strides_of(p.v[source_index])};
+  const Tensor& dense_k = p.k[source_index].emplace(with_dense_rows(k));
+  const Tensor& dense_v = p.v[source_index].emplace(with_dense_rows(v));
+  p.args.keys[source_index] = {source(dense_k), source(dense_v), strides_of(dense_k), strides_of(dense_v)};
 }
 
 Prepared prepare(const char* op, const Tensor& q, double scale) {
   check_queries(op, q);
-  Prepared p;
-  p.q = with_dense_rows(q);
+  Prepared p{with_dense_rows(q), {}, {}};
   p.args.heads = q.size(2);
   p.args.head_dim = q.size(3);
   p.args.queries = q.size(1);
@@ -109,10 +101,10 @@ Prepared prepare(const char* op, const Tensor& q, double scale) {
 
 std::tuple<Tensor, Tensor> forward(Prepared& p, const std::vector<QueryBlock>& blocks) {
   const Tensor& q = p.q;
-  Tensor out = at::empty(q.sizes(), q.options());
-  Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(at::kDouble));
+  Tensor out = allocate(q.sizes(), q);
+  Tensor lse = allocate({q.size(0), q.size(2), q.size(1)}, kDouble, q);
   const int64_t heads_in_all = q.size(0) * q.size(2);
-  if (out.numel() == 0) return {out, lse.fill_(-std::numeric_limits<double>::infinity())};
+  if (out.numel() == 0) return {out, torch::stable::fill_(lse, -std::numeric_limits<double>::infinity())};
   const std::vector<QueryBlock> pieces = split(blocks, heads_in_all, q.size(1));
   p.args.blocks = pieces.data();
   p.args.num_blocks = static_cast<int64_t>(pieces.size());
@@ -152,29 +144,31 @@ std::vector<KeyTile> key_tiles(const std::vector<QueryBlock>& blocks, int64_t fr
 std::tuple<Tensor, Tensor, Tensor> backward(Prepared& p, const std::vector<QueryBlock>& blocks,
                                             const Tensor& grad_any, const OptionalTensor& grad_lse_any,
                                             const Tensor& out_any, const Tensor& lse_any) {
-  const Tensor &q = p.q, &k = p.k[1];
+  const Tensor &q = p.q, &k = *p.k[1];
   check_shape("attention backward", "grad_out", grad_any, "q", q);
   check_shape("attention backward", "out", out_any, "q", q);
   check_dtype("attention backward", "out", out_any, "q", q);
   check_sizes("attention backward", "lse", lse_any, {q.size(0), q.size(2), q.size(1)});
   if (grad_lse_any.has_value()) check_shape("attention backward", "grad_lse", *grad_lse_any, "lse", lse_any);
-  Tensor grad_k = at::empty(k.sizes(), k.options()), grad_v = at::empty(k.sizes(), k.options());
+  Tensor grad_k = allocate(k.sizes(), k), grad_v = allocate(k.sizes(), k);
   const int64_t heads_in_all = q.size(0) * q.size(2);
-  if (heads_in_all * q.size(3) == 0) return {at::zeros_like(q), grad_k.zero_(), grad_v.zero_()};
+  if (heads_in_all * q.size(3) == 0)
+    return {allocate_zeros(q.sizes(), dtype_of(q), q), torch::stable::zero_(grad_k),
+            torch::stable::zero_(grad_v)};
   const std::vector<KeyTile> tiles = key_tiles(blocks, k.size(1));
   const bool small = heads_in_all * pairs(blocks) * q.size(3) < kSmallWork;
   // Fewer heads than threads: the key tiles of a head are dealt out too, and what each part adds to the
   // gradient of the queries is summed at the end.
   const int64_t splits = small || tiles.empty()
                              ? 1
-                             : std::clamp<int64_t>((at::get_num_threads() + heads_in_all - 1) / heads_in_all,
-                                                   1, static_cast<int64_t>(tiles.size()));
-  Tensor grad_q = splits == 1 ? at::empty(q.sizes(), q.options())
-                              : at::empty({splits, q.size(0), q.size(1), q.size(2), q.size(3)},
-                                          q.options().dtype(at::kFloat));
-  const Tensor out = with_dense_rows(out_any), grad = with_dense_rows(grad_any.to(q.scalar_type())),
-               lse = lse_any.to(at::kDouble).contiguous();
-  const Tensor grad_lse = grad_lse_any.has_value() ? grad_lse_any->to(at::kFloat).contiguous() : Tensor();
+                             : std::clamp<int64_t>((get_num_threads() + heads_in_all - 1) / heads_in_all, 1,
+                                                   static_cast<int64_t>(tiles.size()));
+  Tensor grad_q = splits == 1 ? allocate(q.sizes(), q)
+                              : allocate({splits, q.size(0), q.size(1), q.size(2), q.size(3)}, kFloat, q);
+  const Tensor out = with_dense_rows(out_any), grad = with_dense_rows(to_dtype(grad_any, dtype_of(q))),
+               lse = without_gaps(to_dtype(lse_any, kDouble));
+  OptionalTensor grad_lse;
+  if (grad_lse_any.has_value()) grad_lse = contiguous_float(*grad_lse_any);
   AttentionBackwardArgs args{};
   args.forward = p.args;
   args.forward.blocks = blocks.data();
@@ -184,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Prepared& p, const std::vector<Query
   args.out_strides = strides_of(out);
   args.grad_out = source(grad);
   args.grad_out_strides = strides_of(grad);
-  args.grad_lse = grad_lse.defined() ? grad_lse.const_data_ptr<float>() : nullptr;
+  args.grad_lse = grad_lse.has_value() ? grad_lse->const_data_ptr<float>() : nullptr;
   args.grad_q = target(grad_q);
   args.grad_k = target(grad_k);
   args.grad_v = target(grad_v);
@@ -198,7 +192,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Prepared& p, const std::vector<Query
     kernel(args, begin, end);
     release_brgemm();
   });
-  if (splits > 1) grad_q = grad_q.sum(0).to(q.scalar_type());
+  if (splits > 1) grad_q = to_dtype(torch::stable::sum(grad_q, Sizes({0})), dtype_of(q));
   return {grad_q, grad_k, grad_v};
 }
 
@@ -206,7 +200,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Prepared& p, const std::vector<Query
 std::vector<QueryBlock> dense_block(const Prepared& p) {
   QueryBlock block{0, p.q.size(1), {}, 0};
   for (int i = 0; i < 2; ++i)
-    if (p.k[i].defined() && p.k[i].size(1) > 0) block.ranges[block.num_ranges++] = {i, 0, p.k[i].size(1)};
+    if (p.k[i].has_value() && p.k[i]->size(1) > 0) block.ranges[block.num_ranges++] = {i, 0, p.k[i]->size(1)};
   return {block};
 }
 
@@ -248,8 +242,8 @@ std::vector<QueryBlock> masked_blocks(const Tensor& q, const ChunkMask& mask) {
 
 Prepared prepare_chunks(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
   Prepared p = prepare("chunk_attention", q, scale);
-  TORCH_CHECK_VALUE(k.dim() == 4 && k.size(1) == q.size(1), "chunk_attention: k: expected ", q.sizes(),
-                    " as q, got ", k.sizes());
+  STREAM_R1_CHECK(k.dim() == 4 && k.size(1) == q.size(1), "chunk_attention: k: expected ", q.sizes(),
+                  " as q, got ", k.sizes());
   set_keys("chunk_attention", p, 1, k, v);
   return p;
 }
@@ -279,9 +273,9 @@ std::tuple<Tensor, Tensor, Tensor> chunk_attention_backward(
 }  // namespace
 }  // namespace stream_r1
 
-TORCH_LIBRARY_IMPL(stream_r1, CPU, m) {
-  m.impl("cached_chunk_attention", stream_r1::cached_chunk_attention);
-  m.impl("cached_chunk_attention_backward", stream_r1::cached_chunk_attention_backward);
-  m.impl("chunk_attention", stream_r1::chunk_attention);
-  m.impl("chunk_attention_backward", stream_r1::chunk_attention_backward);
+STREAM_R1_REGISTER(CPU, m) {
+  m.impl("cached_chunk_attention", TORCH_BOX(&stream_r1::cached_chunk_attention));
+  m.impl("cached_chunk_attention_backward", TORCH_BOX(&stream_r1::cached_chunk_attention_backward));
+  m.impl("chunk_attention", TORCH_BOX(&stream_r1::chunk_attention));
+  m.impl("chunk_attention_backward", TORCH_BOX(&stream_r1::chunk_attention_backward));
 }

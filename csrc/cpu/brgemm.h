@@ -12,6 +12,9 @@ namespace stream_r1 {
 using Brgemm = void(int64_t rows, int64_t columns, int64_t depth, int64_t a_stride, int64_t b_stride,
                     int64_t c_stride, bool add, const void* a, const void* b, float* c);
 
+// Whether this machine has AMX, this process may use it, and this torch has the kernels.
+bool brgemm_has_tiles();
+
 // Null where kernels multiply as fast themselves.
 Brgemm* pick_brgemm();
 

@@ -1,6 +1,3 @@
-#include <ATen/Parallel.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/library.h>
 
 #include <cmath>
 #include <limits>
@@ -13,8 +10,6 @@
 
 namespace stream_r1 {
 namespace {
-
-using at::Tensor;
 
 constexpr float kFlatRange = 1e-6f;  // as in the reference
 
@@ -53,7 +48,7 @@ Tensor intra_weights_cpu(const Tensor& saliency_, const Tensor& scores, double t
   const int64_t rows = saliency_.size(3), columns = saliency_.size(4), cells = rows * columns;
   const Tensor saliency = contiguous_float(saliency_);
   const std::vector<float> shares = shares_of(contiguous_float(scores), temperature);
-  Tensor weights = at::empty({batch, frames, 1, rows, columns}, saliency.options());
+  Tensor weights = allocate({batch, frames, 1, rows, columns}, saliency);
   std::vector<double> frame_means(batch * frames), map_means(batch * frames);
   const IntraWeightsArgs args{saliency.const_data_ptr<float>(),
                               shares.data(),
@@ -68,9 +63,8 @@ Tensor intra_weights_cpu(const Tensor& saliency_, const Tensor& scores, double t
                               static_cast<float>(spatial_strength),
                               use_spatial,
                               kFlatRange};
-  at::parallel_for(
-      0, batch * frames, grain(cells * (axes + 3)),
-      [&, kernel = pick_fuse_frames()](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  parallel_for(0, batch * frames, grain(cells * (axes + 3)),
+               [&, kernel = pick_fuse_frames()](int64_t begin, int64_t end) { kernel(args, begin, end); });
 
   // The maps have no common mean yet: a frame's factor is its profile over its map's mean, over the mean of
   // all.
@@ -86,17 +80,13 @@ Tensor intra_weights_cpu(const Tensor& saliency_, const Tensor& scores, double t
           finite ? static_cast<float>(profile[f] * frames / total / map_means[b * frames + f])
                  : std::numeric_limits<float>::quiet_NaN();
   }
-  at::parallel_for(0, batch * frames, grain(cells),
-                   [&, data = weights.mutable_data_ptr<float>(), kernel = pick_scale_frames()](
-                       int64_t begin, int64_t end) { kernel(data, factors.data(), cells, begin, end); });
+  parallel_for(0, batch * frames, grain(cells),
+               [&, data = weights.mutable_data_ptr<float>(), kernel = pick_scale_frames()](
+                   int64_t begin, int64_t end) { kernel(data, factors.data(), cells, begin, end); });
   return weights;
 }
 
 }  // namespace
 }  // namespace stream_r1
 
-TORCH_LIBRARY_IMPL(stream_r1, CPU, m) { m.impl("intra_weights", stream_r1::intra_weights_cpu); }
-
-TORCH_LIBRARY_IMPL(stream_r1, Autograd, m) {
-  m.impl("intra_weights", torch::autograd::autogradNotImplementedFallback());
-}
+STREAM_R1_REGISTER(CPU, m) { m.impl("intra_weights", TORCH_BOX(&stream_r1::intra_weights_cpu)); }

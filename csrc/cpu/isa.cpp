@@ -1,11 +1,13 @@
 #include "cpu/isa.h"
 
-#include <ATen/cpu/Utils.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <string>
+
+#include "common/registration.h"
+#include "common/tensors.h"
+#include "cpu/brgemm.h"
 
 namespace stream_r1 {
 namespace {
@@ -15,7 +17,7 @@ Isa best_isa() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
 #if defined(STREAM_R1_HAS_AVX512_BF16)
-    if (__builtin_cpu_supports("avx512bf16")) return at::cpu::init_amx() ? Isa::amx : Isa::avx512_bf16;
+    if (__builtin_cpu_supports("avx512bf16")) return brgemm_has_tiles() ? Isa::amx : Isa::avx512_bf16;
 #endif
     return Isa::avx512;
   }
@@ -33,8 +35,8 @@ Isa lowered_by_environment(Isa best) {
   const Isa highest = best == Isa::avx512_bf16 ? Isa::amx : best;
   for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx})
     if (std::strcmp(wish, isa_name(isa)) == 0) return std::min(isa, highest);
-  TORCH_CHECK_VALUE(false, "STREAM_R1_ISA: expected baseline, avx2, avx512, avx512_bf16 or amx, got '", wish,
-                    "'");
+  throw std::invalid_argument(
+      message("STREAM_R1_ISA: expected baseline, avx2, avx512, avx512_bf16 or amx, got '", wish, "'"));
 }
 
 std::string cpu_isa_name() { return isa_name(cpu_isa()); }
@@ -63,4 +65,4 @@ const char* isa_name(Isa isa) {
 
 }  // namespace stream_r1
 
-TORCH_LIBRARY_IMPL(stream_r1, CatchAll, m) { m.impl("cpu_isa", stream_r1::cpu_isa_name); }
+STREAM_R1_REGISTER(CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&stream_r1::cpu_isa_name)); }

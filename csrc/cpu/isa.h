@@ -4,7 +4,7 @@
 //   <op>_kernel.h     struct FooArgs {...};                       plain C++, no torch headers
 //                     STREAM_R1_KERNEL(foo, void(const FooArgs&, int64_t begin, int64_t end));
 //   <op>_kernel.cpp   namespace stream_r1::STREAM_R1_ISA { void foo(const FooArgs& args, int64_t begin,
-//   int64_t end) {...} } <op>.cpp          auto* foo = pick_foo();  at::parallel_for(0, n, grain, [&](int64_t
+//   int64_t end) {...} } <op>.cpp          auto* foo = pick_foo();  parallel_for(0, n, grain, [&](int64_t
 //   b, int64_t e) { foo(args, b, e); });
 //
 // Helpers inside a kernel file belong into the same namespace: an inline function outside it would exist once

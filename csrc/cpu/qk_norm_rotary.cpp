@@ -1,26 +1,15 @@
-// qk_norm_rotary: checks, allocation, autograd and registration. The loops are in qk_norm_rotary_kernel.cpp.
-
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
+// qk_norm_rotary: checks, allocation and registration. The loops are in qk_norm_rotary_kernel.cpp.
 
 #include "common/checks.h"
 #include "cpu/qk_norm_rotary_kernel.h"
-#include "cpu/registered.h"
 #include "cpu/tensors.h"
 
 namespace stream_r1 {
 namespace {
 
-using at::Tensor;
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-
 // q, k and what goes with them, in the layout that the kernel needs; keeps their memory alive.
 struct QkJob {
-  Tensor x[2], weight[2], cos, sin;
+  const Tensor x[2], weight[2], cos, sin;
   NormRotaryArgs args{};
 
   QkJob(const Tensor& q, const Tensor& k, const Tensor& q_weight, const Tensor& k_weight,
@@ -61,7 +50,7 @@ struct QkJob {
     set_out(1, k_out);
     set_strides(0, q_out);
     set_strides(1, k_out);
-    at::parallel_for(
+    parallel_for(
         0, x[0].size(0) * args.tokens, grain(2 * x[0].size(2)),
         [this, kernel = pick_norm_rotary()](int64_t begin, int64_t end) { kernel(args, begin, end); });
   }
@@ -77,7 +66,7 @@ std::tuple<Tensor, Tensor> qk_norm_rotary(const Tensor& q, const Tensor& k, cons
 }
 
 Tensor qk_norm_rotary_into(const Tensor& q, const Tensor& k, const Tensor& q_weight, const Tensor& k_weight,
-                           const Tensor& cos, const Tensor& sin, int64_t heads, double eps, Tensor& k_out) {
+                           const Tensor& cos, const Tensor& sin, int64_t heads, double eps, Tensor k_out) {
   check_rotary(q, k, q_weight, k_weight, cos, sin, heads);
   check_key_slot(k_out, q, k, q_weight, k_weight, cos, sin, heads);
   Tensor q_out = empty_heads(q, heads);
@@ -87,15 +76,15 @@ Tensor qk_norm_rotary_into(const Tensor& q, const Tensor& k, const Tensor& q_wei
 
 // The gradient of q's (0) or k's (1) weight from sums [parts, 2, H * D], in a fixed order: for any number of
 // threads the same.
-Tensor sum_of_side(const Tensor& sums, int64_t side, at::ScalarType dtype) {
+Tensor sum_of_side(const Tensor& sums, int64_t side, Dtype dtype) {
   const int64_t parts = sums.size(0), width = sums.size(2);
-  Tensor total = at::zeros({width}, sums.options());
+  Tensor total = allocate_zeros({width}, kFloat, sums);
   float* to = total.mutable_data_ptr<float>();
   for (int64_t part = 0; part < parts; ++part) {
     const float* from = sums.const_data_ptr<float>() + (2 * part + side) * width;
     for (int64_t i = 0; i < width; ++i) to[i] += from[i];
   }
-  return total.to(dtype);
+  return to_dtype(total, dtype);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rotary_backward(
@@ -107,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rotary_backward(
                 {q.size(0), q.size(1), heads, q.size(2) / heads});
   QkJob job(q, k, q_weight, k_weight, cos, sin, heads, eps);
   const Tensor incoming[2] = {with_dense_rows(grad_q), with_dense_rows(grad_k)};
-  Tensor grads[2] = {at::empty(q.sizes(), q.options()), at::empty(k.sizes(), k.options())};
+  Tensor grads[2] = {allocate(q.sizes(), q), allocate(k.sizes(), k)};
   for (int i = 0; i < 2; ++i) {
     job.args.sides[i].grad_out = source(incoming[i]);
     job.set_out(i, grads[i]);
@@ -116,79 +105,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rotary_backward(
   const int64_t rows = q.size(0) * q.size(1), width = q.size(2);
   const int64_t part_rows = std::max<int64_t>(64, (rows + 63) / 64);
   const int64_t parts = std::max<int64_t>(1, (rows + part_rows - 1) / part_rows);
-  Tensor sums = at::zeros({parts, 2, width}, q.options().dtype(at::kFloat));
-  at::parallel_for(0, parts, grain(2 * width * part_rows),
-                   [&, kernel = pick_norm_rotary_backward()](int64_t begin, int64_t end) {
-                     for (int64_t part = begin; part < end; ++part)
-                       kernel(job.args, part * part_rows, std::min(rows, (part + 1) * part_rows),
-                              sums.mutable_data_ptr<float>() + part * 2 * width);
-                   });
-  return {grads[0], grads[1], sum_of_side(sums, 0, q_weight.scalar_type()),
-          sum_of_side(sums, 1, k_weight.scalar_type())};
-}
-
-class QkNormRotary : public torch::autograd::Function<QkNormRotary> {
- public:
-  static variable_list forward(AutogradContext* context, const Tensor& q, const Tensor& k,
-                               const Tensor& q_weight, const Tensor& k_weight, const Tensor& cos,
-                               const Tensor& sin, int64_t heads, double eps) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    static const auto forward_op = registered<decltype(qk_norm_rotary)>("stream_r1::qk_norm_rotary");
-    auto [q_out, k_out] = forward_op.call(q, k, q_weight, k_weight, cos, sin, heads, eps);
-    context->save_for_backward({q, k, q_weight, k_weight, cos, sin});
-    context->saved_data["heads"] = heads;
-    context->saved_data["eps"] = eps;
-    return {q_out, k_out};
-  }
-
-  static variable_list backward(AutogradContext* context, const variable_list& grads) {
-    static const auto backward_op =
-        registered<decltype(qk_norm_rotary_backward)>("stream_r1::qk_norm_rotary_backward");
-    const variable_list saved = context->get_saved_variables();
-    const int64_t heads = context->saved_data["heads"].toInt();
-    auto [q, k, q_weight, k_weight] =
-        backward_op.call(grads[0], grads[1], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5],
-                         heads, context->saved_data["eps"].toDouble());
-    return {q, k, q_weight, k_weight, Tensor(), Tensor(), Tensor(), Tensor()};
-  }
-};
-
-std::tuple<Tensor, Tensor> qk_norm_rotary_autograd(const Tensor& q, const Tensor& k, const Tensor& q_weight,
-                                                   const Tensor& k_weight, const Tensor& cos,
-                                                   const Tensor& sin, int64_t heads, double eps) {
-  if (!needs_graph({q, k, q_weight, k_weight})) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    static const auto forward_op = registered<decltype(qk_norm_rotary)>("stream_r1::qk_norm_rotary");
-    return forward_op.call(q, k, q_weight, k_weight, cos, sin, heads, eps);
-  }
-  const variable_list out = QkNormRotary::apply(q, k, q_weight, k_weight, cos, sin, heads, eps);
-  return {out[0], out[1]};
-}
-
-Tensor qk_norm_rotary_into_autograd(const Tensor& q, const Tensor& k, const Tensor& q_weight,
-                                    const Tensor& k_weight, const Tensor& cos, const Tensor& sin,
-                                    int64_t heads, double eps, Tensor& k_out) {
-  TORCH_CHECK_VALUE(!needs_graph({q, k, q_weight, k_weight, k_out}),
-                    "qk_norm_rotary: k_out: expected tensors without requires_grad beside it, as keys in a "
-                    "buffer carry no gradient");
-  static const auto into_op = registered<decltype(qk_norm_rotary_into)>("stream_r1::qk_norm_rotary_into");
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  Tensor q_out = into_op.call(q, k, q_weight, k_weight, cos, sin, heads, eps, k_out);
-  torch::autograd::impl::bump_version(k_out);
-  return q_out;
+  Tensor sums = allocate_zeros({parts, 2, width}, kFloat, q);
+  parallel_for(0, parts, grain(2 * width * part_rows),
+               [&, kernel = pick_norm_rotary_backward()](int64_t begin, int64_t end) {
+                 for (int64_t part = begin; part < end; ++part)
+                   kernel(job.args, part * part_rows, std::min(rows, (part + 1) * part_rows),
+                          sums.mutable_data_ptr<float>() + part * 2 * width);
+               });
+  return {grads[0], grads[1], sum_of_side(sums, 0, dtype_of(q_weight)),
+          sum_of_side(sums, 1, dtype_of(k_weight))};
 }
 
 }  // namespace
 }  // namespace stream_r1
 
-TORCH_LIBRARY_IMPL(stream_r1, CPU, m) {
-  m.impl("qk_norm_rotary", stream_r1::qk_norm_rotary);
-  m.impl("qk_norm_rotary_into", stream_r1::qk_norm_rotary_into);
-  m.impl("qk_norm_rotary_backward", stream_r1::qk_norm_rotary_backward);
-}
-
-TORCH_LIBRARY_IMPL(stream_r1, Autograd, m) {
-  m.impl("qk_norm_rotary", stream_r1::qk_norm_rotary_autograd);
-  m.impl("qk_norm_rotary_into", stream_r1::qk_norm_rotary_into_autograd);
-  m.impl("qk_norm_rotary_backward", torch::autograd::autogradNotImplementedFallback());
+STREAM_R1_REGISTER(CPU, m) {
+  m.impl("qk_norm_rotary", TORCH_BOX(&stream_r1::qk_norm_rotary));
+  m.impl("qk_norm_rotary_into", TORCH_BOX(&stream_r1::qk_norm_rotary_into));
+  m.impl("qk_norm_rotary_backward", TORCH_BOX(&stream_r1::qk_norm_rotary_backward));
 }

@@ -1,8 +1,5 @@
 // qk_norm_rotary, modulated_norm, gated_add and rms_norm_silu on CUDA: checks, allocation and registration.
 
-#include <ATen/ATen.h>
-#include <torch/library.h>
-
 #include "common/checks.h"
 #include "cuda/column_sums.h"
 #include "cuda/gated_add.h"
@@ -14,22 +11,19 @@
 namespace stream_r1::cuda {
 namespace {
 
-using at::Tensor;
-
-// sums [units, parts, D] -> [units, D] in the type of `like`.
-Tensor add_parts(const char* op, const Tensor& sums, at::IntArrayRef shape, const Tensor& like,
+// sums [units, parts, D] -> [units, D] in the shape and type of `like`.
+Tensor add_parts(const char* op, const float* sums, int64_t units, int64_t parts, const Tensor& like,
                  Stream stream) {
-  Tensor out = at::empty(shape, like.options());
-  const int64_t width = sums.size(-1), parts = sums.size(-2);
-  const int64_t units = parts * width == 0 ? 0 : sums.numel() / (parts * width);
-  check_launch(op,
-               launch_add_parts({sums.const_data_ptr<float>(), target(out), units, parts, width}, stream));
+  Tensor out = allocate(like.sizes(), like);
+  const int64_t width = units == 0 ? 0 : out.numel() / units;
+  if (parts * width == 0) units = 0;
+  check_launch(op, launch_add_parts({sums, target(out), units, parts, width}, stream));
   return out;
 }
 
 // Kernels read weights in float32, bfloat16 and float16.
 Tensor read_by_kernels(const Tensor& weight) {
-  return weight.scalar_type() == at::kDouble ? weight.to(at::kFloat) : weight.contiguous();
+  return dtype_of(weight) == kDouble ? to_dtype(weight, kFloat) : without_gaps(weight);
 }
 
 // --- qk_norm_rotary ---
@@ -43,8 +37,8 @@ struct Rotary {
          const Tensor& sin_, int64_t heads, double eps)
       : x{with_dense_rows(q), with_dense_rows(k)},
         weight{read_by_kernels(q_weight), read_by_kernels(k_weight)},
-        cos(cos_.to(at::kFloat).contiguous()),
-        sin(sin_.to(at::kFloat).contiguous()) {
+        cos(contiguous_float(cos_)),
+        sin(contiguous_float(sin_)) {
     check_rotary(q, k, q_weight, k_weight, cos, sin, heads);
     args.cos = cos.const_data_ptr<float>();
     args.sin = sin.const_data_ptr<float>();
@@ -84,7 +78,7 @@ std::tuple<Tensor, Tensor> qk_norm_rotary(const Tensor& q, const Tensor& k, cons
 }
 
 Tensor qk_norm_rotary_into(const Tensor& q, const Tensor& k, const Tensor& q_weight, const Tensor& k_weight,
-                           const Tensor& cos, const Tensor& sin, int64_t heads, double eps, Tensor& k_out) {
+                           const Tensor& cos, const Tensor& sin, int64_t heads, double eps, Tensor k_out) {
   const OnDevice device(q);
   Rotary rotary(q, k, q_weight, k_weight, cos, sin, heads, eps);
   check_key_slot(k_out, q, k, q_weight, k_weight, cos, sin, heads);
@@ -104,15 +98,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rotary_backward(
     check_sizes("qk_norm_rotary_backward", "grad_q, grad_k", grad,
                 {q.size(0), q.size(1), heads, q.size(2) / heads});
   NormRotaryArgs& args = rotary.args;
-  const Tensor upstream[2] = {with_dense_rows(grad_q_.to(q.scalar_type())),
-                              with_dense_rows(grad_k_.to(k.scalar_type()))};
+  const Tensor upstream[2] = {with_dense_rows(to_dtype(grad_q_, dtype_of(q))),
+                              with_dense_rows(to_dtype(grad_k_, dtype_of(k)))};
   const int64_t rows = q.size(0) * q.size(1), width = q.size(2);
   const Parts split(rows);
   args.parts = split.parts;
   args.rows_a_part = split.rows_a_part;
-  Tensor grads[2] = {at::empty(q.sizes(), q.options()), at::empty(k.sizes(), k.options())};
-  Tensor inverse_rms = at::empty({2, rows}, q.options().dtype(at::kFloat));
-  Tensor sums = at::empty({2, split.parts, width}, inverse_rms.options());
+  Tensor grads[2] = {allocate(q.sizes(), q), allocate(k.sizes(), k)};
+  Tensor inverse_rms = allocate({2, rows}, kFloat, q);
+  Tensor sums = allocate({2, split.parts, width}, kFloat, q);
   for (int i = 0; i < 2; ++i) {
     rotary.set_heads(i, upstream[i]);
     args.sides[i].grad_x = grads[i].mutable_data_ptr();
@@ -121,8 +115,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rotary_backward(
   }
   check_launch("qk_norm_rotary", launch_norm_rotary_backward(args, device.stream));
   return {grads[0], grads[1],
-          add_parts("qk_norm_rotary", sums.select(0, 0), q_weight.sizes(), q_weight, device.stream),
-          add_parts("qk_norm_rotary", sums.select(0, 1), k_weight.sizes(), k_weight, device.stream)};
+          add_parts("qk_norm_rotary", args.sides[0].weight_sums, 1, split.parts, q_weight, device.stream),
+          add_parts("qk_norm_rotary", args.sides[1].weight_sums, 1, split.parts, k_weight, device.stream)};
 }
 
 // --- modulated_norm ---
@@ -152,8 +146,8 @@ std::tuple<Tensor, Tensor, Tensor> modulated_norm(const Tensor& x_, const Tensor
   check_norm_modulation(op, x_, shift_, scale_);
   const OnDevice device(x_);
   const Tensor x = with_dense_rows(x_), shift = with_dense_rows(shift_), scale = with_dense_rows(scale_);
-  Tensor out = at::empty(x.sizes(), x.options());
-  Tensor mean = at::empty({x.size(0), x.size(1)}, x.options().dtype(at::kFloat)), rstd = at::empty_like(mean);
+  Tensor out = allocate(x.sizes(), x);
+  Tensor mean = allocate({x.size(0), x.size(1)}, kFloat, x), rstd = allocate(mean.sizes(), kFloat, x);
   ModulatedNormArgs args = norm_arguments(x, scale, mean, rstd);
   args.shift = source(shift);
   args.shift_batch = shift.stride(0);
@@ -173,31 +167,30 @@ std::tuple<Tensor, Tensor, Tensor> modulated_norm_backward(const Tensor& grad_ou
   check_sizes(op, "mean", mean_, {x_.size(0), x_.size(1)});
   check_sizes(op, "rstd", rstd_, {x_.size(0), x_.size(1)});
   const OnDevice device(x_);
-  const Tensor grad_out = grad_out_.to(x_.scalar_type()).contiguous(), x = with_dense_rows(x_),
-               scale = with_dense_rows(scale_), mean = mean_.contiguous(), rstd = rstd_.contiguous();
+  const Tensor grad_out = without_gaps(to_dtype(grad_out_, dtype_of(x_))), x = with_dense_rows(x_),
+               scale = with_dense_rows(scale_), mean = without_gaps(mean_), rstd = without_gaps(rstd_);
   ModulatedNormArgs args = norm_arguments(x, scale, mean, rstd);
   const Parts split(args.tokens / args.frames);
   args.parts = split.parts;
   args.rows_a_part = split.rows_a_part;
   args.grad_out = grad_out.const_data_ptr();
-  Tensor grad_x = at::empty(x.sizes(), x.options());
+  Tensor grad_x = allocate(x.sizes(), x);
   args.grad_x = grad_x.mutable_data_ptr();
-  Tensor shift_sums =
-      at::empty({args.batch, args.frames, split.parts, args.width}, x.options().dtype(at::kFloat));
-  Tensor scale_sums = at::empty_like(shift_sums);
+  Tensor shift_sums = allocate({args.batch, args.frames, split.parts, args.width}, kFloat, x);
+  Tensor scale_sums = allocate(shift_sums.sizes(), kFloat, x);
+  const int64_t units = args.batch * args.frames;
   args.shift_sums = shift_sums.mutable_data_ptr<float>();
   args.scale_sums = scale_sums.mutable_data_ptr<float>();
   check_launch(op, launch_modulated_norm_backward(args, device.stream));
-  return {grad_x, add_parts(op, shift_sums, scale.sizes(), scale, device.stream),
-          add_parts(op, scale_sums, scale.sizes(), scale, device.stream)};
+  return {grad_x, add_parts(op, args.shift_sums, units, split.parts, scale, device.stream),
+          add_parts(op, args.scale_sums, units, split.parts, scale, device.stream)};
 }
 
 // --- gated_add ---
 
 GatedAddArgs gate_arguments(const Tensor& x, const Tensor& y, const Tensor& gate) {
-  TORCH_CHECK_TYPE(x.scalar_type() == y.scalar_type() || x.scalar_type() == at::kFloat,
-                   "gated_add: y: expected ", x.scalar_type(), " as x, or a float32 x, got ",
-                   y.scalar_type());
+  STREAM_R1_CHECK(dtype_of(x) == dtype_of(y) || dtype_of(x) == kFloat, "gated_add: y: expected ", dtype_of(x),
+                  " as x, or a float32 x, got ", dtype_of(y));
   GatedAddArgs args{};
   args.y = y.const_data_ptr();
   args.y_batch = y.stride(0);
@@ -223,7 +216,7 @@ Tensor gated_add(const Tensor& x_, const Tensor& y_, const Tensor& gate_) {
   args.x = x.const_data_ptr();
   args.x_batch = x.stride(0);
   args.x_token = x.stride(1);
-  Tensor out = at::empty(x.sizes(), x.options());
+  Tensor out = allocate(x.sizes(), x);
   args.out = out.mutable_data_ptr();
   check_launch("gated_add", launch_gated_add(args, device.stream));
   return out;
@@ -235,28 +228,27 @@ std::tuple<Tensor, Tensor> gated_add_backward(const Tensor& grad_out_, const Ten
   check_per_frame(op, "gate", gate_, y_);
   check_shape(op, "grad_out", grad_out_, "y", y_);
   const OnDevice device(y_);
-  const Tensor grad_out = grad_out_.contiguous(), y = with_dense_rows(y_), gate = with_dense_rows(gate_);
+  const Tensor grad_out = without_gaps(grad_out_), y = with_dense_rows(y_), gate = with_dense_rows(gate_);
   GatedAddArgs args = gate_arguments(grad_out, y, gate);
   const Parts split(args.tokens / args.frames);
   args.parts = split.parts;
   args.rows_a_part = split.rows_a_part;
   args.grad_out = grad_out.const_data_ptr();
-  Tensor grad_y = at::empty(y.sizes(), y.options());
+  Tensor grad_y = allocate(y.sizes(), y);
   args.grad_y = grad_y.mutable_data_ptr();
-  Tensor sums = at::empty({args.batch, args.frames, split.parts, args.width}, y.options().dtype(at::kFloat));
+  Tensor sums = allocate({args.batch, args.frames, split.parts, args.width}, kFloat, y);
   args.gate_sums = sums.mutable_data_ptr<float>();
   check_launch(op, launch_gated_add_backward(args, device.stream));
-  return {grad_y, add_parts(op, sums, gate.sizes(), gate, device.stream)};
+  return {grad_y, add_parts(op, args.gate_sums, args.batch * args.frames, split.parts, gate, device.stream)};
 }
 
 // --- rms_norm_silu ---
 
-Tensor rms_norm_silu(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& before_,
-                     double eps) {
+Tensor rms_norm_silu(const Tensor& x_, const Tensor& weight_, const OptionalTensor& before_, double eps) {
   check_rms_norm_silu(x_, weight_, before_);
   const OnDevice device(x_);
   const Tensor x = with_dense_rows(x_), weight = read_by_kernels(weight_);
-  const Tensor before = before_ ? with_dense_rows(*before_) : x.narrow(1, 0, 0);
+  const Tensor before = before_ ? with_dense_rows(*before_) : x;  // of x none is read
   RmsNormSiluArgs args{};
   args.x = x.const_data_ptr();
   args.x_batch = x.stride(0);
@@ -266,12 +258,12 @@ Tensor rms_norm_silu(const Tensor& x_, const Tensor& weight_, const std::optiona
   args.before_batch = before.stride(0);
   args.before_token = before.stride(1);
   args.batch = x.size(0);
-  args.leading = before.size(1);
+  args.leading = before_ ? before.size(1) : 0;
   args.tokens = x.size(1);
   args.width = static_cast<int32_t>(x.size(2));
   args.eps = static_cast<float>(eps);
   args.element = element_of(x);
-  Tensor out = at::empty({x.size(0), before.size(1) + x.size(1), x.size(2)}, x.options());
+  Tensor out = allocate({x.size(0), args.leading + x.size(1), x.size(2)}, x);
   args.out = out.mutable_data_ptr();
   check_launch("rms_norm_silu", launch_rms_norm_silu(args, device.stream));
   return out;
@@ -280,13 +272,13 @@ Tensor rms_norm_silu(const Tensor& x_, const Tensor& weight_, const std::optiona
 }  // namespace
 }  // namespace stream_r1::cuda
 
-TORCH_LIBRARY_IMPL(stream_r1, STREAM_R1_CUDA_KEY, m) {
-  m.impl("qk_norm_rotary", stream_r1::cuda::qk_norm_rotary);
-  m.impl("qk_norm_rotary_into", stream_r1::cuda::qk_norm_rotary_into);
-  m.impl("qk_norm_rotary_backward", stream_r1::cuda::qk_norm_rotary_backward);
-  m.impl("modulated_norm", stream_r1::cuda::modulated_norm);
-  m.impl("modulated_norm_backward", stream_r1::cuda::modulated_norm_backward);
-  m.impl("gated_add", stream_r1::cuda::gated_add);
-  m.impl("gated_add_backward", stream_r1::cuda::gated_add_backward);
-  m.impl("rms_norm_silu", stream_r1::cuda::rms_norm_silu);
+STREAM_R1_REGISTER(STREAM_R1_CUDA_KEY, m) {
+  m.impl("qk_norm_rotary", TORCH_BOX(&stream_r1::cuda::qk_norm_rotary));
+  m.impl("qk_norm_rotary_into", TORCH_BOX(&stream_r1::cuda::qk_norm_rotary_into));
+  m.impl("qk_norm_rotary_backward", TORCH_BOX(&stream_r1::cuda::qk_norm_rotary_backward));
+  m.impl("modulated_norm", TORCH_BOX(&stream_r1::cuda::modulated_norm));
+  m.impl("modulated_norm_backward", TORCH_BOX(&stream_r1::cuda::modulated_norm_backward));
+  m.impl("gated_add", TORCH_BOX(&stream_r1::cuda::gated_add));
+  m.impl("gated_add_backward", TORCH_BOX(&stream_r1::cuda::gated_add_backward));
+  m.impl("rms_norm_silu", TORCH_BOX(&stream_r1::cuda::rms_norm_silu));
 }

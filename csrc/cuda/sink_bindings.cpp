@@ -1,21 +1,15 @@
 // renew_sink_ on CUDA: checks and registration.
 
-#include <ATen/ATen.h>
-#include <torch/library.h>
-
 #include "cuda/sink.h"
 #include "cuda/tensors.h"
 
 namespace stream_r1::cuda {
 namespace {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
 const float* phases(const OptionalTensor& phase, int64_t head_dim) {
   if (!phase.has_value()) return nullptr;
-  TORCH_CHECK_VALUE(phase->sizes() == at::IntArrayRef({head_dim / 2}) && phase->is_contiguous(),
-                    "renew_sink_: phases: expected [", head_dim / 2, "], got ", phase->sizes());
+  STREAM_R1_CHECK(phase->sizes() == Sizes({head_dim / 2}) && phase->is_contiguous(),
+                  "renew_sink_: phases: expected [", head_dim / 2, "], got ", phase->sizes());
   return phase->const_data_ptr<float>();
 }
 
@@ -23,29 +17,29 @@ void renew_sink_(Tensor storage, Tensor sink_k, OptionalTensor sink_v, int64_t s
                  std::optional<double> ema, bool first, const Tensor& evicted_cos, const Tensor& evicted_sin,
                  const OptionalTensor& window_cos, const OptionalTensor& window_sin) {
   const char* op = "renew_sink_";
-  TORCH_CHECK_VALUE(storage.dim() == 6 && storage.size(1) == 2 && storage.is_contiguous(), op,
-                    ": storage: expected contiguous [L, 2, B, T, H, D], got ", storage.sizes());
+  STREAM_R1_CHECK(storage.dim() == 6 && storage.size(1) == 2 && storage.is_contiguous(), op,
+                  ": storage: expected contiguous [L, 2, B, T, H, D], got ", storage.sizes());
   const int64_t layers = storage.size(0), batch = storage.size(2), tokens = storage.size(3),
                 heads = storage.size(4), head_dim = storage.size(5);
   for (const Tensor& sink : {sink_k, sink_v.value_or(sink_k)}) {
-    TORCH_CHECK_VALUE(sink.dim() == 5 && sink.is_contiguous() && sink.sizes() == sink_k.sizes() &&
-                          sink.size(0) == layers && sink.size(1) == batch && sink.size(3) == heads &&
-                          sink.size(4) == head_dim,
-                      op, ": sink_k, sink_v: expected contiguous [", layers, ", ", batch, ", S, ", heads,
-                      ", ", head_dim, "], got ", sink.sizes());
-    TORCH_CHECK_TYPE(sink.scalar_type() == storage.scalar_type() || sink.scalar_type() == at::kFloat, op,
-                     ": sink_k, sink_v: expected ", storage.scalar_type(), " as storage, or float32, got ",
-                     sink.scalar_type());
-    TORCH_CHECK_TYPE(sink.scalar_type() == sink_k.scalar_type(), op, ": sink_v: expected ",
-                     sink_k.scalar_type(), " as sink_k, got ", sink.scalar_type());
+    STREAM_R1_CHECK(sink.dim() == 5 && sink.is_contiguous() && sink.sizes() == sink_k.sizes() &&
+                        sink.size(0) == layers && sink.size(1) == batch && sink.size(3) == heads &&
+                        sink.size(4) == head_dim,
+                    op, ": sink_k, sink_v: expected contiguous [", layers, ", ", batch, ", S, ", heads, ", ",
+                    head_dim, "], got ", sink.sizes());
+    STREAM_R1_CHECK(dtype_of(sink) == dtype_of(storage) || dtype_of(sink) == kFloat, op,
+                    ": sink_k, sink_v: expected ", dtype_of(storage), " as storage, or float32, got ",
+                    dtype_of(sink));
+    STREAM_R1_CHECK(dtype_of(sink) == dtype_of(sink_k), op, ": sink_v: expected ", dtype_of(sink_k),
+                    " as sink_k, got ", dtype_of(sink));
   }
   const int64_t sink_tokens = sink_k.size(2);
-  TORCH_CHECK_VALUE(
+  STREAM_R1_CHECK(
       sink_tokens <= tokens && (!ema.has_value() || (slot >= sink_tokens && slot + sink_tokens <= tokens)),
       op, ": slot: expected a slot of ", sink_tokens, " tokens past the sink and within ", tokens, ", got ",
       slot);
-  TORCH_CHECK_VALUE(window_cos.has_value() == window_sin.has_value(), op,
-                    ": window_cos, window_sin: expected both or neither");
+  STREAM_R1_CHECK(window_cos.has_value() == window_sin.has_value(), op,
+                  ": window_cos, window_sin: expected both or neither");
   const OnDevice device(storage);
   RenewSinkArgs args{};
   args.storage = storage.mutable_data_ptr();
@@ -70,4 +64,4 @@ void renew_sink_(Tensor storage, Tensor sink_k, OptionalTensor sink_v, int64_t s
 }  // namespace
 }  // namespace stream_r1::cuda
 
-TORCH_LIBRARY_IMPL(stream_r1, STREAM_R1_CUDA_KEY, m) { m.impl("renew_sink_", stream_r1::cuda::renew_sink_); }
+STREAM_R1_REGISTER(STREAM_R1_CUDA_KEY, m) { m.impl("renew_sink_", TORCH_BOX(&stream_r1::cuda::renew_sink_)); }

@@ -2,10 +2,10 @@
 
 #pragma once
 
-#include <ATen/ATen.h>
-#include <c10/core/DeviceGuard.h>
 #include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
 
+#include "common/registration.h"
 #include "common/tensors.h"
 #include "cuda/launch.h"
 
@@ -18,7 +18,7 @@
 namespace stream_r1::cuda {
 
 inline void check_launch(const char* op, LaunchError error) {
-  TORCH_CHECK(error == nullptr, op, ": CUDA says: ", error);
+  if (error != nullptr) throw std::runtime_error(message(op, ": CUDA says: ", error));
 }
 
 // While it lives the device of a tensor is the current one; `stream` is torch's current stream there.
@@ -27,7 +27,9 @@ inline void check_launch(const char* op, LaunchError error) {
 // load there: the function is looked up when it is needed.
 class OnDevice {
  public:
-  explicit OnDevice(const at::Tensor& tensor) : guard_(tensor.device()) {
+  explicit OnDevice(const Tensor& tensor) {
+    const int32_t index = tensor.get_device_index();
+    if (index >= 0) guard_.emplace(index);  // ordinary memory, in tests, has no index
     using Find = int32_t (*)(int32_t device, void** stream);
     constexpr const char* name = "aoti_torch_get_current_cuda_stream";
     static const auto find = [] {
@@ -37,24 +39,26 @@ class OnDevice {
           symbol = dlsym(library, name);
       return reinterpret_cast<Find>(symbol);
     }();
-    TORCH_CHECK(find != nullptr, "stream_r1: expected a torch with CUDA, got one without ", name);
+    if (find == nullptr)
+      throw std::runtime_error(message("stream_r1: expected a torch with CUDA, got one without ", name));
     void* found = nullptr;
-    TORCH_CHECK(find(tensor.get_device(), &found) == 0, "stream_r1: torch has no current stream on ",
-                tensor.device());
+    if (find(index, &found) != 0)
+      throw std::runtime_error(message("stream_r1: torch has no current stream on device ", index));
     stream = static_cast<Stream>(found);
   }
 
   Stream stream;
 
  private:
-  c10::DeviceGuard guard_;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
 };
 
 // Does every row along the last dimension start at a multiple of 16 bytes?
-inline bool rows_are_aligned(const at::Tensor& x) {
+inline bool rows_are_aligned(const Tensor& x) {
+  const int64_t item = static_cast<int64_t>(aoti_torch_dtype_element_size(dtype_of(x).code));
   if (reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 != 0) return false;
   for (int64_t d = 0; d + 1 < x.dim(); ++d)
-    if (x.size(d) > 1 && x.stride(d) * x.element_size() % 16 != 0) return false;
+    if (x.size(d) > 1 && x.stride(d) * item % 16 != 0) return false;
   return true;
 }
 

@@ -68,7 +68,8 @@ class Run:
         if plan.device is not None:
             stack.enter_context(as_on(plan.device))
         # A GPU does not have oneDNN's convolutions, and neither do fake tensors.
-        with warnings.catch_warnings(action="ignore"):  # of GPUs by Intel
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of GPUs by Intel
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
         self.live, self._counting = LiveBytes(scratch=plan.on_gpu), Counting()
 

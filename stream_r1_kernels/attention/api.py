@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..arguments import without_autocast
 from ..backends import resolve
+from ..registration import kernels
 from . import reference, sdpa
 from .mask import ChunkMask
 from .past import Past
@@ -50,7 +51,7 @@ def chunk_attention(
         from . import triton_attention  # needs Triton, which is imported for this alone
 
         return triton_attention.chunk_attention(q, k, v, mask, scale)
-    out, _ = torch.ops.stream_r1.chunk_attention(
+    out, _ = kernels(q, k, v).chunk_attention.default(
         q,
         k,
         v,
@@ -143,7 +144,8 @@ def cached_chunk_attention(
 
         out, lse = triton_attention.cached_chunk_attention(q, k, v, past_k, past_v, scale)
     else:
-        out, lse = torch.ops.stream_r1.cached_chunk_attention(q, k, v, past_k, past_v, scale)
+        ops = kernels(q, k, v, past_k, past_v)
+        out, lse = ops.cached_chunk_attention.default(q, k, v, past_k, past_v, scale)
         lse = lse.float() if return_lse else lse  # on a CPU it is in float64, for the backward
     saved = None if chosen in ("reference", "sdpa") else past  # those save copies
     if saved is not None and not torch.compiler.is_compiling() and out.grad_fn is not None:

@@ -3,6 +3,7 @@ from torch import Tensor
 
 from ..arguments import count_write
 from ..backends import resolve
+from ..registration import RECORDED, kernels
 from .reference import dmd_gradient_reference_, dmd_loss_reference
 from .validation import check_buffer, check_dmd
 
@@ -52,7 +53,8 @@ def dmd_loss(
     check_dmd("dmd_loss", x, fake, real_cond, real_uncond, guidance, w_intra, w_inter, mask)
     if resolve(backend, "dmd_loss", x) == "reference":
         return dmd_loss_reference(x, fake, real_cond, real_uncond, guidance, w_intra, w_inter, mask)
-    return torch.ops.stream_r1.dmd_loss(x, fake, real_cond, real_uncond, guidance, w_intra, w_inter, mask)[0]
+    op = kernels(x).dmd_loss.default
+    return op(x, fake, real_cond, real_uncond, guidance, w_intra, w_inter, mask)[0]
 
 
 def dmd_gradient_(
@@ -83,13 +85,14 @@ def dmd_gradient_(
     check_dmd("dmd_gradient_", x, fake, real_cond, real_uncond, guidance, w_intra, w_inter, mask)
     check_buffer("dmd_gradient_", buffer, x, scale)
     inputs = (x, fake, real_cond, real_uncond, guidance, w_intra, w_inter, mask, scale)
-    compiled = resolve(backend, "dmd_gradient_", x) != "reference"
-    if compiled and torch.compiler.is_compiling():
+    if resolve(backend, "dmd_gradient_", x) == "reference":
+        dmd_gradient_reference_(buffer, *inputs)
+    elif torch.compiler.is_compiling():
         # In a graph a copy is written to: of a view the op might be given the wrong part (see graphs.py).
         copy = buffer.clone()
-        torch.ops.stream_r1.dmd_gradient_(copy, *inputs)
+        RECORDED.dmd_gradient_.default(copy, *inputs)
         return buffer.copy_(copy)
-    run = torch.ops.stream_r1.dmd_gradient_ if compiled else dmd_gradient_reference_
-    run(buffer, *inputs)
+    else:
+        kernels(buffer).dmd_gradient_.default(buffer, *inputs)  # a constant for autograd: x may require grad
     count_write(buffer)
     return buffer

@@ -3,18 +3,20 @@
 import torch
 from torch import Tensor
 
+from ..registration import register_fake
 
-@torch.library.register_fake("stream_r1::dmd_loss")
+
+@register_fake("dmd_loss")
 def _(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     factor = x.new_empty(x.shape[:1], dtype=torch.float32)
     return factor.new_empty(()), x.new_empty(x.shape), factor
 
 
-@torch.library.register_fake("stream_r1::dmd_loss_backward")
+@register_fake("dmd_loss_backward")
 def _(grad_loss: Tensor, direction: Tensor, factor: Tensor) -> Tensor:
     return direction.new_empty(direction.shape)
 
 
-@torch.library.register_fake("stream_r1::dmd_gradient_")
+@register_fake("dmd_gradient_")
 def _(*_: object) -> None:
     return None

@@ -1,10 +1,10 @@
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ..arguments import without_autocast
 from ..backends import resolve
+from ..registration import kernels
 from .reference import fused_linear_reference
 from .validation import check_fused_linear
 
@@ -47,4 +47,5 @@ def fused_linear(
     if resolve(backend, "fused_linear", x, *weights, *biases, residual, gate) == "reference":
         with without_autocast(x):
             return fused_linear_reference(x, weights, biases, gelu, residual, gate)
-    return torch.ops.stream_r1.fused_linear(x, weights, biases, gelu, residual, gate)
+    ops = kernels(x, *weights, *biases, residual, gate)
+    return ops.fused_linear.default(x, weights, biases, gelu, residual, gate)

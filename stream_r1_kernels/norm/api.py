@@ -1,7 +1,7 @@
-import torch
 from torch import Tensor
 
 from ..backends import resolve
+from ..registration import kernels
 from .reference import (
     gated_add_reference,
     modulated_norm_reference,
@@ -35,7 +35,7 @@ def modulated_norm(
     check_modulated_norm(x, shift, scale, eps)
     if resolve(backend, "modulated_norm", x) == "reference":
         return modulated_norm_reference(x, shift, scale, eps)
-    return torch.ops.stream_r1.modulated_norm(x, shift, scale, eps)[0]
+    return kernels(x, shift, scale).modulated_norm.default(x, shift, scale, eps)[0]
 
 
 def gated_add(x: Tensor, y: Tensor, gate: Tensor, *, backend: str = "auto") -> Tensor:
@@ -57,7 +57,7 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor, *, backend: str = "auto") -> T
     check_gated_add(x, y, gate)
     if resolve(backend, "gated_add", x) == "reference":
         return gated_add_reference(x, y, gate)
-    return torch.ops.stream_r1.gated_add(x, y, gate)
+    return kernels(x, y, gate).gated_add.default(x, y, gate)
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, backend: str = "auto") -> Tensor:
@@ -82,7 +82,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, backend: str = "au
     check_rms_norm("rms_norm", x, weight, eps)
     if resolve(backend, "rms_norm", x, weight) == "reference":
         return rms_norm_reference(x, weight, eps)
-    return torch.ops.stream_r1.rms_norm(x, weight, eps)
+    return kernels(x, weight).rms_norm.default(x, weight, eps)
 
 
 def rms_norm_silu(
@@ -111,4 +111,4 @@ def rms_norm_silu(
     check_rms_norm_silu(x, weight, before, eps)
     if resolve(backend, "rms_norm_silu", x) == "reference":
         return rms_norm_silu_reference(x, weight, before, eps)
-    return torch.ops.stream_r1.rms_norm_silu(x, weight, before, eps)
+    return kernels(x, weight, before).rms_norm_silu.default(x, weight, before, eps)

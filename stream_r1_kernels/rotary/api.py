@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..arguments import check_eps, check_float_tensor, check_integer, check_tensor, count_write
 from ..backends import resolve
+from ..registration import kernels
 from .reference import norm_rotary
 
 _OP = "qk_norm_rotary"
@@ -54,15 +55,12 @@ def qk_norm_rotary(
         rotated_q = norm_rotary(q, q_weight, cos, sin, num_heads, eps)
         rotated_k = norm_rotary(k, k_weight, cos, sin, num_heads, eps)
         return rotated_q, rotated_k if k_out is None else k_out.copy_(rotated_k)
+    ops, arguments = kernels(q, k, q_weight, k_weight), (q, k, q_weight, k_weight, cos, sin, num_heads, eps)
     if k_out is not None and not torch.compiler.is_compiling():
-        rotated_q = torch.ops.stream_r1.qk_norm_rotary_into(
-            q, k, q_weight, k_weight, cos, sin, num_heads, eps, k_out
-        )
+        rotated_q = ops.qk_norm_rotary_into.default(*arguments, k_out)
         count_write(k_out)
         return rotated_q, k_out
-    rotated_q, rotated_k = torch.ops.stream_r1.qk_norm_rotary(
-        q, k, q_weight, k_weight, cos, sin, num_heads, eps
-    )
+    rotated_q, rotated_k = ops.qk_norm_rotary.default(*arguments)
     # In a graph the keys are copied: of a view the op might be given the wrong part (see graphs.py).
     return rotated_q, rotated_k if k_out is None else k_out.copy_(rotated_k)
 

@@ -2,11 +2,12 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ..registration import register_fake
 
-@torch.library.register_fake("stream_r1::qk_norm_rotary")
+
+@register_fake("qk_norm_rotary")
 def _both(
     q: Tensor,
     k: Tensor,
@@ -22,12 +23,12 @@ def _both(
     return q.new_empty(split), k.new_empty(split)
 
 
-@torch.library.register_fake("stream_r1::qk_norm_rotary_into")
+@register_fake("qk_norm_rotary_into")
 def _(*arguments: Any) -> Tensor:
     return _both(*arguments)[0]
 
 
-@torch.library.register_fake("stream_r1::qk_norm_rotary_backward")
+@register_fake("qk_norm_rotary_backward")
 def _(
     grad_q: Tensor, grad_k: Tensor, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, *_: object
 ) -> tuple[Tensor, ...]:

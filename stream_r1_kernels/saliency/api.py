@@ -1,10 +1,10 @@
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ..arguments import without_autocast
 from ..backends import resolve
+from ..registration import kernels
 from .reference import intra_weights_reference, region_saliency_reference
 from .validation import check_intra_weights, check_region_saliency
 
@@ -33,9 +33,10 @@ def region_saliency(pixel_grads: Tensor, latent_shape: Sequence[int], *, backend
     frames, rows, columns = latent_shape
     if resolve(backend, "region_saliency", pixel_grads) == "reference":
         return region_saliency_reference(pixel_grads, frames, rows, columns)
+    op = kernels(pixel_grads).region_saliency.default
     if pixel_grads.dim() == 6:
-        return torch.ops.stream_r1.region_saliency(pixel_grads, frames, rows, columns)
-    return torch.ops.stream_r1.region_saliency(pixel_grads.unsqueeze(0), frames, rows, columns).squeeze(0)
+        return op(pixel_grads, frames, rows, columns)
+    return op(pixel_grads.unsqueeze(0), frames, rows, columns).squeeze(0)
 
 
 def intra_weights(
@@ -96,4 +97,4 @@ def intra_weights(
     if resolve(backend, "intra_weights", saliency) == "reference":
         with without_autocast(saliency):
             return intra_weights_reference(saliency, scores, *settings)
-    return torch.ops.stream_r1.intra_weights(saliency, scores, *settings)
+    return kernels(saliency, scores).intra_weights.default(saliency, scores, *settings)

@@ -3,13 +3,15 @@
 import torch
 from torch import Tensor
 
+from ..registration import register_fake
 
-@torch.library.register_fake("stream_r1::region_saliency")
+
+@register_fake("region_saliency")
 def _(pixel_grads: Tensor, frames: int, rows: int, columns: int) -> Tensor:
     return pixel_grads.new_empty((*pixel_grads.shape[:2], frames, rows, columns), dtype=torch.float32)
 
 
-@torch.library.register_fake("stream_r1::intra_weights")
+@register_fake("intra_weights")
 def _(saliency: Tensor, *_: object) -> Tensor:
     _axes, batch, frames, rows, columns = saliency.shape
     return saliency.new_empty((batch, frames, 1, rows, columns), dtype=torch.float32)

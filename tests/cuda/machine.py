@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import stream_r1_kernels  # noqa: F401  the schemas
 from ptx_executor import Kernel, Module, Pointer
+from stream_r1_kernels.attention.cuda_backward import BACKWARDS
+from stream_r1_kernels.schemas import LIBRARIES
 
 KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
 
@@ -59,6 +60,8 @@ class Machine:
 
     def __init__(self) -> None:
         library, ptx = toolchain.build_host(Path(__file__).parent / "runtime.cpp")
+        for name, backward in BACKWARDS.items():
+            LIBRARIES[0].impl(name, backward, "PrivateUse1")
         self._module = Module.from_ptx(ptx)
         self._library = ctypes.CDLL(str(library))
         self._callback = _LAUNCH(self._launch)

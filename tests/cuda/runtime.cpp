@@ -3,7 +3,9 @@
 // kernel themselves.
 
 #include <cuda_runtime_api.h>
+#include <torch/csrc/stable/library.h>
 
+#include <array>
 #include <cstring>
 #include <string>
 #include <unordered_map>
@@ -46,6 +48,24 @@ void set_processors(int count) { processors = count; }
 int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   *stream = nullptr;
   return 0;
+}
+
+// By way of the dispatcher, so that the tests see what is allocated.
+AOTITorchError aoti_torch_empty_strided(int64_t ndim, const int64_t* sizes, const int64_t* strides,
+                                        int32_t dtype, int32_t, int32_t, AtenTensorHandle* made) {
+  using torch::headeronly::IntHeaderOnlyArrayRef, torch::headeronly::ScalarType;
+  using torch::stable::detail::from, torch::stable::detail::to;
+  const auto dims = static_cast<size_t>(ndim);
+  std::array<StableIValue, 6> stack{from(IntHeaderOnlyArrayRef(sizes, dims)),
+                                    from(IntHeaderOnlyArrayRef(strides, dims)),
+                                    from(std::optional(to<ScalarType>(from(dtype)))),
+                                    from(std::nullopt),
+                                    from(std::nullopt),
+                                    from(std::nullopt)};
+  const AOTITorchError error =
+      torch_call_dispatcher("aten::empty_strided", "", stack.data(), TORCH_ABI_VERSION);
+  if (error == TORCH_SUCCESS) *made = to<AtenTensorHandle>(stack[0]);
+  return error;
 }
 
 void** __cudaRegisterFatBinary(void*) {

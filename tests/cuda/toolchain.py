@@ -6,7 +6,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import sysconfig
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 
 from build_support import cuda
+from build_support.objects import against_torch
 
 CSRC = cuda.ROOT / "csrc"
 CACHE = cuda.ROOT / "build/cuda_tests"
@@ -124,12 +124,10 @@ def build_host(runtime: Path) -> tuple[Path, str]:
     bindings = [path.read_text() for path in cuda.binding_sources()]
     folder = CACHE / _key(*bindings, *headers.values(), torch.__version__)
     binding_object = folder / "bindings.o"
-    root = Path(torch.__file__).parent
-    compiler = [os.environ.get("CXX", "c++"), "-std=c++20", "-O1", "-g0", "-fPIC"]
+    compiler = [os.environ.get("CXX", "c++"), "-std=c++20", "-O1", "-g0", "-fPIC", *against_torch()]
     if not binding_object.exists():
         unit = _all_in_one(folder, cuda.binding_sources())
-        command = [*compiler, "-DSTREAM_R1_CUDA_KEY=PrivateUse1", f"-I{CSRC}", f"-I{root}/include"]
-        command += [f"-I{root}/include/torch/csrc/api/include", f"-I{sysconfig.get_paths()['include']}"]
+        command = [*compiler, "-DSTREAM_R1_CUDA_KEY=PrivateUse1", f"-I{CSRC}"]
         _run([*command, "-c", str(unit), "-o", str(folder / "half.o")], "bindings")
         (folder / "half.o").rename(binding_object)
 
@@ -139,6 +137,6 @@ def build_host(runtime: Path) -> tuple[Path, str]:
         half_done = library.with_suffix(f".{os.getpid()}")
         command = [*compiler, f"-I{toolkit().include}", "-shared", "-Wl,-Bsymbolic", "-o", str(half_done)]
         command += [str(runtime), str(object_file), str(binding_object)]
-        _run([*command, f"-L{root}/lib", "-ltorch", "-ltorch_cpu", "-lc10"], "link")
+        _run([*command, f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"], "link")
         half_done.rename(library)
     return library, object_file.with_suffix(".ptx").read_text()

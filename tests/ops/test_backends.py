@@ -77,12 +77,13 @@ def test_an_unknown_instruction_set_is_an_error(wish: str, message: str | None) 
         assert expected + message in done.stderr
 
 
-def test_a_build_against_another_torch_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "read_build_record", lambda: {"torch": "2.1.0", "isa": [], "left_out": {}})
+def test_a_build_for_a_later_torch_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = {"torch": "3.1.0", "oldest_torch": "3.0", "isa": [], "left_out": {}}
+    monkeypatch.setattr(backends, "read_build_record", lambda: record)
     why = backends._load_extension()
     assert why is not None
-    assert "built against torch 2.1.0" in why
-    assert f"torch {torch.__version__} is running" in why
+    assert "for torch 3.0 and later (built with 3.1.0)" in why
+    assert torch.__version__ in why
 
 
 def test_an_extension_without_its_record_is_explained(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,18 +98,37 @@ def test_an_extension_without_its_record_is_explained(tmp_path, monkeypatch: pyt
     )
     (tmp_path / "_C.abi3.so").touch()
     why = backends._load_extension()
-    assert why == f"the compiled extension's {tmp_path / '_build.json'} is missing: build it again"
-    (tmp_path / "_build.json").write_text(json.dumps({"torch": torch.__version__}))
+    note = tmp_path / "_build.json"
+    assert why == f"the compiled extension's {note} is missing or of an older build: build it again"
+    (tmp_path / "_build.json").write_text(json.dumps({"torch": "2.99.1", "oldest_torch": "2.0"}))
     why = backends._load_extension()
     assert why is not None
-    assert why.startswith(
-        f"the compiled extension could not be loaded: {tmp_path / '_C.abi3.so'}: file too short"
+    assert "built with 2.99.1" in why
+    assert f"with torch {torch.__version__}: {tmp_path / '_C.abi3.so'}: file too short" in why
+
+
+@pytest.mark.parametrize("folder", ["empty", "none"])
+def test_a_missing_extension_is_an_error_unless_it_is_left_out(folder: str, tmp_path) -> None:
+    """Asked for by nobody, plain torch does not stand in for it."""
+    code = (
+        "import torch, stream_r1_kernels as k; x = torch.ones(1, 2, 4)\n"
+        "print(k.gated_add(x, x, x, backend='reference').sum().item())\n"
+        "print(k.gated_add(x.double(), x.double(), x.double()).sum().item())\n"
+        "print(k.gated_add(x, x, x).sum().item())"
     )
+    environment = {**os.environ, "STREAM_R1_EXTENSION": str(tmp_path) if folder == "empty" else "none"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    if folder == "none":
+        assert done.stdout.split() == ["16.0"] * 3, done.stderr
+    else:
+        assert done.stdout.split() == ["16.0"] * 2
+        assert "RuntimeError: gated_add: backend 'auto': STREAM_R1_EXTENSION: expected" in done.stderr
+        assert str(tmp_path) in done.stderr
 
 
 def test_info_says_what_is_built_and_what_is_left_out() -> None:
     report = info.describe()
-    assert f"against torch {torch.__version__.split('+')[0]}" in report
+    assert "for torch 2.10 and later, with torch 2." in report
     assert ("left out        cuda: " in report) != ("CUDA kernels    " in report)
     rows = {line.split()[0]: line.split()[1:] for line in report.splitlines() if line.strip()}
     assert rows["op"] == ["cpu", "cuda", "triton", "sdpa", "reference"]
@@ -196,7 +216,7 @@ def test_why_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert "triton" not in backends._find_unavailable()
     monkeypatch.setattr(backends.importlib.metadata, "version", lambda name: "3.4.1")
-    assert backends._find_unavailable()["triton"] == "Triton 3.4.1 is too old: 3.7 or later is needed"
+    assert backends._find_unavailable()["triton"] == "Triton 3.4.1 is too old: 3.6 or later is needed"
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
     assert backends._find_unavailable()["triton"] == (
         "Triton is not installed: pip install 'stream-r1[triton]'"

@@ -187,7 +187,7 @@ def test_the_op_refuses_what_would_read_past_an_end():
     ):
         with pytest.raises(ValueError, match="fused_linear: "):
             op(*arguments)
-    with pytest.raises(TypeError, match="fused_linear: weights"):
+    with pytest.raises(ValueError, match="fused_linear: weights"):
         op(X, [W.bfloat16()], [], False, None, None)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
+import tomllib
 
 import stream_r1
 
@@ -37,3 +37,7 @@ def test_the_version_is_said_once() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert "version" not in project["project"]
     assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "stream_r1.__version__"}
+    ops = tomllib.loads((ROOT / "kernels/pyproject.toml").read_text())["project"]  # can't see that attribute
+    assert ops["version"] == stream_r1.__version__
+    torch = [line for line in project["project"]["dependencies"] if line.startswith("torch")]
+    assert ops["dependencies"] == torch
