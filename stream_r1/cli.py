@@ -298,6 +298,37 @@ def data_ode_pairs(
     ode_pairs(recipe, overrides or [], take_over=take_over)
 
 
+votes_app = typer.Typer(
+    help="People's preference: blind comparisons of models, side by side.", no_args_is_help=True
+)
+app.add_typer(votes_app, name="votes")
+
+Comparison = Annotated[Path, typer.Argument(help="A YAML file: models and their videos, prompts, questions.")]
+
+
+@votes_app.command("serve")
+def votes_serve(
+    comparison: Comparison,
+    overrides: Overrides = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any but this machine's own needs the link's token.")
+    ] = ("127.0.0.1"),
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8500,
+) -> None:
+    """Serve the page on which raters vote, until Ctrl-C; votes are on the disk as they come."""
+    from stream_r1.commands.votes import serve
+
+    serve(comparison, overrides or [], host, port)
+
+
+@votes_app.command("report")
+def votes_report(comparison: Comparison, overrides: Overrides = None) -> None:
+    """Show win rates with intervals and the raters' agreement, and write them as a page and a table."""
+    from stream_r1.commands.votes import report
+
+    report(comparison, overrides or [])
+
+
 @app.command()
 def info(
     paths: Annotated[
