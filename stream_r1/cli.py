@@ -380,7 +380,7 @@ def _got(error: BaseException) -> str:
     """What came, where the command line's own message does not say so."""
     from stream_r1.messages import shown
 
-    cause = error.__cause__ or error.__context__
+    cause: Any = error.__cause__ or error.__context__
     problems = cause.errors() if hasattr(cause, "errors") else []
     return f", got {shown(problems[0]['input'])}" if problems else ""
 

@@ -323,7 +323,7 @@ class ChunkCache:
             return
         self.lent.take_back(layers, self._surplus, self._surplus + self._sink_k.shape[2])
         count = range(len(self))[layers]
-        renew = torch.ops.stream_r1.renew_sinks_ if torch.compiler.is_compiling() else renew_sinks_
+        renew: Any = torch.ops.stream_r1.renew_sinks_ if torch.compiler.is_compiling() else renew_sinks_
         where = (self.storage, self._sink_k, self._sink_v, count.start, len(count))
         renew(*where, *self._renewal, self._surplus)
 

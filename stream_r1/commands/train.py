@@ -88,8 +88,8 @@ def _train(recipe: Recipe | InitRecipe, ranks: Ranks, console: Console, *, fresh
     if resumed is not None:
         console.print(f"going on from {resumed}", soft_wrap=True)
     if trainer.step >= recipe.steps:
-        for event in trainer.set_aside:
-            console.print(set_aside(event), soft_wrap=True, markup=False)
+        for damaged in trainer.set_aside:
+            console.print(set_aside(damaged), soft_wrap=True, markup=False)
         console.print(f"all {recipe.steps} steps are done; steps=N goes further, --fresh starts over")
         _export(trainer, out, console)  # again: the run may have been killed while it did
         return 0

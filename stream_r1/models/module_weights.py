@@ -6,6 +6,8 @@ accelerate's and diffusers' offloading, storage in another dtype) acts in the ca
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -46,6 +48,6 @@ def device_of(module: nn.Module, device: torch.device) -> torch.device:
     return device
 
 
-def _align_hooks(module: nn.Module) -> list:  # type: ignore[type-arg]
+def _align_hooks(module: nn.Module) -> list[Any]:
     hook = getattr(module, "_hf_hook", None)
     return list(getattr(hook, "hooks", [hook] if hook is not None else []))

@@ -44,7 +44,7 @@ def block_by_block(
 
 
 def chunk_attention(q: Tensor, k: Tensor, v: Tensor, mask: ChunkMask, scale: float) -> Tensor:
-    return block_by_block(q, k, v, mask, lambda *block: dense_attention(*block, scale)[0])
+    return block_by_block(q, k, v, mask, lambda q, k, v: dense_attention(q, k, v, scale)[0])
 
 
 def cached_chunk_attention(

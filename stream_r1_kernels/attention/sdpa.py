@@ -20,7 +20,7 @@ _FEWEST_KEYS = 16  # torch's kernel for CPUs gives zeros for a NaN query that se
 
 
 def chunk_attention(q: Tensor, k: Tensor, v: Tensor, mask: ChunkMask, scale: float) -> Tensor:
-    return block_by_block(q, k, v, mask, lambda *block: _attend(*block, scale))
+    return block_by_block(q, k, v, mask, lambda q, k, v: _attend(q, k, v, scale))
 
 
 def cached_chunk_attention(
