@@ -122,6 +122,7 @@ def test_backend_refuses_what_it_can_not_do():
             dispatch_attention_fn(q, q, q, backend="stream_r1", **argument)
 
 
+@torch.no_grad()
 def test_backend_is_traced_into_one_graph():
     register_backend()
     model, arguments = tiny_wan(1).eval(), inputs()

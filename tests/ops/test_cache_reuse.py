@@ -208,7 +208,9 @@ def test_a_checkpoint_around_a_whole_stream_is_right(way, shared):
         total = sum(WAYS[way](rollout, x, torch.tensor(which)) for which in range(3))
         return torch.autograd.grad(total, x)[0] if way != "reentrant" else total.backward() or x.grad
 
-    torch.testing.assert_close(gradient(way), gradient("without"), rtol=0, atol=0)
+    # reentrant: each part adds what it found to x.grad by itself, which is another order of the sum
+    close = 1e-6 if way == "reentrant" else 0
+    torch.testing.assert_close(gradient(way), gradient("without"), rtol=close, atol=0)
 
 
 def test_pinned_phases_are_copied_where_gradients_are_on():

@@ -60,14 +60,16 @@ def chunks(count: int = CHUNKS, batch: int = 1, dtype: torch.dtype = torch.float
 
 def assert_streams_agree(compiled, ours: ChunkCache, eager, theirs: ChunkCache, xs, warm: int) -> None:
     """Chunk by chunk, two passes each; nothing is compiled from chunk `warm` on."""
+    # inductor keeps in float32 what eager code rounds in between: two roundings, of values of about 1
+    close = {"rtol": 2**-7, "atol": 2**-7} if ours.storage.dtype == torch.bfloat16 else {}
     for index, x in enumerate(xs):
         for cache in (ours, theirs):
             cache.begin_chunk()
         for passed in (x, x.flip(1)):
             with torch._dynamo.config.patch(error_on_recompile=index >= warm):
                 got = compiled(passed, ours)
-            torch.testing.assert_close(got, eager(passed, theirs))
-        torch.testing.assert_close(ours.storage, theirs.storage)
+            torch.testing.assert_close(got, eager(passed, theirs), **close)
+        torch.testing.assert_close(ours.storage, theirs.storage, **close)
         for cache in (ours, theirs):
             cache.commit()
 
@@ -81,12 +83,21 @@ def test_a_function_that_is_given_the_cache(by_views, dynamic):
     ours, theirs = make_cache(**ROLLING), make_cache(**ROLLING)
     assert_streams_agree(compiled, ours, stream, theirs, chunks(), 2)  # graphs: a first chunk's, any chunk's
     if not by_views and dynamic is None:
-        # a cache of any size, a batch of any size, then nothing new for another one; bfloat16
+        # a cache of any size, a batch of any size, then nothing new for another one
         ours, theirs = make_cache(max_frames=8), make_cache(max_frames=8)
         assert_streams_agree(compiled, ours, stream, theirs, chunks(4), 2)
-        for batch, dtype, warm in ((3, torch.float32, 3), (2, torch.float32, 0), (2, torch.bfloat16, 3)):
-            ours, theirs = (make_cache(batch=batch, dtype=dtype, **ROLLING) for _ in range(2))
-            assert_streams_agree(compiled, ours, stream, theirs, chunks(6, batch, dtype), warm)
+        for batch, warm in ((3, 3), (2, 0)):
+            ours, theirs = (make_cache(batch=batch, **ROLLING) for _ in range(2))
+            assert_streams_agree(compiled, ours, stream, theirs, chunks(6, batch), warm)
+
+
+@torch.no_grad()
+def test_a_stream_in_bfloat16():
+    torch.compiler.reset()
+    stream = Stream(False)
+    compiled = torch.compile(stream, fullgraph=True)
+    ours, theirs = (make_cache(dtype=torch.bfloat16, **ROLLING) for _ in range(2))
+    assert_streams_agree(compiled, ours, stream, theirs, chunks(6, 1, torch.bfloat16), 3)
 
 
 @torch.no_grad()
