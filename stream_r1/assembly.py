@@ -23,12 +23,13 @@ from stream_r1.distill.ode import (
 from stream_r1.distill.ranks import Ranks
 from stream_r1.distill.teacher_forcing import TeacherForcing
 from stream_r1.distill.trainer import DistillTrainer, hashed
+from stream_r1.models.autoencoder import VideoAutoencoder
+from stream_r1.models.autoencoders import load_autoencoder
 from stream_r1.models.checkpoints import load_student
 from stream_r1.models.library import read_library_model
 from stream_r1.models.prompt_cache import PromptEmbeddings
 from stream_r1.models.text import TextEncoder, TransformersEncoder, cleaning, load_text_encoder
 from stream_r1.models.transformer import CausalWanTransformer
-from stream_r1.models.vae import VideoVAE
 from stream_r1.recipe import InitRecipe, Recipe, locate, read_prompts
 from stream_r1.rewards import Reward, load_reward
 from stream_r1.schedule import FlowSchedule
@@ -41,7 +42,7 @@ class Models:
     student: CausalWanTransformer
     teacher: nn.Module
     critic: nn.Module | None
-    vae: VideoVAE
+    vae: VideoAutoencoder
     reward: Reward
     text: TextEncoder
 
@@ -64,7 +65,7 @@ def load_models(recipe: Recipe, ranks: Ranks | None = None) -> Models:
         student=_student(recipe, ranks),
         teacher=_score_model(paths.teacher, _home(recipe, ranks)),
         critic=None if paths.critic is None else _score_model(paths.critic, _home(recipe, ranks)),
-        vae=VideoVAE.from_pretrained(locate(paths.vae)).to(device),
+        vae=load_autoencoder(locate(paths.vae), device=device),
         reward=load_reward(locate(paths.reward), device=device, **recipe.reward.overrides()),
         text=text,
     )
@@ -121,7 +122,7 @@ def make_init_trainer(recipe: InitRecipe, folder: Path | str, ranks: Ranks | Non
         )
     samples = None
     if recipe.models.vae is not None:
-        vae = VideoVAE.from_pretrained(locate(recipe.models.vae)).to(ranks.device)
+        vae = load_autoencoder(locate(recipe.models.vae), device=ranks.device)
         texts = {prompt: texts_shown[[index]] for index, prompt in enumerate(shown)}
         samples = Samples(vae, texts, recipe.rollout)
     return InitTrainer(

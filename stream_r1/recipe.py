@@ -39,6 +39,7 @@ from stream_r1.models.text import MINILM_DIM, WAN_NEGATIVE_PROMPT
 from stream_r1.watch.settings import WatchSettings
 
 FILM_PROMPTS = "film"
+DRAWN_PROMPTS = "drawn"
 
 
 class ModelPaths(Settings):
@@ -124,8 +125,8 @@ class Recipe(DistillSettings):
     stream: how the student streams.
     reward: how the reward is run.
     text: how prompts are encoded.
-    prompts: a text file, one prompt a line, a .parquet file, or "film": the captions of the tiny world's
-        training shots.
+    prompts: a text file, one prompt a line, a .parquet file, "film": the captions of the tiny world's
+        training shots, or "drawn": every prompt of the drawn world.
     out: folder for checkpoints, metrics and the student.
     watch: what is watched, and where it goes.
     """
@@ -205,8 +206,8 @@ class InitRecipe(InitSettings):
     rollout: sizes, steps and shift count, the rest does not.
     pairs: the trajectories.
     text: how prompts are encoded.
-    prompts: a text file, one prompt a line, a .parquet file, or "film": the captions of the tiny world's
-        training shots.
+    prompts: a text file, one prompt a line, a .parquet file, "film": the captions of the tiny world's
+        training shots, or "drawn": every prompt of the drawn world.
     out: folder for checkpoints, metrics and the student.
     watch: what is watched, and where it goes.
     """
@@ -286,7 +287,8 @@ def load_any(path: str | Path, overrides: Sequence[str] = ()) -> Recipe | InitRe
 
 
 def read_prompts(source: str) -> list[str]:
-    """Prompts of a recipe: "film", the captions of the tiny world's training shots, or those of a file.
+    """Prompts of a recipe: "film", the captions of the tiny world's training shots; "drawn", every prompt of
+    the drawn world; or those of a file.
 
     Raises:
         SettingsError: no such file, or one of no use; see `read_prompt_file`.
@@ -295,11 +297,15 @@ def read_prompts(source: str) -> list[str]:
         from stream_r1.data.film import load_shots
 
         return list(dict.fromkeys(shot.caption for shot in load_shots() if not shot.held_out))
+    if source == DRAWN_PROMPTS:
+        from stream_r1.drawn_world import all_scenes
+
+        return [scene.prompt for scene in all_scenes()]
     path = locate(source)
     if not path.is_file():
         raise SettingsError(
-            f"prompts: {source}: no such file; expected a text file, one prompt a line, a .parquet file or "
-            f'"{FILM_PROMPTS}"'
+            f"prompts: {source}: no such file; expected a text file, one prompt a line, a .parquet file, "
+            f'"{FILM_PROMPTS}" or "{DRAWN_PROMPTS}"'
         )
     return read_prompt_file(path)
 
@@ -318,7 +324,7 @@ _CLASSES = {
     "student": _TRANSFORMERS,
     "teacher": _TRANSFORMERS[:1],
     "critic": _TRANSFORMERS[:1],
-    "vae": ("AutoencoderKLWan",),
+    "vae": ("AutoencoderKLWan", "BlockVAE"),
 }
 
 
@@ -344,10 +350,11 @@ def _misfits(recipe: Recipe | InitRecipe) -> list[str]:
                 problems.append(
                     f"models.teacher: expected {key} {student[key]} as the student's, got {teacher[key]}"
                 )
-    if student and vae and "z_dim" in vae and student.get("in_channels") != vae["z_dim"]:
+    channels = vae.get("z_dim", vae.get("channels"))
+    if student and channels is not None and student.get("in_channels") != channels:
         problems.append(
             f"models.vae: expected {student.get('in_channels')} latent channels as the student's, "
-            f"got {vae['z_dim']}"
+            f"got {channels}"
         )
     width = _text_width(recipe.models.text)
     reads = (student or teacher).get("text_dim", width)

@@ -20,9 +20,12 @@ from torch import nn
 from stream_r1.config import SettingsError
 from stream_r1.distill.lora import add_adapters
 from stream_r1.distill.settings import LoraSettings
-from stream_r1.estimate.once import AlikePieces
+from stream_r1.estimate.once import alike_pieces
 from stream_r1.files import read_json
+from stream_r1.models.autoencoder import VideoAutoencoder
+from stream_r1.models.block_vae import BlockVAE
 from stream_r1.models.transformer import CausalWanTransformer
+from stream_r1.models.vae import VideoVAE
 from stream_r1.recipe import InitRecipe, Recipe, locate
 from stream_r1.rewards.base import Reward
 
@@ -171,7 +174,7 @@ def read_networks(recipe: Recipe | InitRecipe) -> Networks:
         Network(student, causal=True, lora=recipe.student.lora),
         Network(teacher, causal=False),
         Network(critic, causal=False, lora=recipe.critic.lora),
-        {key: value for key, value in vae.items() if not key.startswith("_")},
+        vae,
         _reward(read, recipe.models.reward, recipe.reward.overrides()),
         text,
         tuple(read.assumed),
@@ -199,8 +202,11 @@ def _read(path: Path) -> Config | None:
 # --- as modules of fake tensors ---
 
 
-def make_vae(config: Config) -> AlikePieces:
-    return AlikePieces(AutoencoderKLWan(**config))
+def make_vae(config: Config) -> VideoAutoencoder:
+    sizes = {key: value for key, value in config.items() if not key.startswith("_")}
+    if config.get("_class_name") == BlockVAE.__name__:
+        return alike_pieces(BlockVAE(**sizes).eval().requires_grad_(False))
+    return alike_pieces(VideoVAE(AutoencoderKLWan(**sizes)))
 
 
 @remembered()

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from stream_r1.estimate.work import Watching
-from stream_r1.models.vae import VideoVAE
+from stream_r1.models.autoencoder import VideoAutoencoder
 
 Results = tuple[Tensor, ...]
 
@@ -50,12 +50,7 @@ def _like(x: Tensor) -> tuple[Sequence[int], Sequence[int], torch.dtype]:
     return x.shape, x.stride(), x.dtype
 
 
-class AlikePieces(VideoVAE):
-    """A decoder of which one of equal pieces runs."""
-
-    def __init__(self, autoencoder: Any) -> None:
-        super().__init__(autoencoder)
-        self._once = Once(super()._decode_functional)
-
-    def _decode_functional(self, z: Tensor, first: bool, *tensors: Tensor) -> Results:
-        return self._once(z, first, *tensors)
+def alike_pieces(vae: VideoAutoencoder) -> VideoAutoencoder:
+    """The same autoencoder, of whose decoder one of equal pieces runs."""
+    vae._decode_functional = Once(vae._decode_functional)  # type: ignore[method-assign, assignment]
+    return vae

@@ -12,10 +12,11 @@ from diffusers import AutoencoderKLWan
 
 from stream_r1.estimate import roofline
 from stream_r1.estimate.devices import DEVICES, Device
-from stream_r1.estimate.once import AlikePieces
+from stream_r1.estimate.once import alike_pieces
 from stream_r1.estimate.roofline import ASSUMED, Assumptions
 from stream_r1.estimate.work import SHALLOW, Work, cast, count, fake_tensors, grown_work
 from stream_r1.models.transformer import CausalWanTransformer
+from stream_r1.models.vae import VideoVAE
 from stream_r1.sampling.sampler import Sampler
 from stream_r1_kernels import backends, dispatch
 
@@ -75,7 +76,7 @@ def chunk_work(
         shallow, deeper = (_student_work(student | {"num_layers": n}, latent, steps) for n in SHALLOW)
         work = grown_work(shallow, shallow, deeper, student["num_layers"] - SHALLOW[0])
         network: Any = AutoencoderKLWan(**autoencoder)
-        vae = AlikePieces(cast(network, torch.bfloat16))
+        vae = alike_pieces(VideoVAE(cast(network, torch.bfloat16)))
         frames, channels = student.get("frames_per_chunk", 3), student.get("in_channels", 16)
         decoder, latents = vae.stream_decoder(1), torch.zeros(1, frames, channels, *latent)
         decoding = [count(lambda: decoder.decode(latents)) for _ in range(2)]  # the first piece is shorter

@@ -19,13 +19,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle, silu
 
-from stream_r1.files import FileError, read_json
+from stream_r1.disk.whole import written
+from stream_r1.files import FileError
 from stream_r1.models.autoencoder import VideoAutoencoder
 from stream_r1.models.checkpoints import load_weights
+from stream_r1.models.sizes import read_sizes
 from stream_r1.models.weight_files import read_tensors
 
 _SIDE, _FRAMES = 8, 4
 _BLOCK = 3 * _FRAMES * _SIDE * _SIDE
+_SIZES = ("channels", "width", "depth", "fine_width")
 _FINE = 2  # pixels a side that the last network takes together
 
 
@@ -46,7 +49,7 @@ class BlockVAE(VideoAutoencoder):
 
     def __init__(self, channels: int = 24, width: int = 128, depth: int = 3, fine_width: int = 64) -> None:
         super().__init__()
-        self.config = {"channels": channels, "width": width, "depth": depth, "fine_width": fine_width}
+        self.config = dict(zip(_SIZES, (channels, width, depth, fine_width), strict=True))
         self.channels = channels
         self.project = nn.Conv2d(_BLOCK, channels, 1)
         self.unproject = nn.Conv2d(channels, _BLOCK, 1)
@@ -79,24 +82,24 @@ class BlockVAE(VideoAutoencoder):
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise FileNotFoundError(f"BlockVAE.from_pretrained: expected {path}")
-        config = read_json(path)
+        config = read_sizes(path)
         if config.get("_class_name") != cls.__name__:
             raise FileError(f"{path}: expected _class_name {cls.__name__}, got {config.get('_class_name')}")
-        model = cls(**{name: value for name, value in config.items() if not name.startswith("_")})
+        sizes = {name: value for name, value in config.items() if not name.startswith("_")}
+        if set(sizes) != set(_SIZES):
+            raise FileError(f"{path}: expected {', '.join(_SIZES)}, got {', '.join(sizes) or 'nothing'}")
+        model = cls(**sizes)
         load_weights(model, read_tensors(folder), source=str(folder))
         return model.eval().requires_grad_(False).to(device, dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and the weights in their dtype."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(
-            json.dumps({"_class_name": type(self).__name__, **self.config}, indent=1) + "\n"
-        )
-        save_file(
-            {name: t.contiguous() for name, t in self.state_dict().items()},
-            folder / "diffusion_pytorch_model.safetensors",
-        )
+        config = {"_class_name": type(self).__name__, **self.config}
+        with written(folder) as place:
+            place.mkdir()
+            (place / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+            tensors = {name: t.contiguous() for name, t in self.state_dict().items()}
+            save_file(tensors, place / "diffusion_pytorch_model.safetensors")
 
     @property
     def dtype(self) -> torch.dtype:

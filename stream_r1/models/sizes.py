@@ -63,6 +63,10 @@ _CHECKS: dict[str, _Check] = {
     "temperal_downsample": _listed((lambda value: isinstance(value, bool), "true or false"), range(1, 17)),
     "latents_mean": _listed(_FINITE, range(1, 4097), none=True),
     "latents_std": _listed(_number(lambda x: x > 0, "a positive number"), range(1, 4097), none=True),
+    # our own
+    "channels": _whole(1, 4096),
+    "width": _CHANNELS,
+    "fine_width": _CHANNELS,
     # text and vision models of transformers
     "num_layers": _whole(1, 1024),
     "num_hidden_layers": _whole(1, 1024),

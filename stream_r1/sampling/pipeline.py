@@ -14,12 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from stream_r1.models.autoencoder import VideoAutoencoder
+from stream_r1.models.autoencoders import load_autoencoder
 from stream_r1.models.checkpoints import load_student
 from stream_r1.models.offload import ModelOffload
 from stream_r1.models.taehv import TinyVAE
 from stream_r1.models.text import MiniLMEncoder, TextEncoder, TransformersEncoder, UMT5Encoder
 from stream_r1.models.transformer import CausalWanTransformer
-from stream_r1.models.vae import VideoVAE
 from stream_r1.models.weight_files import read_config
 from stream_r1.sampling.chunk import StreamTimings
 from stream_r1.sampling.folders import find_parts
@@ -215,7 +215,7 @@ class StreamR1Pipeline:
             tiny = TinyVAE.from_pretrained(decoder_file, dtype=vae_dtype, device=at)
         pipeline = cls(
             student.requires_grad_(False),
-            VideoVAE.from_pretrained(parts.vae, dtype=vae_dtype, device=at if offload else vae_device),
+            load_autoencoder(parts.vae, dtype=vae_dtype, device=at if offload else vae_device),
             text_encoder,
             size=size or ((64, 112) if parts.small else (480, 832)),
             fps=fps or (24 if parts.small else 16),

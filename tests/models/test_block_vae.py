@@ -6,9 +6,12 @@ import json
 
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 
 from stream_r1.files import FileError
+from stream_r1.models.autoencoders import load_autoencoder
 from stream_r1.models.block_vae import BlockVAE, as_blocks
+from stream_r1.models.vae import VideoVAE
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +105,12 @@ def test_folders_that_do_not_fit_are_named(vae, tmp_path):
         BlockVAE.from_pretrained(tmp_path / "none")
     vae.save_pretrained(tmp_path / "vae")
     config = json.loads((tmp_path / "vae/config.json").read_text())
+    (tmp_path / "vae/config.json").write_text(json.dumps(config | {"heads": 2}))
+    with pytest.raises(FileError, match=r"fine_width.*heads"):
+        BlockVAE.from_pretrained(tmp_path / "vae")
+    (tmp_path / "vae/config.json").write_text(json.dumps(config | {"channels": 0}))
+    with pytest.raises(FileError, match=r"channels.*0"):
+        BlockVAE.from_pretrained(tmp_path / "vae")
     (tmp_path / "vae/config.json").write_text(json.dumps(config | {"channels": 7}))
     with pytest.raises(FileError, match="project"):
         BlockVAE.from_pretrained(tmp_path / "vae")
@@ -115,3 +124,17 @@ def test_videos_and_latents_that_do_not_fit_are_refused(vae):
         vae.encode(torch.rand(1, 6, 3, 24, 32))
     with pytest.raises(ValueError, match=r"latents.*6"):
         vae.decode(torch.rand(1, 5, 4, 3, 4))
+
+
+def test_a_folder_is_read_by_its_class(vae, clip, tmp_path):
+    vae.save_pretrained(tmp_path / "block")
+    assert torch.equal(load_autoencoder(tmp_path / "block").encode(clip), vae.encode(clip))
+    sizes = {"dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True, True]}
+    wan = AutoencoderKLWan(base_dim=4, z_dim=4, latents_mean=[0.0] * 4, latents_std=[1.0] * 4, **sizes)
+    wan.save_pretrained(tmp_path / "wan")
+    assert isinstance(load_autoencoder(tmp_path / "wan"), VideoVAE)
+    (tmp_path / "wan/config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    with pytest.raises(ValueError, match=r"AutoencoderKLWan or BlockVAE.*AutoencoderKL$"):
+        load_autoencoder(tmp_path / "wan")
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        load_autoencoder(tmp_path / "none")

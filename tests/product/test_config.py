@@ -7,6 +7,7 @@ import pytest
 from stream_r1 import recipe
 from stream_r1.config import Settings, SettingsError, build, merge, parse_overrides, read_recipe
 from stream_r1.distill.settings import DistillSettings
+from stream_r1.drawn_world import all_scenes
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes" / "tiny").glob("*.yaml"))
@@ -128,6 +129,8 @@ def test_the_tiny_recipe_refuses_what_cannot_work(override, told, tmp_path):
 def test_prompts_come_from_a_file_or_the_film(tmp_path):
     (tmp_path / "p.txt").write_text("one\n\n  two \n", encoding="utf-8")
     assert recipe.read_prompts(str(tmp_path / "p.txt")) == ["one", "two"]
+    drawn = recipe.read_prompts("drawn")
+    assert drawn == [scene.prompt for scene in all_scenes()]
     film = recipe.read_prompts("film")
     assert len(film) > 50
     assert len(set(film)) == len(film)
