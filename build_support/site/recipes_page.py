@@ -180,7 +180,10 @@ def _type(about: dict[str, Any]) -> str:
         if "prefixItems" in about:
             return f"{len(about['prefixItems'])} of: {_type(about['prefixItems'][0])}"
         return f"list of: {_type(about['items'])}"
-    bounds = [text.format(f"{about[key]:g}") for key, text in _BOUNDS.items() if key in about]
+    # a bound that only keeps numbers within what a tensor can have is none that a reader needs
+    bounds = [
+        text.format(f"{about[key]:g}") for key, text in _BOUNDS.items() if about.get(key, 2**31) < 2**31
+    ]
     return " ".join([_NAMES[about["type"]], ", ".join(bounds)]).strip()
 
 

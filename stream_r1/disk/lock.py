@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -50,6 +51,7 @@ def folder_lock(folder: str | Path, *, take_over: bool = False) -> Iterator[None
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "expected a folder, there is a file", str(folder))
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     key = folder.resolve()
     if key in _held and _held[key].pid == os.getpid():
@@ -72,6 +74,9 @@ def folder_lock(folder: str | Path, *, take_over: bool = False) -> Iterator[None
             (folder / LOCK).unlink(missing_ok=True)
     finally:
         lock.release()
+        with contextlib.suppress(OSError):  # a run that came to nothing leaves no empty folder behind
+            for path in made:
+                path.rmdir()
 
 
 def _acquire(lock: FileLock, folder: Path) -> None:

@@ -9,7 +9,7 @@ import html
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -181,7 +181,10 @@ class TransformersEncoder(ABC):
 
     def _encoded(self, prompt: str) -> Tensor:
         """What is remembered must not depend on who asked first: no autocast, no inference tensors."""
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        device = self.device.type
+        there = torch.amp.is_autocast_available(device)  # a model on the meta device has none to turn off
+        without = torch.autocast(device, enabled=False) if there else nullcontext()
+        with torch.inference_mode(False), torch.no_grad(), without:
             self.load()
             if self._offload is not None:
                 self._offload.use(self._model)

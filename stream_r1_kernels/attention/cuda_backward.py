@@ -58,7 +58,7 @@ def _backward(
                 return p, ds
 
             if old is not None:
-                scores(*old)
+                scores(old[0], old[1])
             for start, stop in ranges:
                 p, ds = scores(k[:, start:stop], v[:, start:stop])
                 grad_k[:, start:stop].baddbmm_(ds.mT, own_q)

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from ..backends import device_type
 from ..registration import register_fake
 from . import (
     flops,  # noqa: F401  registers them
@@ -13,7 +14,7 @@ from . import (
 @register_fake("chunk_attention")
 def _(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     out, lse = shapes.outputs(q)
-    return out, lse.double() if q.device.type == "cpu" else lse
+    return out, lse.double() if device_type(q) == "cpu" else lse
 
 
 register_fake("cached_chunk_attention_backward")(shapes.gradients)

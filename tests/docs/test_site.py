@@ -108,7 +108,7 @@ def test_the_recipes_page_has_every_recipe_and_every_setting_with_its_default():
         assert f"### {path.relative_to(ROOT / 'recipes')}\n" in page
     for row in (
         "| `weighting.beta` | number ≥ 0 | `2.0` |",
-        "| `student.lora.rank` | whole number ≥ 1 | `64` |",
+        "| `student.lora.rank` | whole number ≥ 1, ≤ 65536 | `64` |",
         "| `rollout.steps` | list of: number ≥ 0, ≤ 1000 | `[1000, 750, 500, 250]` |",
         "| `models.student` | text | required |",
         "| `stream.positions` | `absolute`, `window` or null | `null` |",

@@ -60,8 +60,8 @@ def chunks(count: int = CHUNKS, batch: int = 1, dtype: torch.dtype = torch.float
 
 def assert_streams_agree(compiled, ours: ChunkCache, eager, theirs: ChunkCache, xs, warm: int) -> None:
     """Chunk by chunk, two passes each; nothing is compiled from chunk `warm` on."""
-    # inductor keeps in float32 what eager code rounds in between: two roundings, of values of about 1
-    close = {"rtol": 2**-7, "atol": 2**-7} if ours.storage.dtype == torch.bfloat16 else {}
+    # inductor keeps in float32 what eager code rounds in between, here up to four times, of values of about 1
+    close = {"rtol": 2**-6, "atol": 2**-6} if ours.storage.dtype == torch.bfloat16 else {}
     for index, x in enumerate(xs):
         for cache in (ours, theirs):
             cache.begin_chunk()

@@ -39,7 +39,7 @@ def test_agreement_is_krippendorffs() -> None:
     # Krippendorff, Computing Krippendorff's Alpha-Reliability (2011), section B: two observers, 10 values
     first, second = "ababaaaaaa", "bababbaaaa"
     assert krippendorff_alpha(
-        [list(pair) for pair in zip("0100000000", "1110010000", strict=True)]
+        [list(pair) for pair in zip("0100000010", "1110010000", strict=True)]
     ) == pytest.approx(0.095, abs=5e-4)
     assert krippendorff_alpha([list(pair) for pair in zip(first, first, strict=True)]) == 1
     assert krippendorff_alpha([list(pair) for pair in zip(first, second, strict=True)]) < 1
