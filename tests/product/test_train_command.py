@@ -76,7 +76,7 @@ def test_check_shows_a_recipe_and_trains_nothing(world, tmp_path, capsys):
         ("prompts=nowhere.txt", "nowhere.txt: no such file"),
         ("reward.fps=all", "expected no settings for the film's reward, got {'fps': 'all'}"),
         ("models.student={world}/vae", "models.student: expected WanTransformer3DModel or Causal"),
-        ("models.vae={world}/student", "models.vae: expected AutoencoderKLWan, got CausalWan"),
+        ("models.vae={world}/student", "models.vae: expected AutoencoderKLWan or "),
         ("seed=-1", "seed: expected greater than or equal to 0, got -1"),
         ("seed=99999999999", "seed: expected less than 4294967296, got 99999999999"),
         ("reward.fps=-2", "reward.fps: expected greater than 0"),
