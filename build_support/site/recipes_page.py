@@ -13,6 +13,7 @@ from stream_r1.config import Settings
 from stream_r1.demo.settings import DemoSettings
 from stream_r1.recipe import InitRecipe, Recipe
 from stream_r1.rewards.videoalign import VideoAlignSettings
+from stream_r1.tiny_world.codec import CodecSettings
 from stream_r1.tiny_world.student import StudentSettings
 from stream_r1.tiny_world.teacher import TeacherSettings
 from stream_r1.tiny_world.vae import VaeSettings
@@ -48,6 +49,11 @@ SECTIONS: list[tuple[str, str, type[Settings]]] = [
         "Settings of the tiny autoencoder",
         "`python -m stream_r1.tiny_world vae RECIPE [key=value ...]`.",
         VaeSettings,
+    ),
+    (
+        "Settings of the drawn world's autoencoder",
+        "`python -m stream_r1.tiny_world codec RECIPE [key=value ...]`.",
+        CodecSettings,
     ),
     (
         "Settings of the tiny teacher",

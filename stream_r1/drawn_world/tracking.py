@@ -27,8 +27,8 @@ _LIKENESS = 0.72  # least overlap with an outline, over their union, that makes 
 class Track:
     """What was found in each of T frames.
 
-    colour: key of `COLOURS` that covers most. there: bool [T], one compact thing of that colour and of a
-        thing's size.
+    colour: key of `COLOURS` of which there is a thing in most frames. there: bool [T], one compact thing of
+        that colour and of a thing's size.
     x, y: its middle in pixels, nan where it is not. area: pixels of that colour. masks: bool [T, H, W] of
         that colour.
     shapes: the shape in each frame that is there, None where it is like none.
@@ -47,17 +47,17 @@ def track(frames: Array) -> Track:
     """The thing in frames [T, H, W, 3], float in [0, 1]."""
     hue, saturation, value = _hue_saturation_value(frames)
     vivid = (saturation > _SATURATION) & (value > _VALUE)
-    by_colour = {}
+    rows, columns = np.arange(frames.shape[1])[:, None] + 0.5, np.arange(frames.shape[2]) + 0.5
+    candidates = []
     for name, paint in COLOURS.items():
         own = _hue_saturation_value(np.array(paint, np.float32))[0]
-        by_colour[name] = vivid & (abs((hue - own + 0.5) % 1 - 0.5) < _HUE_REACH)
-    colour = max(by_colour, key=lambda name: by_colour[name].sum())
-    masks = by_colour[colour]
-    rows, columns = np.arange(frames.shape[1])[:, None] + 0.5, np.arange(frames.shape[2]) + 0.5
-    found = [_middle(mask, rows, columns) for mask in masks]
-    area = masks.sum((1, 2)).astype(np.float32)
-    x, y, share = (np.array(values, np.float32) for values in zip(*found, strict=True))
-    there = (area > _AREA[0]) & (area < _AREA[1]) & (share > _TOGETHER)
+        masks = vivid & (abs((hue - own + 0.5) % 1 - 0.5) < _HUE_REACH)
+        found = [_middle(mask, rows, columns) for mask in masks]
+        area = masks.sum((1, 2)).astype(np.float32)
+        x, y, share = (np.array(values, np.float32) for values in zip(*found, strict=True))
+        there = (area > _AREA[0]) & (area < _AREA[1]) & (share > _TOGETHER)
+        candidates.append((name, masks, area, x, y, there))
+    colour, masks, area, x, y, there = max(candidates, key=lambda c: (c[-1].sum(), c[2].sum()))
     x, y = np.where(there, x, np.nan), np.where(there, y, np.nan)
     shapes = tuple(_shape(mask, x[i], y[i]) if there[i] else None for i, mask in enumerate(masks))
     return Track(colour, there, x, y, area, masks, shapes)

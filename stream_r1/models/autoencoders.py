@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from stream_r1.files import read_json
+from stream_r1.messages import shown
 from stream_r1.models.autoencoder import VideoAutoencoder
 from stream_r1.models.block_vae import BlockVAE
 from stream_r1.models.vae import VideoVAE
@@ -31,7 +32,9 @@ def load_autoencoder(
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"load_autoencoder: expected {path} of a {' or '.join(AUTOENCODERS)}")
-    kind = AUTOENCODERS.get(found := read_json(path).get("_class_name"))
+    found = read_json(path).get("_class_name")
+    kind = AUTOENCODERS.get(str(found))
     if kind is None:
-        raise ValueError(f"load_autoencoder: {folder} must hold a {' or '.join(AUTOENCODERS)}, got {found}")
+        expected = " or ".join(AUTOENCODERS)
+        raise ValueError(f"load_autoencoder: {folder} must hold a {expected}, got {shown(found)}")
     return kind.from_pretrained(folder, dtype=dtype, device=device)

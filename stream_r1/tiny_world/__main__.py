@@ -1,4 +1,7 @@
-"""``python -m stream_r1.tiny_world vae|teacher|student``: train a model of the tiny world by its recipe."""
+"""``python -m stream_r1.tiny_world vae|codec|teacher|student``: train a model of the tiny world by a recipe.
+
+``plot`` draws how the drawn world's autoencoder compares with linear projections.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,16 @@ def vae(recipe: Recipe, overrides: Overrides = None, cache: Cache = None) -> Non
 
 
 @app.command()
+def codec(recipe: Recipe, overrides: Overrides = None) -> None:
+    """The autoencoder, from drawings."""
+    from stream_r1.tiny_world.codec import CodecSettings, train_codec
+
+    train_codec(load_recipe(CodecSettings, recipe, overrides or []))
+
+
+@app.command()
 def teacher(recipe: Recipe, overrides: Overrides = None, cache: Cache = None) -> None:
-    """The bidirectional teacher, from captioned clips."""
+    """The bidirectional teacher, from clips and their prompts."""
     from stream_r1.tiny_world.teacher import TeacherSettings, train_teacher
 
     train_teacher(load_recipe(TeacherSettings, recipe, overrides or []), cache)
@@ -38,6 +49,19 @@ def student(recipe: Recipe, overrides: Overrides = None, cache: Cache = None) ->
     from stream_r1.tiny_world.student import StudentSettings, train_student
 
     train_student(load_recipe(StudentSettings, recipe, overrides or []), cache)
+
+
+@app.command()
+def plot(
+    folder: Annotated[Path, typer.Argument(help="Of the autoencoder.")] = Path("assets/drawn/vae"),
+    out: Annotated[Path, typer.Option(help="The SVG to write.")] = Path("out/assets/drawn/codec.svg"),
+) -> None:
+    """The autoencoder's PSNR beside that of linear projections."""
+    from stream_r1.tiny_world.codec import plot_against_linear
+
+    for channels, psnr in plot_against_linear(folder, out).items():
+        typer.echo(f"linear projection to {channels} numbers: {psnr:.2f} dB")
+    typer.echo(str(out))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class LatentClips:
     text: Tensor
     empty: Tensor
 
-    def draw(self, batch: int, generator: torch.Generator) -> list[int]:
+    def draw(self, batch: int, generator: torch.Generator, among: int | None = None) -> list[int]:
         """Rows of a batch: every caption equally often, then any of its clips."""
         chosen = torch.randint(len(self.text), (batch,), generator=generator)
         rows = []
@@ -40,6 +40,20 @@ class LatentClips:
             own = (self.caption == caption).nonzero().flatten()
             rows.append(int(own[torch.randint(len(own), (1,), generator=generator)]))
         return rows
+
+    @property
+    def channels(self) -> int:
+        """Of a latent."""
+        return self.latents.shape[2]
+
+    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Latents [B, F, C, h, w] in float32 of rows as `draw` gives them, and their embeddings [B, L, D]."""
+        rows = self.draw(size, generator)
+        return self.latents[rows].float(), self.text[self.caption[rows]]
+
+    def some(self, count: int) -> tuple[Tensor, Tensor]:
+        """All latents, however few are asked for, and which text each has."""
+        return self.latents, self.caption
 
 
 def encode_clips(

@@ -21,6 +21,7 @@ from stream_r1.distill.teacher_forcing import TeacherForcing
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.schedule import FlowSchedule
 from stream_r1.tiny_world.clips import LatentClips
+from stream_r1.tiny_world.drawn_clips import DrawnClips
 from stream_r1.tiny_world.loop import Loop
 from stream_r1.tiny_world.teacher import TeacherSettings, is_hidden_matrix, load_clips
 
@@ -33,6 +34,7 @@ class StudentSettings(TeacherSettings):
     The clips are the teacher's; what else the teacher's settings say of a network is not used.
 
     teacher: folder of the teacher, whose weights it starts with.
+    forced_clips: drawings that it learns from.
     frames_per_chunk: latent frames made together.
     window_frames: latent frames that a chunk sees, sink and itself included.
     sink_frames: first frames that stay visible for ever.
@@ -42,6 +44,7 @@ class StudentSettings(TeacherSettings):
     """
 
     teacher: str
+    forced_clips: int = Field(default=2000, ge=1)
     frames_per_chunk: int = Field(default=3, ge=1)
     window_frames: int = Field(default=9, ge=1)
     sink_frames: int = Field(default=3, ge=0)
@@ -50,7 +53,7 @@ class StudentSettings(TeacherSettings):
     step_shift: float = Field(default=5.0, gt=0)
 
 
-def new_student(settings: StudentSettings, clips: LatentClips) -> CausalWanTransformer:
+def new_student(settings: StudentSettings, clips: LatentClips | DrawnClips) -> CausalWanTransformer:
     """The student with the teacher's weights."""
     teacher = WanTransformer3DModel.from_pretrained(settings.teacher, torch_dtype=torch.float32)
     config = {key: value for key, value in teacher.config.items() if not key.startswith("_")}
@@ -73,21 +76,22 @@ def train_student(settings: StudentSettings, cache: Path | None = None) -> None:
     torch.manual_seed(settings.training.seed)
     model = new_student(settings, clips).train()
     loop = Loop(model, settings.training, Path(settings.work) / "student.pt", is_hidden_matrix)
+    latents, index = clips.some(settings.forced_clips)
     objective = TeacherForcing(
-        clips.latents,
+        latents,
         clips.text,
-        clips.caption,
+        index,
         schedule=FlowSchedule(settings.step_shift),
         steps=settings.steps,
     )
 
     def loss() -> tuple[Tensor, dict[str, float]]:
         seeds = torch.randint(2**62, (settings.batch,), generator=loop.generator).tolist()
-        rows = clips.draw(settings.batch, loop.generator)
+        rows = clips.draw(settings.batch, loop.generator, len(latents))
         return objective.loss(model, rows, SampleNoise(seeds)), {}
 
     for _ in loop.run(loss):
         pass
     loop.swap()
     model.half().save_pretrained(settings.out)
-    log.info("%s: %d steps on %d clips", settings.out, loop.step, len(clips.latents))
+    log.info("%s: %d steps on %d clips", settings.out, loop.step, len(latents))

@@ -13,9 +13,10 @@ from pydantic import Field
 from torch import Tensor
 
 from stream_r1.config import Settings
-from stream_r1.recipe import read_prompts
+from stream_r1.recipe import DRAWN_PROMPTS, read_prompts
 from stream_r1.schedule import FlowSchedule
 from stream_r1.tiny_world.clips import LatentClips, encode_clips
+from stream_r1.tiny_world.drawn_clips import DrawnClips
 from stream_r1.tiny_world.loop import Loop, LoopSettings
 
 log = logging.getLogger(__name__)
@@ -27,9 +28,10 @@ class TeacherSettings(Settings):
     out: folder that the averaged model is written to.
     work: folder that keeps the encoded clips and the state of the training.
     vae: folder of the autoencoder.
-    prompts: a text file with captions of training shots, one a line.
+    prompts: a text file with captions of the film's training shots, one a line, or "drawn": the drawn world.
     frames: pixel frames of a clip.
-    most_clips: clips of one shot, at most.
+    most_clips: clips of one shot of the film, at most.
+    clips: how many different drawings it may see; each is made when first needed.
     heads, head_dim, layers: sizes of the network.
     ffn_ratio: width of the feed-forward over the model's.
     batch: clips a step.
@@ -44,6 +46,7 @@ class TeacherSettings(Settings):
     prompts: str
     frames: int = Field(default=33, ge=1)
     most_clips: int = Field(default=12, ge=1)
+    clips: int = Field(default=20000, ge=1)
     heads: int = 4
     head_dim: int = 64
     layers: int = 6
@@ -72,8 +75,10 @@ def new_teacher(settings: TeacherSettings, latent_channels: int, text_dim: int) 
     )
 
 
-def load_clips(settings: TeacherSettings, cache: Path | None = None) -> LatentClips:
+def load_clips(settings: TeacherSettings, cache: Path | None = None) -> LatentClips | DrawnClips:
     """The clips that the settings name."""
+    if settings.prompts == DRAWN_PROMPTS:
+        return DrawnClips(Path(settings.vae), settings.clips, Path(settings.work))
     prompts = read_prompts(settings.prompts)
     return encode_clips(
         Path(settings.vae), prompts, settings.frames, settings.most_clips, Path(settings.work), cache
@@ -84,13 +89,12 @@ def train_teacher(settings: TeacherSettings, cache: Path | None = None) -> None:
     """Train, or go on training, and write the averaged model to ``settings.out`` as float16."""
     clips = load_clips(settings, cache)
     torch.manual_seed(settings.training.seed)
-    model = new_teacher(settings, clips.latents.shape[2], clips.text.shape[2]).train()
+    model = new_teacher(settings, clips.channels, clips.text.shape[2]).train()
     loop = Loop(model, settings.training, Path(settings.work) / "teacher.pt", is_hidden_matrix)
     schedule = FlowSchedule(settings.shift)
 
     def loss() -> tuple[Tensor, dict[str, float]]:
-        rows = clips.draw(settings.batch, loop.generator)
-        x0, text = clips.latents[rows].float(), clips.text[clips.caption[rows]]
+        x0, text = clips.batch(settings.batch, loop.generator)
         u = torch.rand(settings.batch, generator=loop.generator)
         drop = torch.rand(settings.batch, generator=loop.generator) < settings.drop_caption
         eps = torch.randn(x0.shape, generator=loop.generator)
@@ -104,7 +108,7 @@ def train_teacher(settings: TeacherSettings, cache: Path | None = None) -> None:
         pass
     loop.swap()
     model.half().save_pretrained(settings.out)
-    log.info("%s: %d steps on %d clips", settings.out, loop.step, len(clips.latents))
+    log.info("%s: %d steps", settings.out, loop.step)
 
 
 def is_hidden_matrix(name: str, p: Tensor) -> bool:

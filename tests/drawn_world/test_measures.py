@@ -37,7 +37,7 @@ def test_a_little_blur_and_noise_is_borne(clips):
     g = torch.Generator().manual_seed(0)
     soft = [torch.nn.functional.avg_pool2d(v, 3, 1, 1, count_include_pad=False) for v in videos]
     result = figures([v + 0.01 * torch.randn(v.shape, generator=g) for v in soft], scenes)
-    assert min(result[name] for name in ("presence", "colour", "motion", "law", "shadow")) > 0.85, result
+    assert min(result[name] for name in ("presence", "colour", "moves", "law", "shadow")) > 0.85, result
 
 
 def test_noise_and_an_empty_place_score_nothing(clips):
@@ -47,7 +47,7 @@ def test_noise_and_an_empty_place_score_nothing(clips):
     empty = [v.median(0).values.expand_as(v) for v in videos]  # what moves is gone
     moved = [(e, s) for e, s in zip(empty, scenes, strict=True) if s.motion.startswith("rolls")]
     for still, scene in moved:
-        assert measure(still, scene)["motion"] == 0
+        assert measure(still, scene)["moves"] == 0
 
 
 def test_stills_have_everything_but_motion(clips):
@@ -55,7 +55,7 @@ def test_stills_have_everything_but_motion(clips):
     result = figures([v[:1].expand_as(v) for v in videos], scenes)
     assert min(result["presence"], result["shape"], result["shadow"], result["steadiness"]) > 0.9
     assert result["law"] < 0.1
-    assert result["motion"] < 0.1
+    assert result["moves"] < 0.1
 
 
 def test_each_word_of_the_prompt_is_counted_by_its_measure():
@@ -65,8 +65,8 @@ def test_each_word_of_the_prompt_is_counted_by_its_measure():
     for wrong, falling in (
         (Scene("pink", "star", "rolls to the left", "in the snow at dawn"), {"colour"}),
         (Scene("red", "ball", "rolls to the left", "in the snow at dawn"), {"shape"}),
-        (Scene("red", "star", "rolls to the right", "in the snow at dawn"), {"motion", "law"}),
-        (Scene("red", "star", "bounces", "in the snow at dawn"), {"motion", "law"}),
+        (Scene("red", "star", "rolls to the right", "in the snow at dawn"), {"moves", "law"}),
+        (Scene("red", "star", "bounces", "in the snow at dawn"), {"moves", "law"}),
     ):
         other = measure(clip, wrong)
         for name in MEASURES:
