@@ -89,10 +89,21 @@ def test_a_run_outlives_its_output(number, world, tmp_path, monkeypatch, capsys)
     assert ("standard output" in told) == (number != errno.EPIPE)
 
 
+@pytest.fixture
+def usual_signals():
+    """As in a terminal: a shell's background job, or nohup, has some of them ignored from the start on."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize(
     ("number", "becomes"),
     [(signal.SIGINT, None), (signal.SIGTERM, None), (signal.SIGHUP, None), (signal.SIGINT, ImportError)],
 )
+@pytest.mark.usefixtures("usual_signals")
 def test_a_signal_while_loading(number, becomes, world, tmp_path, capsys, monkeypatch):
     def load(*arguments):
         try:
@@ -110,6 +121,7 @@ def test_a_signal_while_loading(number, becomes, world, tmp_path, capsys, monkey
     assert list(tmp_path.iterdir()) == []  # no lock is left
 
 
+@pytest.mark.usefixtures("usual_signals")
 def test_an_interrupt_amid_the_first_imports(tmp_path):
     (tmp_path / "typer.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     root = str(Path(__file__).parents[2])
