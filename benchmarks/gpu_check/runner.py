@@ -103,15 +103,16 @@ class Runner:
         if rc == records.TIMED_OUT:
             facts["why"] = "past its deadline"
         elif rc != records.OK:
-            said = [r for r in records.read(self.results) if r["stage"] == stage] if self._any() else []
+            said = (
+                [r for r in records.read(self.results) if r["stage"] == stage]
+                if self.results.exists()
+                else []
+            )
             reasons = [r["why"] for r in said if r.get("kind") == "stopped"]
             facts["why"] = reasons[-1] if reasons else f"exit code {rc}, see log.txt"
         records.append(self.results, facts)
         (self.out / "summary.md").write_text(summary(records.read(self.results)), encoding="utf-8")
         print(f"gpu-check: {stage}: {facts.get('why', 'done')} ({seconds:.0f} s)", flush=True)
-
-    def _any(self) -> bool:
-        return self.results.exists()
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from stream_r1.votes.plan import Item
 
-ANSWERS = ("left", "right", "tie")
 _TABLES = """
 CREATE TABLE IF NOT EXISTS raters (rater TEXT PRIMARY KEY, began REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS votes (
