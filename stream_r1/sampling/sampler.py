@@ -25,6 +25,7 @@ from stream_r1.pixels import check_range
 from stream_r1.sampling.chunk import Chunk, ChunkTimings, StreamTimings
 from stream_r1.sampling.graphs import PassGraphs, refuse_graphs
 from stream_r1.sampling.noise import StreamNoise
+from stream_r1.sampling.recache import HeldChunks
 from stream_r1.schedule import FlowSchedule
 
 # A chunk's, of a batch: with so few, a pass over two chunks takes less than two passes on a CPU.
@@ -234,6 +235,7 @@ class Stream(Iterator[Chunk]):
             before = (config["first_chunk_frames"] or later) - later if given is None else given.shape[1]
             max_frames = before + chunks * later
         self.cache = self._student.new_cache(self._batch, *size, max_frames=max_frames)
+        self._held = HeldChunks(self.cache)
         self._graphs = PassGraphs(self._student, self.cache, self._text) if sampler.cuda_graph else None
         self._merges = self._whether_to_merge(sampler.merge_passes)
         self.timings.text = self._since(started)
@@ -258,6 +260,7 @@ class Stream(Iterator[Chunk]):
         frames = self._decode(latents)
         decode = self._since(decode_start)
         self._uncommitted = latents
+        self._held.add(self.index, latents)
         if self._chunks_left is not None:
             self._chunks_left -= 1
 
@@ -276,8 +279,12 @@ class Stream(Iterator[Chunk]):
         return chunk
 
     @torch.no_grad()
-    def switch(self, prompts: str | Sequence[str] | Tensor) -> None:
-        """Other prompts, as many, from the next chunk on: the picture goes on, its text changes."""
+    def switch(self, prompts: str | Sequence[str] | Tensor, *, recache: bool = False) -> None:
+        """Other prompts, as many, from the next chunk on: the picture goes on, its text changes.
+
+        recache: compute what the window holds anew under them, a pass a chunk, or ValueError: `HeldChunks`.
+        """
+        held = self._held.chunks() if recache else []
         embeds = self._sampler.embed(prompts)
         if len(embeds) != self._batch:
             raise ValueError(f"switch: prompts must be {self._batch}, as the stream's, got {len(embeds)}")
@@ -287,6 +294,12 @@ class Stream(Iterator[Chunk]):
             self._text = text
         else:
             self._graphs.switch(text)
+        if held:
+            last = None if self._uncommitted is None else held.pop()[1]  # its pass is to come in any case
+            self.cache.reset()
+            for index, latents in held:
+                self._leave_in_cache(latents, index)
+            self._uncommitted = last
 
     def _denoise(self) -> Tensor:
         """The next chunk's x0 [B, f, C, h, w]. Of the cache only its own slot is written, and the last
@@ -333,6 +346,7 @@ class Stream(Iterator[Chunk]):
         while rest.shape[1]:
             chunk, rest = rest[:, : self.cache.frames], rest[:, self.cache.frames :]
             self._leave_in_cache(chunk, self.index)
+            self._held.add(self.index, chunk)
             self.index += 1
         start = time.perf_counter()
         for frame in given.split(1, dim=1):

@@ -117,6 +117,15 @@ def test_replays_give_the_plain_stream(
         assert torch.equal(one.latents, other.latents), one.index
 
 
+def test_a_window_recomputed_from_graphs_is_that_of_the_plain_stream() -> None:
+    made = []
+    for stream in (plain(tiny_student()), on_tapes(tiny_student())):
+        take(stream, 9)
+        stream.switch(["a tree", "snow on the meadow"], recache=True)
+        made.append(torch.cat([chunk.latents for chunk in take(stream, 5)], dim=1))
+    assert torch.equal(*made)
+
+
 @pytest.mark.parametrize(
     "fault", ["phases of a chunk of its own", "another chunk's text", "one slot for all"]
 )
