@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stream_r1.chunk_loop import StudentPasses
 from stream_r1.files import FileError, parse_json
 from stream_r1.messages import first_line, shown, some
 from stream_r1.models.checkpoints import require_told, student_from_state
@@ -210,9 +211,9 @@ def _replay_stream(
     x, t, v = calls["x"], calls["t"], calls["v"]  # [calls, B, F, C, h, w], [calls, B, F]
     text = student.encode_text(calls["context"])
     cache = student.new_cache(x.shape[1], *x.shape[-2:], max_frames=meta["chunks"] * meta["frames_per_chunk"])
-    errors = {}
+    passes, errors = StudentPasses(student, cache, text), {}
     for call in range(x.shape[0]):
-        ours = student.forward_chunk(x[call], t[call], text, cache)
+        ours = passes.velocity(x[call], t[call])
         errors[f"chunk {call // PASSES}, call {call % PASSES}"] = relative_error(ours, v[call])
         if call % PASSES == PASSES - 1:
             cache.commit()

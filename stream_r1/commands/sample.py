@@ -20,8 +20,8 @@ from stream_r1.messages import shown
 from stream_r1.models.text import UMT5Encoder, check_prompt
 from stream_r1.recipe import locate
 from stream_r1.sampling.pipeline import StreamR1Pipeline
-from stream_r1.sampling.sampler import Stream
 from stream_r1.sampling.start import read_start
+from stream_r1.sampling.stream import Stream
 from stream_r1.sampling.video import VideoWriter, check_side, contact_sheet
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

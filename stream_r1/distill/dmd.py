@@ -72,7 +72,7 @@ class DistributionMatching:
         t: Tensor,
         eps: Tensor,
         weights: Weights | None = None,
-        learns: Tensor | None = None,
+        loss_mask: Tensor | None = None,
     ) -> Tensor:
         """The (weighted) distribution-matching loss of the student's x0.
 
@@ -81,7 +81,7 @@ class DistributionMatching:
             text: [B, L, D] embeddings.
             t, eps: timesteps [B] and noise like x at which the scores are compared.
             weights: None for plain DMD.
-            learns: bool that broadcasts to x: where it is False the loss does not look; None: everywhere.
+            loss_mask: bool that broadcasts to x: where it is False the loss does not look; None: everywhere.
 
         Returns:
             A scalar. NaN, without a gradient, where x or what a model says of it is not finite: `dmd_loss`
@@ -93,7 +93,7 @@ class DistributionMatching:
             fake = self._x0(self.critic, x_t, t, text)
         inter, intra = (weights.inter, weights.intra) if weights is not None else (None, None)
         loss = dmd_loss(
-            x, fake, cond, uncond, guidance=self.guidance, w_inter=inter, w_intra=intra, mask=learns
+            x, fake, cond, uncond, guidance=self.guidance, w_inter=inter, w_intra=intra, mask=loss_mask
         )
         seen = [each.detach().isfinite().all() for each in (x, fake, cond, uncond) if each is not None]
         return torch.where(torch.stack(seen).all(), loss, torch.nan)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from stream_r1.distill.weighting import Weights
@@ -79,32 +76,3 @@ def summarise(rows: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
-
-
-@dataclass
-class Clock:
-    """Seconds since it was made, by named parts. Parts do not nest.
-
-    device: a GPU is waited for at the ends of a part, so that its work counts where it was asked for.
-    """
-
-    device: torch.device | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-    started: float = field(default_factory=time.perf_counter)
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        start = self._now()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - start
-
-    def whole(self) -> dict[str, float]:
-        """The parts so far and, as "other", what lies between them: the time since the start."""
-        return self.seconds | {"other": self._now() - self.started - sum(self.seconds.values())}
-
-    def _now(self) -> float:
-        if self.device is not None and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()

@@ -10,13 +10,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from stream_r1.distill.events import Clock, StepDone
-from stream_r1.distill.loop import Decoder, TrainingLoop
+from stream_r1.clock import Clock
+from stream_r1.distill.events import StepDone
+from stream_r1.distill.loop import TrainingLoop
 from stream_r1.distill.noise import SampleNoise
 from stream_r1.distill.optimizers import make_adamw
 from stream_r1.distill.order import ShuffledOrder
 from stream_r1.distill.ranks import Ranks
-from stream_r1.distill.rollout import Rollout, self_rollout
+from stream_r1.distill.rollout import begin_rollout, self_rollout
 from stream_r1.distill.settings import InitSettings, RolloutSettings
 from stream_r1.distill.state import (
     Ema,
@@ -26,6 +27,7 @@ from stream_r1.distill.state import (
     trained_state,
 )
 from stream_r1.distill.verification import require_order
+from stream_r1.models.autoencoder import Decoder
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.schedule import FlowSchedule
 
@@ -129,7 +131,7 @@ class InitTrainer(TrainingLoop):
         patches = frames * height * width // math.prod(config.patch_size)
         scalars["tokens"] = float(self.settings.batch * patches)
         self.step += 1
-        return StepDone(self.step, self.settings.steps, scalars, clock.whole())
+        return StepDone(self.step, self.settings.steps, scalars, clock.all_parts())
 
     def _sample(self, prompts: list[str], seeds: list[int]) -> Tensor:
         if self.samples is None:
@@ -140,7 +142,7 @@ class InitTrainer(TrainingLoop):
         steps = schedule.denoising_steps(size.steps)
         text = torch.cat([self.samples.texts[prompt] for prompt in prompts]).to(self.device, torch.float32)
         noise = SampleNoise(seeds, self.device)
-        rollout = Rollout(
+        rollout = begin_rollout(
             self.student,
             self.student.encode_text(text),
             (len(noise), size.height, size.width),

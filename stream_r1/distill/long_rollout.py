@@ -13,45 +13,32 @@ Source: the public code of Self Forcing (2506.08009).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from stream_r1.distill.rollout import Rollout, self_rollout
+from stream_r1.chunk_loop import ChunkLoop
+from stream_r1.distill.rollout import self_rollout
+from stream_r1.models.autoencoder import VideoAutoencoder
 
 
-class PixelStream(Protocol):
-    """A video that is decoded as it is made."""
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """The next latents [B, F, C, h, w] -> their pixels [B, T, 3, H, W] in [0, 1]."""
-        ...
-
-
-@runtime_checkable
-class Codec(Protocol):
-    """The part of a video VAE that long rollouts need; `VideoVAE` has it."""
-
-    temporal_factor: int
-
-    def encode(self, video: Tensor) -> Tensor:
-        """[B, 1 + temporal_factor * n, 3, H, W] in [0, 1] -> [B, 1 + n, C, h, w]."""
-        ...
-
-    def stream_decoder(self, batch: int) -> PixelStream: ...
-
-
-class Clip(NamedTuple):
+class RolloutClip(NamedTuple):
     """What a rollout gives to the losses."""
 
     x: Tensor  # [B, F, C, h, w]
-    learns: Tensor | None = None  # bool [1, F, 1, 1, 1], frames that have a graph; None: all
+    loss_mask: Tensor | None = None  # bool [1, F, 1, 1, 1], frames that have a graph; None: all
 
 
 def long_rollout(
-    rollout: Rollout, draw: Callable[[int], Tensor], *, length: int, frames: int, codec: Codec, grad: bool
-) -> Clip:
+    rollout: ChunkLoop,
+    draw: Callable[[int], Tensor],
+    *,
+    length: int,
+    frames: int,
+    codec: VideoAutoencoder,
+    grad: bool,
+) -> RolloutClip:
     """The last `frames` frames of a video of `length`, as a clip by itself.
 
     Args:
@@ -68,12 +55,12 @@ def long_rollout(
         )
     if not rollout.cache.overwrites:
         raise ValueError("long_rollout: expected a student with window_frames, got one that sees everything")
-    x0 = rollout.chunk(draw(first), grad=False)
+    x0 = rollout.denoise(draw(first), grad=False)
     decoder = codec.stream_decoder(len(x0))
     with torch.no_grad(), torch.autocast(x0.device.type, enabled=False):
         pixels = decoder.decode(x0)  # [B, T, 3, H, W]
     for _ in range((length - frames) // chunk):
-        x0 = rollout.chunk(draw(chunk), grad=False)
+        x0 = rollout.denoise(draw(chunk), grad=False)
         with torch.no_grad(), torch.autocast(x0.device.type, enabled=False):
             pixels = decoder.decode(x0)
     with torch.no_grad(), torch.autocast(x0.device.type, enabled=False):
@@ -82,5 +69,5 @@ def long_rollout(
             [codec.encode(picture[:, None]).to(x0), x0[:, x0.shape[1] - first + 1 :]], dim=1
         )
     rest = self_rollout(rollout, draw(frames - first), grad=grad)
-    learns = torch.arange(frames, device=x0.device).view(1, -1, 1, 1, 1) >= first
-    return Clip(torch.cat([beginning, rest], dim=1), learns)
+    loss_mask = torch.arange(frames, device=x0.device).view(1, -1, 1, 1, 1) >= first
+    return RolloutClip(torch.cat([beginning, rest], dim=1), loss_mask)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,7 @@ from stream_r1.distill.verification import (
 )
 from stream_r1.distill.weighting import NOT_FINITE
 from stream_r1.messages import shown
+from stream_r1.models.autoencoder import Decoder
 from stream_r1.models.transformer import CausalWanTransformer
 
 Parts = dict[str, dict[str, Tensor]]
@@ -55,14 +56,6 @@ Parts = dict[str, dict[str, Tensor]]
 
 class DivergedError(RuntimeError):
     """Too many updates in a row were not finite; on every rank at once."""
-
-
-class Decoder(Protocol):
-    """The part of a video VAE that the reward and sample videos need."""
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """[B, F, C, h, w] -> [B, T, 3, H, W] in [0, 1]."""
-        ...
 
 
 class TrainingLoop(ABC):

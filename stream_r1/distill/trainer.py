@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stream_r1.clock import Clock
 from stream_r1.distill.dmd import DistributionMatching
-from stream_r1.distill.events import Clock, Preview, StepDone, summarise
-from stream_r1.distill.long_rollout import Clip, Codec, long_rollout
-from stream_r1.distill.loop import Decoder, TrainingLoop
+from stream_r1.distill.events import Preview, StepDone, summarise
+from stream_r1.distill.long_rollout import RolloutClip, long_rollout
+from stream_r1.distill.loop import TrainingLoop
 from stream_r1.distill.noise import SampleNoise
 from stream_r1.distill.optimizers import make_adamw
 from stream_r1.distill.order import ShuffledOrder
 from stream_r1.distill.ranks import Ranks
-from stream_r1.distill.rollout import Rollout, self_rollout
+from stream_r1.distill.rollout import begin_rollout, self_rollout
 from stream_r1.distill.settings import DistillSettings
 from stream_r1.distill.state import (
     Ema,
@@ -32,6 +33,7 @@ from stream_r1.distill.state import (
 )
 from stream_r1.distill.verification import require_history, require_order
 from stream_r1.distill.weighting import StreamR1Weights
+from stream_r1.models.autoencoder import Decoder, VideoAutoencoder
 from stream_r1.models.text import TextEncoder
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.rewards.base import Reward
@@ -142,7 +144,7 @@ class DistillTrainer(TrainingLoop):
             preview = self._update_student(clock, scalars)
         self._update_critic(clock, scalars)
         self.step += 1
-        return StepDone(self.step, self.settings.steps, scalars, clock.whole(), preview)
+        return StepDone(self.step, self.settings.steps, scalars, clock.all_parts(), preview)
 
     def _sample(self, prompts: list[str], seeds: list[int]) -> Tensor:
         draw = _Draw(prompts, seeds, len(self.steps) - 1, self.settings.rollout.frames)
@@ -157,14 +159,14 @@ class DistillTrainer(TrainingLoop):
             text = self._embed(micro.prompts)
             self._seed_dropout(micro.seeds)
             with clock.part("rollout"), self._precision():
-                x, learns = self._rollout(text, noise, micro, grad=True)
+                x, loss_mask = self._rollout(text, noise, micro, grad=True)
             self._count(x, micro.length, scalars)
             with clock.part("reward"):
                 preview = self._look(x.detach(), micro.prompts)
             weights = preview.weights if preview else None
             with clock.part("scores"), self._precision():
                 t, eps = self._dmd_noise(x, noise)
-                loss = self.matching.loss(x, text, t, eps, weights, learns)
+                loss = self.matching.loss(x, text, t, eps, weights, loss_mask)
             with clock.part("backward"):
                 (loss / parts).backward()
             losses.append(loss.detach())
@@ -230,7 +232,7 @@ class DistillTrainer(TrainingLoop):
             length = self.lengths[int(torch.randint(len(self.lengths), (), generator=self.random))]
         return _Draw(prompts, seeds, exit_step, length)
 
-    def _rollout(self, text: Tensor, noise: SampleNoise, draw: _Draw, *, grad: bool) -> Clip:
+    def _rollout(self, text: Tensor, noise: SampleNoise, draw: _Draw, *, grad: bool) -> RolloutClip:
         shape = self.settings.rollout
         channels: int = self.student.config.in_channels  # type: ignore[attr-defined]
 
@@ -238,7 +240,7 @@ class DistillTrainer(TrainingLoop):
             return noise.randn(frames, channels, shape.height, shape.width)
 
         with torch.set_grad_enabled(grad):
-            rollout = Rollout(
+            rollout = begin_rollout(
                 self.student,
                 self.student.encode_text(text),
                 (len(noise), shape.height, shape.width),
@@ -250,8 +252,8 @@ class DistillTrainer(TrainingLoop):
                 context_noise=shape.context_noise,
             )
             if draw.length == shape.frames:
-                return Clip(self_rollout(rollout, latents(shape.frames), grad=grad))
-            assert isinstance(self.vae, Codec)
+                return RolloutClip(self_rollout(rollout, latents(shape.frames), grad=grad))
+            assert isinstance(self.vae, VideoAutoencoder)
             return long_rollout(
                 rollout, latents, length=draw.length, frames=shape.frames, codec=self.vae, grad=grad
             )
@@ -291,11 +293,9 @@ class DistillTrainer(TrainingLoop):
         if lengths[-1] > self.settings.rollout.frames:
             if config.window_frames is None:
                 raise ValueError("DistillTrainer: rollout.length beyond frames needs a student with a window")
-            if not isinstance(self.vae, Codec):
-                raise ValueError(
-                    "DistillTrainer: rollout.length beyond frames needs a vae with encode and "
-                    f"stream_decoder, got {type(self.vae).__name__}"
-                )
+            if not isinstance(self.vae, VideoAutoencoder):
+                expected = "rollout.length beyond frames needs a vae that is a VideoAutoencoder"
+                raise ValueError(f"DistillTrainer: {expected}, got {type(self.vae).__name__}")
         return lengths
 
     def _parts(self) -> dict[str, dict[str, Tensor]]:

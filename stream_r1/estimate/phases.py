@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from stream_r1.chunk_loop import ChunkLoop
 from stream_r1.distill.dmd import DistributionMatching
 from stream_r1.distill.long_rollout import long_rollout
-from stream_r1.distill.rollout import Rollout, self_rollout
+from stream_r1.distill.rollout import begin_rollout, self_rollout
 from stream_r1.estimate.networks import Network, make_vae, remembered
 from stream_r1.estimate.pixels import pixel_phases
 from stream_r1.estimate.plan import Plan, roles
@@ -177,9 +178,9 @@ def _text(plan: Plan) -> Tensor:
     return torch.zeros(plan.samples, config.get("text_len", 512), config.get("text_dim", 4096))
 
 
-def _begin_rollout(run: Run, student: CausalWanTransformer, text: Tensor, schedule: FlowSchedule) -> Rollout:
+def _rollout_loop(run: Run, student: CausalWanTransformer, text: Tensor, schedule: FlowSchedule) -> ChunkLoop:
     size, (batch, frames, _, height, width) = run.plan.recipe.rollout, run.plan.latents
-    rollout = Rollout(
+    rollout = begin_rollout(
         student,
         student.encode_text(text),
         (batch, height, width),
@@ -208,7 +209,7 @@ def _rollout(
         return torch.zeros(batch, frames, channels, height, width)
 
     with run.precision(), torch.set_grad_enabled(grad):
-        rollout = _begin_rollout(run, student, text, schedule)
+        rollout = _rollout_loop(run, student, text, schedule)
         length = run.plan.recipe.rollout.bounds[1]
         if length == frames:
             return self_rollout(rollout, noise(frames), grad=grad)
@@ -220,12 +221,12 @@ def _last_chunk(run: Run, student: CausalWanTransformer, text: Tensor, schedule:
     """Without a graph no chunk needs more memory than the last one."""
     x = torch.zeros(run.plan.latents)
     with run.precision():
-        rollout = _begin_rollout(run, student, text, schedule)
+        rollout = _rollout_loop(run, student, text, schedule)
         for _ in range(run.plan.chunks - 1):
             rollout.cache.begin_chunk()
             rollout.cache.commit()
         last = x[:, -rollout.cache.frames_per_chunk :]
-        last.copy_(rollout.chunk(torch.zeros_like(last), grad=False))
+        last.copy_(rollout.denoise(torch.zeros_like(last), grad=False))
     return x
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,14 @@ from stream_r1.pixels import check_range
 # Pixels (of all frames and samples) that one call of a network may hold: several latent frames a call are
 # faster while they are small; at 480p this leaves one latent frame a call, as diffusers does.
 _PIXELS_PER_PIECE = 1 << 20
+
+
+class Decoder(Protocol):
+    """What makes pixels of latents: an autoencoder, whole videos; its stream decoder, the next piece."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B, F, C, h, w] -> [B, T, 3, H, W] in [0, 1]."""
+        ...
 
 
 class VideoAutoencoder(nn.Module, ABC):

@@ -44,6 +44,23 @@ class StreamTimings:
     chunks: int = 0
     frames: int = 0  # pixel frames of one video (latent frames without a VAE)
 
+    def add(self, chunk: dict[str, float], elapsed: float, frames: int) -> ChunkTimings:
+        """Takes in a chunk's seconds by part, those spent on it in all, and its frames.
+
+        Clean passes over given frames, before the first chunk, are told as that chunk's.
+        """
+        cache = chunk.get("cache", 0.0)
+        told = cache if self.chunks else cache + self.cache
+        self.denoise += chunk["denoise"]
+        self.cache += cache
+        self.decode += chunk["decode"]
+        self.total += elapsed
+        self.chunks += 1
+        self.frames += frames
+        if self.chunks == 1:
+            self.first_frame = self.total
+        return ChunkTimings(chunk["denoise"], told, chunk["decode"], self.total)
+
     @property
     def fps(self) -> float:
         """Frames a second of each video of the batch, end to end."""

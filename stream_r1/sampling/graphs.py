@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from stream_r1.chunk_loop import StudentPasses
 from stream_r1.models.contexts import TextContext
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1_kernels import ChunkCache
@@ -56,13 +57,13 @@ class CudaCapture:
         return replay
 
 
-class PassGraphs:
-    """Runs the passes of one stream, from graphs once its window is full.
+class PassGraphs(StudentPasses):
+    """The passes of one stream, from graphs once its window is full.
 
     From then on a pass differs from the last one at its ring slot by numbers alone. They lie in tensors that
     stay: latents and timestep here, rotary phases, keys and values in the cache, the prompt in `text`. The
     first pass at a slot runs as it is, so that libraries set themselves up; the second is captured; later
-    ones are replayed. Passes of a window that fills run as they are. Without gradients.
+    ones are replayed. Passes of a window that fills run as they are. Without gradients, and never fused.
 
     Args:
         student: in eval mode; its weights may change in place, but not move.
@@ -89,7 +90,8 @@ class PassGraphs:
         if text.batch != cache.batch:
             raise ValueError(f"PassGraphs: text must be of batch {cache.batch}, got {text.batch}")
         cache.pin_positions()
-        self._student, self._cache, self._text, self._capture = student, cache, text, capture
+        super().__init__(student, cache, text, share_times=False)
+        self._capture = capture
         _, patch_rows, patch_columns = student.config["patch_size"]
         size = (cache.rows * patch_rows, cache.columns * patch_columns)
         shape = (cache.batch, cache.frames_per_chunk, student.config["in_channels"], *size)
@@ -104,23 +106,17 @@ class PassGraphs:
         return len(self._graphs)
 
     @torch.no_grad()
-    def run(self, x: Tensor, t: float) -> Tensor:
-        """The velocity [B, f, C, h, w] float32 of the chunk that comes next, as `forward_chunk` gives it.
-
-        Args:
-            x: noisy latents [B, cache.frames, C, h, w] float32.
-            t: timestep in [0, 1000].
-        """
-        cache = self._cache
+    def velocity(self, x: Tensor, t: float | Tensor, *, grad: bool = False) -> Tensor:
+        """As `StudentPasses` gives it; x is float32."""
+        cache = self.cache
         cache.begin_chunk()
         if not cache.full:
-            t_all = torch.full((cache.batch,), float(t), device=x.device)
-            return self._student.forward_chunk(x, t_all, self._text, cache)
+            return super().velocity(x, t)
         if x.shape != self._x.shape or x.dtype != self._x.dtype:
             expected = f"{list(self._x.shape)} {self._x.dtype}"
-            raise ValueError(f"PassGraphs.run: x must be {expected}, got {list(x.shape)} {x.dtype}")
+            raise ValueError(f"PassGraphs.velocity: x must be {expected}, got {list(x.shape)} {x.dtype}")
         self._x.copy_(x)
-        self._t.fill_(t)
+        self._t.copy_(t) if isinstance(t, Tensor) else self._t.fill_(t)
         slot = cache.slot_start
         if slot not in self._warm:
             self._warm.add(slot)
@@ -131,8 +127,8 @@ class PassGraphs:
 
     def switch(self, text: TextContext) -> None:
         """Other prompts of the same batch, from the next pass on."""
-        for kept, new in zip((*self._text.k, *self._text.v), (*text.k, *text.v), strict=True):
+        for kept, new in zip((*self.text.k, *self.text.v), (*text.k, *text.v), strict=True):
             kept.copy_(new)
 
     def _pass(self) -> Tensor:
-        return self._student.forward_chunk(self._x, self._t, self._text, self._cache)
+        return self.student.forward_chunk(self._x, self._t, self.text, self.cache)

@@ -48,3 +48,7 @@ class StreamNoise:
         if device.type == "cuda":
             return noise.pin_memory().to(device, non_blocking=True)  # Python need not wait for the GPU
         return noise.to(device)
+
+    def like(self, chunk: int, step: int, x: Tensor) -> Tensor:
+        """`draw` of the shape and on the device of x [B, ...]."""
+        return self.draw(chunk, step, x.shape[1:], x.device)

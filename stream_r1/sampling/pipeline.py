@@ -24,7 +24,8 @@ from stream_r1.models.weight_files import read_config
 from stream_r1.sampling.chunk import StreamTimings
 from stream_r1.sampling.folders import find_parts
 from stream_r1.sampling.presets import DEFAULT_PRESET, PRESETS, choose_preset
-from stream_r1.sampling.sampler import Sampler, Stream
+from stream_r1.sampling.sampler import Sampler
+from stream_r1.sampling.stream import Stream
 from stream_r1.schedule import FlowSchedule
 
 OutputType = Literal["pt", "np", "pil"]

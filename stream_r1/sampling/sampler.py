@@ -1,32 +1,24 @@
-"""Sampling: a stream of chunks, each made by a few denoising passes that read what earlier chunks left.
-
-    noise -> pass, re-noise, pass, re-noise, pass, re-noise, pass -> x0 -> decoder -> frames
-                                                                     x0 -> clean pass at t = 0 -> cache
-
-The clean pass of a chunk runs when the next chunk is asked for: frames come earlier, and the last chunk of a
-finite stream needs none. With few tokens it is one pass with the next chunk's first.
-Sources: Self Forcing (2506.08009), Reward Forcing (2512.04678).
-"""
+"""A student and what it needs to make streams: from prompts, seeds and given frames to a `Stream`."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from stream_r1.chunk_loop import ChunkLoop, StudentPasses
+from stream_r1.clock import Clock
 from stream_r1.models.autoencoder import VideoAutoencoder
-from stream_r1.models.contexts import TimeContext
 from stream_r1.models.offload import ModelOffload
 from stream_r1.models.text import TextEncoder
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.pixels import check_range
-from stream_r1.sampling.chunk import Chunk, ChunkTimings, StreamTimings
 from stream_r1.sampling.graphs import PassGraphs, refuse_graphs
 from stream_r1.sampling.noise import StreamNoise
-from stream_r1.sampling.recache import HeldChunks
+from stream_r1.sampling.stream import Prompts, Stream
 from stream_r1.schedule import FlowSchedule
+from stream_r1_kernels import ChunkCache
 
 # A chunk's, of a batch: with so few, a pass over two chunks takes less than two passes on a CPU.
 _FEW_TOKENS = 1200
@@ -114,7 +106,7 @@ class Sampler:
 
     def stream(
         self,
-        prompts: str | Sequence[str] | Tensor,
+        prompts: Prompts,
         *,
         seed: int | Sequence[int] = 0,
         chunks: int | None = None,
@@ -138,7 +130,7 @@ class Sampler:
         Raises:
             ValueError, TypeError: what does not fit, before any work but encoding.
         """
-        started = time.perf_counter()
+        clock = Clock(self.device)
         if chunks is not None and chunks < 1:
             raise ValueError(f"stream: chunks must be at least 1 or None, got {chunks}")
         if chunks is None and self.student.config["window_frames"] is None:
@@ -153,10 +145,56 @@ class Sampler:
             if given is not None and tuple(given.shape[-2:]) != tuple(size):
                 expected = f"that of first_frames {list(given.shape)}"
                 raise ValueError(f"stream: latent_size must be {expected}, got {tuple(size)}")
+            height, width = size
             noise = StreamNoise(seed, len(embeds), first_index)
-            return Stream(self, embeds, noise, chunks, given, (size[0], size[1]), started)
+            self.use(self.student)
+            loop = self._loop(embeds, noise, self._max_frames(chunks, given), (height, width))
+            return Stream(
+                loop,
+                noise,
+                None if self.decoder is None else self.decoder.stream_decoder(len(embeds)),
+                (height, width),
+                chunks=chunks,
+                given=given,
+                embed=self.embed,
+                use=self.use,
+                clock=clock,
+            )
 
-    def embed(self, prompts: str | Sequence[str] | Tensor) -> Tensor:
+    def _loop(
+        self, embeds: Tensor, noise: StreamNoise, max_frames: int | None, size: tuple[int, int]
+    ) -> ChunkLoop:
+        student = self.student
+        cache = student.new_cache(len(embeds), *size, max_frames=max_frames)
+        passes = PassGraphs if self.cuda_graph else StudentPasses
+        return ChunkLoop(
+            passes(student, cache, student.encode_text(embeds)),
+            schedule=self.schedule,
+            steps=self.steps,
+            renoise=noise.like,
+            context_noise=self.context_noise,
+            fuse=self._fuses(cache),
+        )
+
+    def _max_frames(self, chunks: int | None, given: Tensor | None) -> int | None:
+        """Latent frames of the whole video; None: any number."""
+        if chunks is None:
+            return None
+        later = self.student.config["frames_per_chunk"]
+        first = self.student.config["first_chunk_frames"] or later
+        return (first - later if given is None else given.shape[1]) + chunks * later
+
+    def _fuses(self, cache: ChunkCache) -> bool:
+        wanted = self.merge_passes
+        if wanted and not cache.keeps_last:
+            expected = "a student whose window keeps a chunk beside the next one"
+            raise ValueError(f"stream: merge_passes needs {expected}, got {cache.window_frames} frames")
+        if wanted is not None:
+            return wanted
+        tokens = cache.batch * cache.frames_per_chunk * cache.tokens_per_frame
+        return self.device.type == "cpu" and tokens <= _FEW_TOKENS
+
+    def embed(self, prompts: Prompts) -> Tensor:
         """Text embeddings [B, L, text_dim] of prompts, on the student's device."""
         width = self.student.config["text_dim"]
         if isinstance(prompts, Tensor):
@@ -194,206 +232,6 @@ class Sampler:
             expected = f"whole chunks, {first}, {first + later}, ... latent frames{pixels}"
             raise ValueError(f"stream: first_frames must be {expected}, got {frames} latent frames")
         return given.to(self.device, torch.float32).expand(batch, -1, -1, -1, -1)
-
-
-class Stream(Iterator[Chunk]):
-    """A video being made. Iterating makes chunks; memory does not grow with them.
-
-    `timings` sums up what the stream did so far. `switch` changes the prompts from the next chunk on.
-    """
-
-    def __init__(
-        self,
-        sampler: Sampler,
-        embeds: Tensor,
-        noise: StreamNoise,
-        chunks: int | None,
-        given: Tensor | None,
-        size: tuple[int, int],
-        started: float,
-    ) -> None:
-        self.timings = StreamTimings()
-        self.index = 0
-        self._sampler = sampler
-        self._student = sampler.student
-        self._device = sampler.device
-        self._noise = noise
-        self._chunks_left = chunks
-        sampler.use(self._student)
-        self._text = self._student.encode_text(embeds)
-        self._batch = len(embeds)
-        self._shape = (self._student.config["in_channels"], *size)
-        self._decoder = None if sampler.decoder is None else sampler.decoder.stream_decoder(self._batch)
-        self._times: dict[float, TimeContext] = {}  # by timestep: every chunk has the same ones
-        self._joined_times: dict[int, TimeContext] = {}  # of merged passes, by the first chunk's frames
-        self._uncommitted: Tensor | None = None  # the last chunk's x0, until its clean pass
-        self._cache_seconds = 0.0  # of clean passes since the last chunk
-        max_frames = None
-        if chunks is not None:
-            config = self._student.config
-            later = config["frames_per_chunk"]
-            before = (config["first_chunk_frames"] or later) - later if given is None else given.shape[1]
-            max_frames = before + chunks * later
-        self.cache = self._student.new_cache(self._batch, *size, max_frames=max_frames)
-        self._held = HeldChunks(self.cache)
-        self._graphs = PassGraphs(self._student, self.cache, self._text) if sampler.cuda_graph else None
-        self._merges = self._whether_to_merge(sampler.merge_passes)
-        self.timings.text = self._since(started)
-        if given is not None:
-            self._go_on_from(given)
-        self.timings.total = self._since(started)
-
-    def __iter__(self) -> Stream:
-        return self
-
-    @torch.no_grad()
-    def __next__(self) -> Chunk:
-        if self._chunks_left == 0:
-            raise StopIteration
-        start = time.perf_counter()
-        if self._uncommitted is not None and not (self._merges and self.cache.keeps_last):
-            self._leave_in_cache(self._uncommitted, self.index - 1)
-        denoise_start = time.perf_counter()
-        latents = self._denoise()
-        denoise = self._since(denoise_start)
-        decode_start = time.perf_counter()
-        frames = self._decode(latents)
-        decode = self._since(decode_start)
-        self._uncommitted = latents
-        self._held.add(self.index, latents)
-        if self._chunks_left is not None:
-            self._chunks_left -= 1
-
-        total = self.timings
-        total.denoise += denoise
-        total.decode += decode
-        total.total += self._since(start)
-        total.chunks += 1
-        total.frames += latents.shape[1] if frames is None else frames.shape[1]
-        if total.chunks == 1:
-            total.first_frame = total.total
-        timings = ChunkTimings(denoise, self._cache_seconds, decode, total.total)
-        self._cache_seconds = 0.0
-        chunk = Chunk(self.index, latents, frames, timings)
-        self.index += 1
-        return chunk
-
-    @torch.no_grad()
-    def switch(self, prompts: str | Sequence[str] | Tensor, *, recache: bool = False) -> None:
-        """Other prompts, as many, from the next chunk on: the picture goes on, its text changes.
-
-        recache: compute what the window holds anew under them, a pass a chunk, or ValueError: `HeldChunks`.
-        """
-        held = self._held.chunks() if recache else []
-        embeds = self._sampler.embed(prompts)
-        if len(embeds) != self._batch:
-            raise ValueError(f"switch: prompts must be {self._batch}, as the stream's, got {len(embeds)}")
-        self._sampler.use(self._student)
-        text = self._student.encode_text(embeds)
-        if self._graphs is None:
-            self._text = text
-        else:
-            self._graphs.switch(text)
-        if held:
-            last = None if self._uncommitted is None else held.pop()[1]  # its pass is to come in any case
-            self.cache.reset()
-            for index, latents in held:
-                self._leave_in_cache(latents, index)
-            self._uncommitted = last
-
-    def _denoise(self) -> Tensor:
-        """The next chunk's x0 [B, f, C, h, w]. Of the cache only its own slot is written, and the last
-        one's by a merged pass.
-        """
-        self._sampler.use(self._student)
-        clean, cache = self._uncommitted, self.cache
-        if clean is None:
-            cache.begin_chunk()
-        shape = (cache.frames if clean is None else cache.frames_per_chunk, *self._shape)
-        schedule, steps = self._sampler.schedule, self._sampler.steps
-        x = self._noise.draw(self.index, 0, shape, self._device)
-        for step, t in enumerate(steps):
-            if step > 0:
-                eps = self._noise.draw(self.index, step, shape, self._device)
-                x = schedule.add_noise(x, eps, schedule.sigma(t))
-            v = self._run(x, t) if clean is None or step > 0 else self._run_merged(clean, x, t)
-            x = schedule.x0_from_v(x, v, schedule.sigma(t))
-        return x
-
-    def _leave_in_cache(self, latents: Tensor, index: int) -> None:
-        """The clean pass over finished chunk `index`, whose keys and values later chunks see."""
-        start = time.perf_counter()
-        self._sampler.use(self._student)
-        self.cache.begin_chunk()
-        self._run(self._as_context(latents, index), self._sampler.context_noise)
-        self.cache.commit()
-        self._uncommitted = None
-        seconds = self._since(start)
-        self._cache_seconds += seconds
-        self.timings.cache += seconds
-
-    def _as_context(self, latents: Tensor, index: int) -> Tensor:
-        """x0 of chunk `index`, as noisy as later chunks are to see it."""
-        t, schedule = self._sampler.context_noise, self._sampler.schedule
-        if t == 0:
-            return latents
-        eps = self._noise.draw(index, len(self._sampler.steps), latents.shape[1:], self._device)
-        return schedule.add_noise(latents, eps, schedule.sigma(t))
-
-    def _go_on_from(self, given: Tensor) -> None:
-        """Show given latents [B, F, C, h, w] to the cache, chunk by chunk, and to the decoder."""
-        rest = given
-        while rest.shape[1]:
-            chunk, rest = rest[:, : self.cache.frames], rest[:, self.cache.frames :]
-            self._leave_in_cache(chunk, self.index)
-            self._held.add(self.index, chunk)
-            self.index += 1
-        start = time.perf_counter()
-        for frame in given.split(1, dim=1):
-            self._decode(frame)  # for the decoder's caches: what follows is seamless
-        self.timings.decode = self._since(start)
-
-    def _decode(self, latents: Tensor) -> Tensor | None:
-        if self._decoder is None:
-            return None
-        self._sampler.use(self._decoder.vae)
-        return self._decoder.decode(latents)
-
-    def _run(self, x: Tensor, t: float) -> Tensor:
-        if self._graphs is not None:
-            return self._graphs.run(x, t)
-        return self._student.forward_chunk(x, self._time(t), self._text, self.cache, write=True)
-
-    def _run_merged(self, clean: Tensor, x: Tensor, t: float) -> Tensor:
-        """The clean pass of the last chunk and the pass over x, the next one."""
-        length = clean.shape[1]
-        if length not in self._joined_times:
-            context = self._time(self._sampler.context_noise)
-            self._joined_times[length] = context.beside(length, self._time(t), x.shape[1])
-        clean = self._as_context(clean, self.index - 1)
-        both = self._joined_times[length]
-        return self._student.forward_chunk(x, both, self._text, self.cache, clean=clean)
-
-    def _time(self, t: float) -> TimeContext:
-        if t not in self._times:
-            timestep = torch.full((self._batch,), float(t), device=self._device)
-            self._times[t] = self._student.encode_time(timestep)
-        return self._times[t]
-
-    def _whether_to_merge(self, wanted: bool | None) -> bool:
-        cache = self.cache
-        if wanted and not cache.keeps_last:
-            expected = "a student whose window keeps a chunk beside the next one"
-            raise ValueError(f"stream: merge_passes needs {expected}, got {cache.window_frames} frames")
-        if wanted is not None:
-            return wanted
-        tokens = self._batch * cache.frames_per_chunk * cache.tokens_per_frame
-        return self._device.type == "cpu" and tokens <= _FEW_TOKENS
-
-    def _since(self, start: float) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter() - start
 
 
 def _factors(model: VideoAutoencoder) -> tuple[int, int]:

@@ -13,9 +13,10 @@ from distill_models import LATENT, StretchDecoder, tiny_student, tiny_teacher, t
 from small_run import numbers
 from torch import Tensor
 
+from stream_r1.chunk_loop import ChunkLoop
 from stream_r1.distill.dmd import DistributionMatching
-from stream_r1.distill.long_rollout import Clip, long_rollout
-from stream_r1.distill.rollout import Rollout, self_rollout
+from stream_r1.distill.long_rollout import RolloutClip, long_rollout
+from stream_r1.distill.rollout import begin_rollout, self_rollout
 from stream_r1.distill.trainer import DistillTrainer
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.schedule import FlowSchedule
@@ -30,11 +31,11 @@ def seeded(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def start(student: CausalWanTransformer, max_frames: int, renoise: Any = None) -> Rollout:
+def start(student: CausalWanTransformer, max_frames: int, renoise: Any = None) -> ChunkLoop:
     counter = itertools.count(1000)
     text = student.encode_text(seeded(1, 2, 8, 16))
     again = renoise or (lambda x: seeded(next(counter), *x.shape))
-    return Rollout(
+    return begin_rollout(
         student,
         text,
         (2, 4, 6),
@@ -63,9 +64,9 @@ def test_it_is_the_end_of_the_whole_video(stream: dict, frames: int, length: int
         picture = vae.decode(whole)[:, 4 * (length - frames)]  # the last of latent frame length - frames
         torch.testing.assert_close(got.x[:, :1], vae.encode(picture[:, None]), rtol=1e-4, atol=1e-4)
 
-    assert got.learns is not None
-    assert got.learns.flatten().tolist() == [False] * first + [True] * (frames - first)
-    weight = seeded(9, *got.x.shape) * got.learns
+    assert got.loss_mask is not None
+    assert got.loss_mask.flatten().tolist() == [False] * first + [True] * (frames - first)
+    weight = seeded(9, *got.x.shape) * got.loss_mask
     (weight * got.x).sum().backward()
     gradients = [p.grad.clone() for p in student.parameters()]
     student.zero_grad()
@@ -121,10 +122,10 @@ def test_the_loss_looks_at_what_learns() -> None:
     """A masked loss is that of the clip whose beginning is cut away, but for the normaliser."""
     teacher = tiny_teacher().eval()
     matching = DistributionMatching(teacher, tiny_teacher(5), seeded(1, 1, 8, 16), schedule=SCHEDULE)
-    x, learns = seeded(2, 2, 6, *LATENT).requires_grad_(), torch.arange(6).view(1, -1, 1, 1, 1) >= 3
+    x, loss_mask = seeded(2, 2, 6, *LATENT).requires_grad_(), torch.arange(6).view(1, -1, 1, 1, 1) >= 3
     t, eps, text = torch.tensor([300.0, 600.0]), seeded(3, 2, 6, *LATENT), seeded(4, 2, 8, 16)
     (whole,) = torch.autograd.grad(matching.loss(x, text, t, eps), x)
-    (part,) = torch.autograd.grad(matching.loss(x, text, t, eps, None, learns), x)
+    (part,) = torch.autograd.grad(matching.loss(x, text, t, eps, None, loss_mask), x)
     assert not part[:, :3].any()
     torch.testing.assert_close(part[:, 3:], 2 * whole[:, 3:])  # a mean over half as many
 
@@ -151,9 +152,9 @@ def test_drawn_lengths_and_a_resumed_run(tmp_path: Path) -> None:
     seen: list[tuple[int, bool]] = []
     roll_out = unbroken._rollout
 
-    def watch(text: Tensor, noise: Any, draw: Any, *, grad: bool) -> Clip:
+    def watch(text: Tensor, noise: Any, draw: Any, *, grad: bool) -> RolloutClip:
         clip = roll_out(text, noise, draw, grad=grad)
-        seen.append((draw.length, clip.learns is None))
+        seen.append((draw.length, clip.loss_mask is None))
         return clip
 
     unbroken._rollout = watch  # type: ignore[method-assign]
@@ -176,7 +177,7 @@ def test_what_cannot_be_rolled_out_is_refused() -> None:
             trainer(rollout={"length": length})
     with pytest.raises(ValueError, match="needs a student with a window"):
         trainer(rollout={"length": 9}, stream={})
-    with pytest.raises(ValueError, match="needs a vae with encode and stream_decoder, got StretchDecoder"):
+    with pytest.raises(ValueError, match="needs a vae that is a VideoAutoencoder, got StretchDecoder"):
         trainer(rollout={"length": 9}, vae=StretchDecoder())
     student, vae = tiny_student(**STREAM), tiny_vae()
     with pytest.raises(ValueError, match=r"long_rollout: expected frames .* got frames 6 and length 10"):

@@ -31,7 +31,7 @@ CACHES = {
 
 def self_rollout(student, context, start: Tensor, *, grad: bool = True, **arguments) -> Tensor:
     batch, frames, _, *size = start.shape
-    rollout = rollouts.Rollout(student, context, (batch, *size), max_frames=frames, **arguments)
+    rollout = rollouts.begin_rollout(student, context, (batch, *size), max_frames=frames, **arguments)
     return rollouts.self_rollout(rollout, start, grad=grad)
 
 

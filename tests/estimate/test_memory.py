@@ -14,7 +14,7 @@ from torch.distributed.tensor import Shard
 from torch.profiler import ProfilerActivity, profile
 
 from stream_r1 import assembly, recipe
-from stream_r1.distill.events import Clock
+from stream_r1.clock import Clock
 from stream_r1.distill.trainer import DistillTrainer
 from stream_r1.distill.weighting import StreamR1Weights
 from stream_r1.estimate import memory, phases, pixels

@@ -81,7 +81,8 @@ def plain(student: CausalWanTransformer, **settings: Any) -> Stream:
 
 def on_tapes(student: CausalWanTransformer, **settings: Any) -> Stream:
     stream = plain(student, **settings)
-    stream._graphs = PassGraphs(student, stream.cache, stream._text, capture=on_tape)
+    loop = stream._loop
+    loop.passes = PassGraphs(student, loop.cache, loop.passes.text, capture=on_tape)
     return stream
 
 
@@ -104,8 +105,8 @@ def test_replays_give_the_plain_stream(
     expected = take_and_switch(plain(student, context_noise=context_noise))
     stream = on_tapes(student, context_noise=context_noise)
     made = take(stream, 9)
-    assert stream._graphs is not None
-    assert stream._graphs.captured == ring_slots(student)
+    assert isinstance(stream._loop.passes, PassGraphs)
+    assert stream._loop.passes.captured == ring_slots(student)
 
     def no_python(*_: Any, **__: Any) -> Tensor:
         raise AssertionError("a pass ran that should have been replayed")
@@ -132,12 +133,11 @@ def test_a_window_recomputed_from_graphs_is_that_of_the_plain_stream() -> None:
 def test_what_is_not_kept_in_place_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     student = tiny_student()
     stream = on_tapes(student)
-    graphs = stream._graphs
-    assert graphs is not None
+    graphs = stream._loop.passes
     if fault == "phases of a chunk of its own":
         stream.cache._pinned = None
     elif fault == "another chunk's text":
-        monkeypatch.setattr(graphs, "switch", lambda text: setattr(graphs, "_text", text))
+        monkeypatch.setattr(graphs, "switch", lambda text: setattr(graphs, "text", text))
     else:
         monkeypatch.setattr(type(stream.cache), "slot_start", 0)
     expected, made = (take_and_switch(each) for each in (plain(student), stream))
@@ -165,10 +165,10 @@ def test_refusals() -> None:
     graphs = PassGraphs(student, cache, text, capture=on_tape)
     x = torch.zeros(2, 3, 4, *SIZE)
     for _ in range(3):
-        graphs.run(x, 0.0)
+        graphs.velocity(x, 0.0)
         cache.commit()
     with pytest.raises(ValueError, match=r"x must be \[2, 3, 4, 2, 4\] torch.float32, got .* torch.float64"):
-        graphs.run(x.double(), 0.0)
+        graphs.velocity(x.double(), 0.0)
 
 
 # --- the host never waits for a number of the device's ---

@@ -15,7 +15,7 @@ from benchmarks.gpu_check.context import Context
 from benchmarks.gpu_check.sizes import sizes_of
 from stream_r1.distill.dmd import DistributionMatching
 from stream_r1.distill.fsdp import shard_model
-from stream_r1.distill.rollout import Rollout, self_rollout
+from stream_r1.distill.rollout import begin_rollout, self_rollout
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.schedule import FlowSchedule
 
@@ -98,7 +98,7 @@ def _step(
     begun = time.perf_counter()
     with torch.autocast(device.type, torch.bfloat16):
         schedule = FlowSchedule()
-        rollout = Rollout(
+        rollout = begin_rollout(
             student,
             student.encode_text(text),
             (1, *s.latent),
