@@ -12,10 +12,11 @@ PIP         := $(BIN)/python -m pip --disable-pip-version-check -qq
 SOURCES     := $(shell find csrc -type f 2>/dev/null)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-executor bench gpu-check lint docs sanitize cross compat assets clean help
+.PHONY: demo study test test-executor bench gpu-check lint docs sanitize cross compat assets clean help
 
 help:
 	@echo "make demo    distil the tiny student, stream it before and after, write out/demo/index.html (minutes)"
+	@echo "make study   every way of weighting beside plain distribution matching, writes out/study/index.html (hours)"
 	@echo "make test    the tests"
 	@echo "make test-executor  those of the PTX executor (minutes; when it or a compiler changes)"
 	@echo "make bench   every op beside its rivals; writes docs/benchmarks.md, .json and docs/roofline.svg"
@@ -29,6 +30,9 @@ help:
 
 demo: $(VENV)/.built
 	$(BIN)/stream-r1 demo $(ARGS)
+
+study: $(VENV)/.built
+	$(BIN)/stream-r1 study recipes/studies/tiny.yaml $(ARGS)
 
 test: $(VENV)/.tools
 	$(BIN)/python -m pytest -q $(ARGS) --ignore tests/executor tests

@@ -32,6 +32,7 @@ from stream_r1.models.text import TextEncoder, TransformersEncoder, cleaning, lo
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.recipe import InitRecipe, Recipe, locate, read_prompts
 from stream_r1.rewards import Reward, load_reward
+from stream_r1.rewards.wrong import WrongReward
 from stream_r1.schedule import FlowSchedule
 
 
@@ -61,12 +62,15 @@ def load_models(recipe: Recipe, ranks: Ranks | None = None) -> Models:
     watched = recipe.watch.prompts or ()
     prompts = [*read_prompts(recipe.prompts), recipe.matching.negative_text, *watched]
     text = _text_encoder(recipe, prompts, ranks)  # before the others: while it encodes, it needs room
+    reward = load_reward(locate(paths.reward), device=device, **recipe.reward.overrides())
+    if recipe.reward.wrong is not None:
+        reward = WrongReward(reward, recipe.reward.wrong)
     return Models(
         student=_student(recipe, ranks),
         teacher=_score_model(paths.teacher, _home(recipe, ranks)),
         critic=None if paths.critic is None else _score_model(paths.critic, _home(recipe, ranks)),
         vae=load_autoencoder(locate(paths.vae), device=device),
-        reward=load_reward(locate(paths.reward), device=device, **recipe.reward.overrides()),
+        reward=reward,
         text=text,
     )
 

@@ -298,6 +298,28 @@ def data_ode_pairs(
     ode_pairs(recipe, overrides or [], take_over=take_over)
 
 
+@app.command()
+def study(
+    study: Annotated[Path, typer.Argument(help="A YAML file, as recipes/studies/tiny.yaml.")],
+    overrides: Overrides = None,
+    jobs: Annotated[int, typer.Option(min=1, max=1024, help="Runs at a time, each on its cores or GPU.")] = 1,
+    trainer: Annotated[
+        str | None,
+        typer.Option(help='What trains, for a launcher: "torchrun --nproc-per-node 8 -m stream_r1".'),
+    ] = None,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Write tables and page from the runs that are done.")
+    ] = False,
+) -> None:
+    """Compare ways of weighting: train every arm with every seed, judge them in pairs, write a page.
+
+    Goes on where it was stopped.
+    """
+    from stream_r1.commands.study import run
+
+    run(study, overrides or [], jobs=jobs, trainer=trainer, report_only=report_only)
+
+
 votes_app = typer.Typer(
     help="People's preference: blind comparisons of models, side by side.", no_args_is_help=True
 )

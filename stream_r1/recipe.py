@@ -36,6 +36,7 @@ from stream_r1.distill.settings import (
 from stream_r1.messages import shown, some
 from stream_r1.models.sizes import read_sizes
 from stream_r1.models.text import MINILM_DIM, WAN_NEGATIVE_PROMPT
+from stream_r1.rewards.wrong import WrongKind
 from stream_r1.watch.settings import WatchSettings
 
 FILM_PROMPTS = "film"
@@ -94,7 +95,9 @@ class TextSettings(Settings):
 
 
 class RewardSettings(Settings):
-    """How the VideoAlign reward is run; None keeps what its folder says. The film's reward has no settings.
+    """How the VideoAlign reward is run; None keeps what its folder says. The film's has the first alone.
+
+    wrong: make it wrong on purpose, for a study: see `WrongReward`.
 
     fps: frames a second that it is shown; "checkpoint": as it was trained; "all": every frame. What it is not
         shown has no saliency.
@@ -105,6 +108,7 @@ class RewardSettings(Settings):
     samples_at_once: videos that it sees together.
     """
 
+    wrong: WrongKind | None = None
     fps: Positive | Literal["checkpoint", "all"] | None = None
     video_fps: Positive | None = None
     max_pixels: Count | None = None
@@ -113,8 +117,8 @@ class RewardSettings(Settings):
     samples_at_once: Count | None = None
 
     def overrides(self) -> dict[str, Any]:
-        """What was set."""
-        return self.model_dump(exclude_none=True)
+        """What was set, as `load_reward` takes it."""
+        return self.model_dump(exclude_none=True, exclude={"wrong"})
 
 
 class Recipe(DistillSettings):
@@ -272,8 +276,13 @@ def load_any(path: str | Path, overrides: Sequence[str] = ()) -> Recipe | InitRe
     Raises:
         SettingsError: what is wrong, everything at once.
     """
-    data = merge(read_recipe(locate(path), _KEYS), parse_overrides(overrides))
-    source = str(locate(path)) + (" with overrides" if overrides else "")
+    return build_any(path, parse_overrides(overrides))
+
+
+def build_any(path: str | Path, changes: dict[str, Any]) -> Recipe | InitRecipe:
+    """As `load_any`, with the overrides as data."""
+    data = merge(read_recipe(locate(path), _KEYS), changes)
+    source = str(locate(path)) + (" with overrides" if changes else "")
     kinds = ("distill", "ode-init", "teacher-forcing")
     kind = data.get("kind", "distill")
     if kind not in kinds:

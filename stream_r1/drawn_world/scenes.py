@@ -96,6 +96,11 @@ class Scene:
     def prompt(self) -> str:
         return f"a {self.colour} {self.shape} {self.motion} {self.place}"
 
+    @staticmethod
+    def has(prompt: str) -> bool:
+        """Whether a prompt is one of the drawn world's."""
+        return prompt in _BY_PROMPT
+
     @classmethod
     def of(cls, prompt: str) -> Scene:
         """The scene that a prompt describes; ValueError where it describes none."""

@@ -1,0 +1,223 @@
+"""A study's tables and its page, from what its runs left."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from numpy.typing import NDArray
+
+from stream_r1.demo.report import playable
+from stream_r1.disk.whole import write_text
+from stream_r1.evaluation.report import MEASURES
+from stream_r1.evaluation.single import FIGURES as SINGLE
+from stream_r1.files import FileError, read_json
+from stream_r1.pages import LOOK
+from stream_r1.study.differences import Difference, difference
+from stream_r1.study.measure import FIGURES, VIDEOS
+from stream_r1.study.plan import Run, Study
+from stream_r1.study.run import Cost, is_done
+from stream_r1.watch.writers import METRICS, read_metrics
+
+Numbers = dict[str, dict[str, dict[int, NDArray[np.float64]]]]
+"""figure -> arm -> seed -> [videos]."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm's row.
+
+    means: by figure, over seeds and videos. changes: by figure, from the arm that all are compared with.
+    step: seconds of a student's step with its critic steps, the median over runs. memory: bytes, the largest
+    of its runs.
+    """
+
+    name: str
+    seeds: int
+    means: dict[str, float]
+    changes: dict[str, Difference]
+    step: float | None
+    memory: int
+
+
+def write_report(study: Study) -> Path:
+    """Write results.csv, differences.csv and index.html into the study's folder, from the runs that are done.
+
+    Returns the page. Raises FileError for a run's file that can't be read.
+    """
+    done = [run for run in study.runs if is_done(run)]
+    numbers = read_numbers(done)
+    arms = [_arm(study, name, numbers, done) for name in study.settings.arms]
+    arms = [arm for arm in arms if arm.seeds]
+    write_text(study.out / "results.csv", _results(numbers))
+    write_text(study.out / "differences.csv", _differences(arms))
+    environment = Environment(
+        loader=PackageLoader("stream_r1.study", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html.j2").render(_context(study, done, numbers, arms))
+    write_text(study.out / "index.html", page)
+    return study.out / "index.html"
+
+
+def read_numbers(runs: list[Run]) -> Numbers:
+    """The figures of runs that are done."""
+    numbers: Numbers = {}
+    for run in runs:
+        path = run.folder / FIGURES
+        for figure, values in read_json(path).items():
+            if not isinstance(values, list) or not all(type(v) in (int, float) for v in values):
+                raise FileError(f"{path}: {figure}: expected a list of numbers")
+            numbers.setdefault(figure, {}).setdefault(run.arm, {})[run.seed] = np.array(values, np.float64)
+    return numbers
+
+
+def _arm(study: Study, name: str, numbers: Numbers, done: list[Run]) -> Arm:
+    runs = [run for run in done if run.arm == name]
+    means, changes = {}, {}
+    for figure, by_arm in numbers.items():
+        own, base = by_arm.get(name), by_arm.get(study.settings.against)
+        if own:
+            means[figure] = float(np.mean([np.nanmean(values) for values in own.values()]))
+        if own and base and name != study.settings.against:
+            found = difference(own, base)
+            if found is not None:
+                changes[figure] = found
+    steps = [seconds for run in runs if (seconds := step_seconds(run)) is not None]
+    return Arm(
+        name,
+        len(runs),
+        means,
+        changes,
+        median(steps) if steps else None,
+        max((Cost.of(run.folder).peak_bytes for run in runs), default=0),
+    )
+
+
+def step_seconds(run: Run) -> float | None:
+    """Seconds of a student's step with its critic steps: the median over a run; None without metrics."""
+    rows = [row["seconds/step"] for row in read_metrics(run.folder / METRICS) if "seconds/step" in row]
+    period = run.recipe.critic_updates
+    whole = [sum(rows[i : i + period]) for i in range(0, len(rows) - period + 1, period)]
+    return median(whole) if whole else None
+
+
+def _results(numbers: Numbers) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("arm", "seed", "figure", "mean", "videos"))
+    for figure, by_arm in numbers.items():
+        for arm, by_seed in by_arm.items():
+            for seed, values in by_seed.items():
+                writer.writerow((arm, seed, figure, f"{np.nanmean(values):.6g}", len(values)))
+    return text.getvalue()
+
+
+def _differences(arms: list[Arm]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("arm", "figure", "difference", "low", "high", "seeds"))
+    for arm in arms:
+        for figure, d in arm.changes.items():
+            each = " ".join(f"{x:.4g}" for x in d.seeds)
+            writer.writerow((arm.name, figure, f"{d.mean:.6g}", f"{d.low:.6g}", f"{d.high:.6g}", each))
+    return text.getvalue()
+
+
+def _context(study: Study, done: list[Run], numbers: Numbers, arms: list[Arm]) -> dict[str, Any]:
+    base = next((arm for arm in arms if arm.name == study.settings.against), None)
+    return {
+        "look": LOOK,
+        "against": study.settings.against,
+        "title": f"Study: {len(study.settings.arms)} arms, {len(study.settings.seeds)} seeds",
+        "recipe": study.settings.recipe,
+        "done": len(done),
+        "runs": len(study.runs),
+        "videos": study.settings.videos,
+        "figures": [_figure(name, base, arms) for name in numbers],
+        "costs": [_cost(arm, base) for arm in arms],
+        "rows": _videos(study, done),
+        "arms": {
+            name: str(changes or "the recipe as it is") for name, changes in study.settings.arms.items()
+        },
+    }
+
+
+def _figure(name: str, base: Arm | None, arms: list[Arm]) -> dict[str, Any]:
+    measure = SINGLE.get(name) or MEASURES.get(name)
+    meaning = measure.meaning if measure else "an axis of the reward that judges"
+    better = measure.better if measure else "higher"
+    bounds = [x for arm in arms if name in arm.changes for x in arm.changes[name][1:3]]
+    reach = max((abs(x) for x in bounds if math.isfinite(x)), default=0.0) or 1.0
+    rows = []
+    for arm in arms:
+        change = arm.changes.get(name)
+        row: dict[str, Any] = {"arm": arm.name, "mean": _short(arm.means.get(name)), "change": None}
+        if change is not None:
+            verdict = ""
+            if change.clear and better != "near reference":
+                verdict = "better" if (change.mean > 0) == (better == "higher") else "worse"
+            row["change"] = {
+                "text": f"{_signed(change.mean)} ({_signed(change.low)} to {_signed(change.high)})",
+                "seeds": ", ".join(_signed(x) for x in change.seeds),
+                "at": _place(change.mean, reach),
+                "low": _place(change.low, reach),
+                "width": _place(change.high, reach) - _place(change.low, reach),
+                "verdict": verdict,
+                "clear": change.clear,
+            }
+        rows.append(row)
+    return {"name": name, "meaning": meaning, "better": better, "rows": rows}
+
+
+def _place(value: float, reach: float) -> float:
+    """Per cent of a bar from -reach to reach."""
+    return 50 + 50 * value / reach
+
+
+def _cost(arm: Arm, base: Arm | None) -> dict[str, str]:
+    step, memory = arm.step, arm.memory
+    share = f"{step / base.step:.2f}" if step and base and base.step else "–"
+    more = f"{memory / base.memory:.2f}" if memory and base and base.memory else "–"
+    return {
+        "arm": arm.name,
+        "seeds": str(arm.seeds),
+        "step": "–" if step is None else f"{step:.2f} s",
+        "step_share": share,
+        "memory": f"{memory / 2**30:.2f} GiB" if memory else "–",
+        "memory_share": more,
+    }
+
+
+def _videos(study: Study, done: list[Run]) -> list[dict[str, Any]]:
+    """For each shown prompt the first seed's video of every arm."""
+    first = study.settings.seeds[0]
+    rows = []
+    for index, prompt in enumerate(study.settings.shown):
+        videos = []
+        for run in done:
+            path = run.folder / VIDEOS / f"{index}.mp4"
+            if run.seed == first and path.is_file():
+                videos.append({"arm": run.arm, "data": base64.b64encode(playable(path)).decode("ascii")})
+        if videos:
+            rows.append({"prompt": prompt, "videos": videos})
+    return rows
+
+
+def _short(value: float | None) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{value:.3f}".replace("-", "−")
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
