@@ -13,6 +13,7 @@ from stream_r1.config import Settings
 from stream_r1.demo.settings import DemoSettings
 from stream_r1.recipe import InitRecipe, Recipe
 from stream_r1.rewards.videoalign import VideoAlignSettings
+from stream_r1.study.plan import StudySettings
 from stream_r1.tiny_world.codec import CodecSettings
 from stream_r1.tiny_world.student import StudentSettings
 from stream_r1.tiny_world.teacher import TeacherSettings
@@ -38,6 +39,11 @@ SECTIONS: list[tuple[str, str, type[Settings]]] = [
         "Settings of the demo",
         "`stream-r1 demo --set key=value`; what it distils by is a recipe of the first kind.",
         DemoSettings,
+    ),
+    (
+        "Settings of a study",
+        "`stream-r1 study STUDY [key=value ...]`: see [its page](study.md).",
+        StudySettings,
     ),
     (
         "Settings of the VideoAlign reward",
