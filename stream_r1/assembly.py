@@ -163,7 +163,7 @@ def write_ode_pairs(recipe: InitRecipe, ranks: Ranks | None = None) -> Iterator[
         precision=recipe.precision,
         data=_pairs_data(recipe, prompts),
         share=(ranks.rank, ranks.size),
-        agree=ranks.from_first,
+        agree=ranks.broadcast,
     )
 
 

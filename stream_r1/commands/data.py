@@ -102,9 +102,9 @@ def ode_pairs(path: Path, overrides: list[str], *, take_over: bool = False) -> N
     recipe = recipes.load_start(path, overrides)
     check_folder("pairs.folder", Path(recipe.pairs.folder), recipe.inputs(path) | {"pairs.folder": None})
     with join(recipe.distributed) as ranks:
-        console = make_console(lasting=True, quiet=not ranks.first)
+        console = make_console(lasting=True, quiet=not ranks.is_main)
         lock = folder_lock(recipe.pairs.folder, take_over=take_over)
-        with ranks.held_by_first(lock), console.status("loading the teacher") as status:
+        with ranks.held_by_main(lock), console.status("loading the teacher") as status:
             for done in write_ode_pairs(recipe, ranks):
                 status.update(f"trajectories: {done} of {recipe.pairs.count}")
             ranks.barrier()

@@ -59,10 +59,10 @@ def run(path: Path, overrides: list[str], *, check: bool, fresh: bool, take_over
     from stream_r1.distill.ranks import join
 
     with join(recipe.distributed) as ranks:
-        if not ranks.first:
+        if not ranks.is_main:
             console = make_console(quiet=True)
             warnings.simplefilter("ignore")
-        with ranks.held_by_first(_folder(Path(recipe.out), take_over)):
+        with ranks.held_by_main(_folder(Path(recipe.out), take_over)):
             stopped_by = _train(recipe, ranks, console, fresh=fresh)
     if stopped_by:
         sys.exit(128 + stopped_by)
@@ -88,7 +88,7 @@ def _train(recipe: Recipe | InitRecipe, ranks: Ranks, console: Console, *, fresh
     if resumed is not None:
         console.print(f"going on from {resumed}", soft_wrap=True)
     if trainer.step >= recipe.steps:
-        for damaged in trainer.set_aside:
+        for damaged in trainer.checkpoints.set_aside:
             console.print(set_aside(damaged), soft_wrap=True, markup=False)
         console.print(f"all {recipe.steps} steps are done; steps=N goes further, --fresh starts over")
         _export(trainer, out, console)  # again: the run may have been killed while it did
@@ -99,7 +99,7 @@ def _train(recipe: Recipe | InitRecipe, ranks: Ranks, console: Console, *, fresh
     def warn(text: str) -> None:
         console.print(Text(text, style="yellow"), soft_wrap=True)
 
-    if ranks.first:
+    if ranks.is_main:
         write_text(out / "recipe.yaml", recipe.as_yaml())
 
     title = "distilling" if isinstance(recipe, Recipe) else "training the start"
@@ -132,7 +132,7 @@ def _trainer(
     from stream_r1 import assembly
 
     assembly.require_models(recipe, unused=("teacher",) if isinstance(recipe, InitRecipe) else ())
-    if fresh and ranks.first:
+    if fresh and ranks.is_main:
         shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     ranks.barrier()
     if isinstance(recipe, InitRecipe):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stream_r1.clock import Clock
 from stream_r1.distill.events import StepDone
@@ -18,15 +18,8 @@ from stream_r1.distill.optimizers import make_adamw
 from stream_r1.distill.order import ShuffledOrder
 from stream_r1.distill.ranks import Ranks
 from stream_r1.distill.rollout import begin_rollout, self_rollout
+from stream_r1.distill.run_state import Ema, RunState
 from stream_r1.distill.settings import InitSettings, RolloutSettings
-from stream_r1.distill.state import (
-    Ema,
-    load_optimizer_tensors,
-    load_trained,
-    optimizer_tensors,
-    trained_state,
-)
-from stream_r1.distill.verification import require_order
 from stream_r1.models.autoencoder import Decoder
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.schedule import FlowSchedule
@@ -92,7 +85,7 @@ class InitTrainer(TrainingLoop):
         self.settings = settings
         self.student = student.train()
         self._adapt("student", self.student, settings.lora)
-        self._share([self.student], settings.batch, settings.accumulation, len(objective))
+        self._shard_models([self.student], settings.batch, settings.accumulation, len(objective))
         if settings.gradient_checkpointing:
             student.enable_gradient_checkpointing()
         self.objective = objective
@@ -100,15 +93,21 @@ class InitTrainer(TrainingLoop):
         self.vae = samples.vae if samples is not None else None
         self.prompts = list(samples.texts) if samples is not None else []
         self.device = next(student.parameters()).device
-        self.order = ShuffledOrder(len(objective), settings.seed)
-        self.random = torch.Generator().manual_seed(settings.seed)
-        self.optimizer = make_adamw(student, settings.optimizer)
-        self.ema = Ema(student, settings.ema.decay, settings.ema.start)
+        optimizer = make_adamw(student, settings.optimizer)
+        state = RunState(
+            {"student": student},
+            {"optimizer": ("student", optimizer)},
+            Ema(student, settings.ema.decay, settings.ema.start),
+            ShuffledOrder(len(objective), settings.seed),
+            torch.Generator().manual_seed(settings.seed),
+        )
+        self._begin(state, objective=type(objective).__name__)
+        self.step_student = self._optimizer_step("student", optimizer, settings.optimizer.clip)
 
     def _step(self) -> StepDone:
         clock, scalars, losses = Clock(self.device), dict[str, float](), []
-        indices = self.order.draw(self.settings.batch)
-        seeds = torch.randint(2**62, (self.settings.batch,), generator=self.random).tolist()
+        indices = self.state.order.draw(self.settings.batch)
+        seeds = torch.randint(2**62, (self.settings.batch,), generator=self.state.random).tolist()
         size = self.settings.batch // self.ranks.size // self.settings.accumulation
         own = self.ranks.rank * size * self.settings.accumulation  # this rank's first sample
         for start in range(own, own + size * self.settings.accumulation, size):
@@ -121,16 +120,15 @@ class InitTrainer(TrainingLoop):
             losses.append(loss.detach())
         with clock.part("optimizer"):
             lr = self.settings.optimizer.lr * min(1.0, (self.step + 1) / max(1, self.settings.warmup))
-            for group in self.optimizer.param_groups:
+            for group in self.step_student.optimizers[0].param_groups:
                 group["lr"] = lr
-            self._descend("student", self.optimizer, losses, self.settings.optimizer.clip, scalars)
-            if not scalars["student/skipped"]:
+            if self.step_student(self.step + 1, losses, scalars):
                 self.ema.update(self.step)
         config: Any = self.student.config
         frames, _, height, width = self.objective.latent_shape
         patches = frames * height * width // math.prod(config.patch_size)
         scalars["tokens"] = float(self.settings.batch * patches)
-        self.step += 1
+        self.state.step += 1
         return StepDone(self.step, self.settings.steps, scalars, clock.all_parts())
 
     def _sample(self, prompts: list[str], seeds: list[int]) -> Tensor:
@@ -155,36 +153,6 @@ class InitTrainer(TrainingLoop):
         )
         latents = noise.randn(size.frames, channels, size.height, size.width)
         return self_rollout(rollout, latents, grad=False)
-
-    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {"optimizer": self.optimizer}
-
-    def _owners(self) -> dict[str, nn.Module]:
-        return dict.fromkeys(("student", "ema", "optimizer"), self.student)
-
-    def _parts(self) -> dict[str, dict[str, Tensor]]:
-        return {
-            "student": trained_state(self.student),
-            "ema": self.ema.tensors(),
-            "optimizer": optimizer_tensors(self.optimizer),
-            "draws": {"random": self.random.get_state()},
-        }
-
-    def _values(self) -> dict[str, Any]:
-        return {"order": self.order.state_dict()}
-
-    def _check_values(self, own: dict[str, Any], source: str) -> None:
-        require_order(own.get("order"), len(self.objective), f"{source}: order")
-
-    def _restore(self, parts: dict[str, dict[str, Tensor]], values: dict[str, Any]) -> None:
-        load_trained(self.student, parts["student"])
-        self.ema.load_tensors(parts.get("ema", {}))
-        load_optimizer_tensors(self.optimizer, parts.get("optimizer", {}))
-        self.random.set_state(parts["draws"]["random"])
-        self.order.load_state_dict(values["order"])
-
-    def _identity(self) -> dict[str, Any]:
-        return super()._identity() | {"objective": type(self.objective).__name__}
 
 
 def per_chunk(values: Tensor, student: CausalWanTransformer, frames: int) -> Tensor:

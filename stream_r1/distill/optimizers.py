@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from stream_r1.distill.run_state import trained
 from stream_r1.distill.settings import OptimizerSettings
-from stream_r1.distill.state import trained
 
 
 def make_adamw(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:

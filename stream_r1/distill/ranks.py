@@ -52,7 +52,7 @@ class Ranks:
     store: Store | None = None
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this rank is the one that talks and writes."""
         return self.rank == 0
 
@@ -74,9 +74,9 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says so."""
-        return bool(self.greatest(int(flag)))
+        return bool(self.max(int(flag)))
 
-    def greatest(self, number: int) -> int:
+    def max(self, number: int) -> int:
         """The greatest of every rank's numbers."""
         if not self.launched:
             return number
@@ -99,8 +99,8 @@ class Ranks:
         table = self.gather(torch.tensor([list(scalars.values())], dtype=torch.float64, device=self.device))
         return summarise([dict(zip(scalars, row, strict=True)) for row in table.tolist()])
 
-    def from_first(self, value: T) -> T:
-        """The first rank's `value`, small and picklable."""
+    def broadcast(self, value: T) -> T:
+        """The main rank's `value`, small and picklable."""
         if not self.launched:
             return value
         box: list[Any] = [value]
@@ -112,16 +112,16 @@ class Ranks:
         self.any(False)
 
     @contextmanager
-    def held_by_first(self, lock: AbstractContextManager[object]) -> Iterator[None]:
-        """A context of the first rank that all of them wait for; what refuses it there ends all of them."""
+    def held_by_main(self, lock: AbstractContextManager[object]) -> Iterator[None]:
+        """A context of the main rank that all of them wait for; what refuses it there ends all of them."""
         with ExitStack() as stack:
             refused: Exception | None = None
-            if self.first:
+            if self.is_main:
                 try:
                     stack.enter_context(lock)
                 except Exception as error:
                     refused = error
-            told = self.from_first(str(refused) if refused is not None else None)
+            told = self.broadcast(str(refused) if refused is not None else None)
             if told is not None:
                 raise refused or RankError(told)
             yield
@@ -168,7 +168,7 @@ class Ranks:
         for g, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             g.copy_(mean.view_as(g))
 
-    def failed_first(self) -> bool:
+    def fails_first(self) -> bool:
         """Whether this rank is the first to report a failure; the others fail in its wake."""
         if self.store is None:
             return True
@@ -197,7 +197,7 @@ def join(settings: DistributedSettings) -> Iterator[Ranks]:
     try:
         yield ranks
     except Exception as error:
-        if not ranks.failed_first():
+        if not ranks.fails_first():
             raise SystemExit(2) from error
         told = str(error).strip() or type(error).__name__
         kind = "" if type(error).__module__.startswith("stream_r1") else f"{type(error).__name__}: "

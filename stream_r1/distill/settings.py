@@ -242,7 +242,7 @@ class DistributedSettings(Settings):
         return self
 
 
-class LoopSettings(Settings):
+class RunSettings(Settings):
     """How long a run is, in which precision it computes, what it keeps, and on how many processes.
 
     steps: steps of the whole run.
@@ -265,7 +265,7 @@ class LoopSettings(Settings):
     distributed: DistributedSettings = DistributedSettings()
 
     @model_validator(mode="after")
-    def _narrow_weights_in_narrow_sums(self) -> LoopSettings:
+    def _narrow_weights_in_narrow_sums(self) -> RunSettings:
         if self.distributed.param_dtype != "float32" and self.precision != self.distributed.param_dtype:
             raise ValueError(
                 f"distributed.param_dtype: {self.distributed.param_dtype} needs precision "
@@ -279,7 +279,7 @@ class LoopSettings(Settings):
         return self.model_dump(mode="json", exclude=free)
 
 
-class DistillSettings(LoopSettings):
+class DistillSettings(RunSettings):
     """One distillation run.
 
     A step is one critic update; every `critic_updates`-th step, the generator is updated first.
@@ -320,7 +320,7 @@ class DistillSettings(LoopSettings):
         return self
 
 
-class InitSettings(LoopSettings):
+class InitSettings(RunSettings):
     """Training of a student's start: ODE regression or teacher forcing.
 
     batch: samples that an update sees, of all processes together.

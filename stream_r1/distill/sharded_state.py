@@ -28,8 +28,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from stream_r1.disk.whole import flush
-from stream_r1.distill.ranks import Ranks
-from stream_r1.distill.state import (
+from stream_r1.distill.checkpoint_files import (
     FORMAT,
     clear_left_over,
     flatten,
@@ -37,6 +36,7 @@ from stream_r1.distill.state import (
     require_format,
     unflatten,
 )
+from stream_r1.distill.ranks import Ranks
 from stream_r1.distill.verification import (
     CheckpointError,
     DamagedCheckpointError,
@@ -75,7 +75,7 @@ class SharedCheckpoints:
         """Writes step-<step> and returns when it is complete; `spare` removes no older one."""
         self.finish()
         path = self._path(step)
-        if self.ranks.from_first(_holds(path, values)):
+        if self.ranks.broadcast(_holds(path, values)):
             return path
         partial, tensors = self._begin(path), flatten(parts)
         told = describe(tensors, self.ranks)
@@ -114,7 +114,7 @@ class SharedCheckpoints:
 
     def _begin(self, path: Path) -> Path:
         partial = _partial(path)
-        if self.ranks.first:
+        if self.ranks.is_main:
             clear_left_over(self.folder)
             partial.mkdir()
         self.ranks.barrier()
@@ -123,7 +123,7 @@ class SharedCheckpoints:
     def _publish(self, path: Path, values: dict[str, Any], tensors: dict[str, Any], keep: int | None) -> None:
         """Every rank has written; a checkpoint of the same step gives way."""
         self.ranks.barrier()
-        if self.ranks.first:
+        if self.ranks.is_main:
             partial = _partial(path)
             files = {file.name: file.stat().st_size for file in sorted(partial.glob("*.safetensors"))}
             told = json.dumps({"format": FORMAT, "files": files, "tensors": tensors, "values": values})
@@ -145,7 +145,7 @@ def load_shared_checkpoint(
         CheckpointError: it is in another format.
     """
     path = Path(path)
-    problem, told = ranks.from_first(_inspected(path) if ranks.first else (None, {}))
+    problem, told = ranks.broadcast(_inspected(path) if ranks.is_main else (None, {}))
     if problem is not None:
         raise problem
     try:

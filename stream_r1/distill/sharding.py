@@ -61,7 +61,7 @@ class Sharding:
         shard_model(model, self.mesh, bfloat16=self.settings.param_dtype == "bfloat16")
 
 
-def whole(x: Tensor) -> Tensor:
+def full_tensor(x: Tensor) -> Tensor:
     """A tensor that may be in parts, gathered; every rank must ask."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
@@ -71,7 +71,7 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def divided_like(x: Tensor, like: Tensor | None) -> Tensor:
+def sharded_like(x: Tensor, like: Tensor | None) -> Tensor:
     """A whole tensor, the same on all ranks, divided as `like` is."""
     if not isinstance(like, DTensor):
         return x
@@ -101,7 +101,7 @@ def bit_sums(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, int]:
 def _counts(x: Tensor, ranks: Ranks) -> bool:
     """Whether this rank is the first of those that hold the same."""
     if not isinstance(x, DTensor):
-        return ranks.first
+        return ranks.is_main
     place = x.device_mesh.get_coordinate()
     assert place is not None  # every rank is in the mesh
     return all(at == 0 for at, how in zip(place, x.placements, strict=True) if how.is_replicate())
@@ -110,12 +110,12 @@ def _counts(x: Tensor, ranks: Ranks) -> bool:
 def export_student(student: CausalWanTransformer, folder: Path | str, ranks: Ranks) -> None:
     """Writes a diffusers folder from the first rank, adapters merged; every rank must call it."""
     if not isinstance(student, FSDPModule) and not is_adapted(student):
-        if ranks.first:
+        if ranks.is_main:
             _save(student, folder)
         ranks.barrier()
         return
     state = _whole_state(student)
-    if ranks.first:
+    if ranks.is_main:
         if is_adapted(student):
             with TemporaryDirectory() as adapter:
                 save_adapter(student, state, adapter)
@@ -135,7 +135,7 @@ def _save(student: CausalWanTransformer, folder: Path | str) -> None:
 def export_adapter(student: CausalWanTransformer, folder: Path | str, ranks: Ranks) -> None:
     """Writes the student's adapters as peft does, from the first rank; every rank must call it."""
     state = _whole_state(student)
-    if ranks.first:
+    if ranks.is_main:
         save_adapter(student, state, folder)
     ranks.barrier()
 

@@ -23,15 +23,8 @@ from stream_r1.distill.optimizers import make_adamw
 from stream_r1.distill.order import ShuffledOrder
 from stream_r1.distill.ranks import Ranks
 from stream_r1.distill.rollout import begin_rollout, self_rollout
+from stream_r1.distill.run_state import Ema, RunState
 from stream_r1.distill.settings import DistillSettings
-from stream_r1.distill.state import (
-    Ema,
-    load_optimizer_tensors,
-    load_trained,
-    optimizer_tensors,
-    trained_state,
-)
-from stream_r1.distill.verification import require_history, require_order
 from stream_r1.distill.weighting import StreamR1Weights
 from stream_r1.models.autoencoder import Decoder, VideoAutoencoder
 from stream_r1.models.text import TextEncoder
@@ -108,16 +101,13 @@ class DistillTrainer(TrainingLoop):
         self._adapt("student", self.student, settings.student.lora)
         self._adapt("critic", self.critic, settings.critic.lora)
         models = [self.student, self.critic, self.teacher]
-        self._share(models, settings.batch, settings.accumulation, hashed(self.prompts))
+        self._shard_models(models, settings.batch, settings.accumulation, hashed(self.prompts))
         self.device = next(student.parameters()).device
         if settings.rollout.gradient_checkpointing:
             for model in (self.student, self.critic):
                 model.enable_gradient_checkpointing()  # type: ignore[operator]
 
-        self.order = ShuffledOrder(len(self.prompts), settings.seed)
         self.text_encoder = text_encoder
-        self.random = torch.Generator().manual_seed(settings.seed)
-
         self.vae = vae
         self.weights = self._make_weights(reward)
         self.lengths = self._check_rollout()
@@ -130,9 +120,22 @@ class DistillTrainer(TrainingLoop):
             schedule=self.schedule,
             guidance=settings.matching.guidance,
         )
-        self.student_optimizer = make_adamw(self.student, settings.student)
-        self.critic_optimizer = make_adamw(self.critic, settings.critic)
-        self.ema = Ema(self.student, settings.ema.decay, settings.ema.start)
+        student_optimizer = make_adamw(self.student, settings.student)
+        critic_optimizer = make_adamw(self.critic, settings.critic)
+        state = RunState(
+            {"student": self.student, "critic": self.critic},
+            {
+                "student_optimizer": ("student", student_optimizer),
+                "critic_optimizer": ("critic", critic_optimizer),
+            },
+            Ema(self.student, settings.ema.decay, settings.ema.start),
+            ShuffledOrder(len(self.prompts), settings.seed),
+            torch.Generator().manual_seed(settings.seed),
+            self.weights,
+        )
+        self._begin(state, prompts=hashed(self.prompts))
+        self.step_student = self._optimizer_step("student", student_optimizer, settings.student.clip)
+        self.step_critic = self._optimizer_step("critic", critic_optimizer, settings.critic.clip)
 
     def _step(self) -> StepDone:
         """One step: the generator if it is its turn, then the critic."""
@@ -143,7 +146,7 @@ class DistillTrainer(TrainingLoop):
         if since_warmup >= 0 and since_warmup % self.settings.critic_updates == 0:
             preview = self._update_student(clock, scalars)
         self._update_critic(clock, scalars)
-        self.step += 1
+        self.state.step += 1
         return StepDone(self.step, self.settings.steps, scalars, clock.all_parts(), preview)
 
     def _sample(self, prompts: list[str], seeds: list[int]) -> Tensor:
@@ -152,7 +155,7 @@ class DistillTrainer(TrainingLoop):
 
     def _update_student(self, clock: Clock, scalars: dict[str, float]) -> Preview | None:
         draw, parts = self._draw(), self.settings.accumulation
-        self._learn(self.student)
+        self._set_train_mode(self.student)
         preview, losses, seen, logs = None, [], [], []
         for micro in draw.of_rank(self.ranks).split(parts):
             noise = SampleNoise(micro.seeds, self.device)
@@ -162,7 +165,7 @@ class DistillTrainer(TrainingLoop):
                 x, loss_mask = self._rollout(text, noise, micro, grad=True)
             self._count(x, micro.length, scalars)
             with clock.part("reward"):
-                preview = self._look(x.detach(), micro.prompts)
+                preview = self._score_rollout(x.detach(), micro.prompts)
             weights = preview.weights if preview else None
             with clock.part("scores"), self._precision():
                 t, eps = self._dmd_noise(x, noise)
@@ -179,8 +182,7 @@ class DistillTrainer(TrainingLoop):
             scalars |= self.ranks.summary(summarise(logs))
             scalars["inter/std"] = batch[:, 0].std(correction=0).item()  # not the mean of the parts'
         with clock.part("optimizer"):
-            self._descend("student", self.student_optimizer, losses, self.settings.student.clip, scalars)
-            if not scalars["student/skipped"]:
+            if self.step_student(self.step + 1, losses, scalars):
                 self.ema.update(self.step)
         scalars["student/exit_step"] = draw.exit_step
         if len(self.lengths) > 1:
@@ -189,7 +191,7 @@ class DistillTrainer(TrainingLoop):
 
     def _update_critic(self, clock: Clock, scalars: dict[str, float]) -> None:
         draw, parts = self._draw(), self.settings.accumulation
-        self._learn(self.critic)
+        self._set_train_mode(self.critic)
         losses = []
         for micro in draw.of_rank(self.ranks).split(parts):
             noise = SampleNoise(micro.seeds, self.device)
@@ -205,11 +207,11 @@ class DistillTrainer(TrainingLoop):
                 (loss / parts).backward()
             losses.append(loss.detach())
         with clock.part("optimizer"):
-            self._descend("critic", self.critic_optimizer, losses, self.settings.critic.clip, scalars)
+            self.step_critic(self.step + 1, losses, scalars)
 
-    def _learn(self, model: nn.Module) -> None:
+    def _set_train_mode(self, model: nn.Module) -> None:
         """Only what learns has dropout, where there is any."""
-        for each in (self.student, self.critic) if self._drops else ():
+        for each in (self.student, self.critic) if self._has_dropout else ():
             each.train(each is model)
 
     def _count(self, x: Tensor, length: int, scalars: dict[str, float]) -> None:
@@ -224,12 +226,12 @@ class DistillTrainer(TrainingLoop):
 
     def _draw(self) -> _Draw:
         batch = self.settings.batch
-        prompts = [self.prompts[i] for i in self.order.draw(batch)]
-        seeds = torch.randint(2**62, (batch,), generator=self.random).tolist()
-        exit_step = int(torch.randint(len(self.steps), (), generator=self.random))
+        prompts = [self.prompts[i] for i in self.state.order.draw(batch)]
+        seeds = torch.randint(2**62, (batch,), generator=self.state.random).tolist()
+        exit_step = int(torch.randint(len(self.steps), (), generator=self.state.random))
         length = self.lengths[0]
         if len(self.lengths) > 1:
-            length = self.lengths[int(torch.randint(len(self.lengths), (), generator=self.random))]
+            length = self.lengths[int(torch.randint(len(self.lengths), (), generator=self.state.random))]
         return _Draw(prompts, seeds, exit_step, length)
 
     def _rollout(self, text: Tensor, noise: SampleNoise, draw: _Draw, *, grad: bool) -> RolloutClip:
@@ -263,7 +265,7 @@ class DistillTrainer(TrainingLoop):
         t = noise.dmd_timestep(self.schedule, matching.timestep_low, matching.timestep_high)
         return t, noise.randn_like(x)
 
-    def _look(self, x: Tensor, prompts: list[str]) -> Preview | None:
+    def _score_rollout(self, x: Tensor, prompts: list[str]) -> Preview | None:
         """Decodes the rollout and weighs it; None without a reward."""
         if self.weights is None or self.vae is None:
             return None
@@ -297,45 +299,6 @@ class DistillTrainer(TrainingLoop):
                 expected = "rollout.length beyond frames needs a vae that is a VideoAutoencoder"
                 raise ValueError(f"DistillTrainer: {expected}, got {type(self.vae).__name__}")
         return lengths
-
-    def _parts(self) -> dict[str, dict[str, Tensor]]:
-        return {
-            "student": trained_state(self.student),
-            "critic": trained_state(self.critic),
-            "ema": self.ema.tensors(),
-            **{name: optimizer_tensors(optimizer) for name, optimizer in self._optimizers().items()},
-            "draws": {"random": self.random.get_state()},
-        }
-
-    def _values(self) -> dict[str, Any]:
-        weights = self.weights.state_dict() if self.weights is not None else None
-        return {"order": self.order.state_dict(), "weights": weights}
-
-    def _check_values(self, own: dict[str, Any], source: str) -> None:
-        require_order(own.get("order"), len(self.prompts), f"{source}: order")
-        if self.weights is not None and own.get("weights") is not None:
-            require_history(own["weights"], self.weights.state_dict(), f"{source}: weights")
-
-    def _restore(self, parts: dict[str, dict[str, Tensor]], values: dict[str, Any]) -> None:
-        load_trained(self.student, parts["student"])
-        load_trained(self.critic, parts["critic"])
-        self.ema.load_tensors(parts.get("ema", {}))
-        for name, optimizer in self._optimizers().items():
-            load_optimizer_tensors(optimizer, parts.get(name, {}))
-        self.random.set_state(parts["draws"]["random"])
-        self.order.load_state_dict(values["order"])
-        if self.weights is not None and values.get("weights") is not None:
-            self.weights.load_state_dict(values["weights"])
-
-    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {"student_optimizer": self.student_optimizer, "critic_optimizer": self.critic_optimizer}
-
-    def _owners(self) -> dict[str, nn.Module]:
-        student = dict.fromkeys(("student", "ema", "student_optimizer"), self.student)
-        return {**student, "critic": self.critic, "critic_optimizer": self.critic}
-
-    def _identity(self) -> dict[str, Any]:
-        return super()._identity() | {"prompts": hashed(self.prompts)}
 
 
 def hashed(prompts: list[str]) -> str:

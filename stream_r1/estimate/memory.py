@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from stream_r1.config import SettingsError
-from stream_r1.distill.settings import LoopSettings
+from stream_r1.distill.settings import RunSettings
 from stream_r1.estimate.live import Bytes
 from stream_r1.estimate.networks import (
     Config,
@@ -52,7 +52,7 @@ class Cluster:
         return self.gpus // self.shards
 
 
-def cluster(settings: LoopSettings, batch: int, accumulation: int, gpus: int) -> Cluster:
+def cluster(settings: RunSettings, batch: int, accumulation: int, gpus: int) -> Cluster:
     """What a recipe makes of so many GPUs. Raises ValueError where they do not fit together."""
     if gpus < 1:
         raise ValueError(f"--gpus: expected at least 1, got {gpus}")

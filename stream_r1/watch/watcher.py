@@ -74,7 +74,7 @@ class Watcher:
         self._failing: set[str] = set()
         self._prompts = list(settings.prompts or trainer.prompts[:2])
         self._mapped = trainer.step if trainer.step else -1  # the last step that maps were made for
-        if not trainer.ranks.first:
+        if not trainer.ranks.is_main:
             return
         settings.require_packages()
         self.folder.mkdir(parents=True, exist_ok=True)

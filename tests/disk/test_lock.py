@@ -14,7 +14,7 @@ import torch
 
 from stream_r1.disk.lock import LOCK, OWNER, FolderInUseError, folder_lock
 from stream_r1.disk.processes import this_process
-from stream_r1.distill.state import list_checkpoints, save_checkpoint
+from stream_r1.distill.checkpoint_files import list_checkpoints, save_checkpoint
 
 
 @contextmanager

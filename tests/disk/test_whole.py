@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from stream_r1.disk.processes import this_process
 from stream_r1.disk.whole import clear_partial, write_text, written
-from stream_r1.distill.state import save_checkpoint
+from stream_r1.distill.checkpoint_files import save_checkpoint
 from stream_r1.evaluation import Reference
 from stream_r1.models.prompt_cache import PromptCache
 

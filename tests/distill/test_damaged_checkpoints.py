@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from small_run import settings, trainer
 from torch import Tensor
 
+from stream_r1.distill.checkpoint_files import flatten, list_checkpoints, load_checkpoint
 from stream_r1.distill.events import SetAside
 from stream_r1.distill.loop import TrainingLoop
-from stream_r1.distill.state import flatten, list_checkpoints, load_checkpoint
 from stream_r1.distill.verification import CheckpointError, DamagedCheckpointError
 
 CHOSEN = settings(steps=4, checkpoint_every=2)
@@ -37,9 +37,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> TrainingLoop:
 @pytest.fixture
 def folder(run: TrainingLoop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The run's, to be damaged."""
-    assert run.folder is not None
-    shutil.copytree(run.folder, tmp_path / "run")
-    monkeypatch.setattr(run, "folder", tmp_path / "run")
+    assert run.checkpoints.folder is not None
+    shutil.copytree(run.checkpoints.folder, tmp_path / "run")
+    monkeypatch.setattr(run.checkpoints, "folder", tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -155,7 +155,7 @@ def test_the_one_before_is_used_and_nothing_is_lost(
     resumed = run.resume()
     assert resumed == list_checkpoints(folder)[-1] == folder / "step-00000002.safetensors"
     parts, _ = load_checkpoint(resumed)
-    own = flatten(run._parts())
+    own = flatten(run.state.tensors())
     assert own.keys() == flatten(parts).keys()
     assert all(torch.equal(own[name], t) for name, t in flatten(parts).items())
     event = next(run.run())

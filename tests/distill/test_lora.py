@@ -8,16 +8,18 @@ import pytest
 import small_run
 import torch
 from distill_models import LATENT, LetterEncoder, tiny_student
-from torch import Tensor
+from torch import Tensor, nn
 
 from stream_r1.config import SettingsError
+from stream_r1.distill.checkpoint_files import load_checkpoint
 from stream_r1.distill.events import StepDone
 from stream_r1.distill.initialise import InitTrainer
 from stream_r1.distill.lora import without_adapters
 from stream_r1.distill.ode import OdePairs, OdeRegression
+from stream_r1.distill.run_state import trained
 from stream_r1.distill.settings import InitSettings, LoraSettings
-from stream_r1.distill.state import CheckpointError, load_checkpoint, trained
 from stream_r1.distill.trainer import DistillTrainer
+from stream_r1.distill.verification import CheckpointError
 from stream_r1.models.checkpoints import load_student
 
 LORA = {"rank": 2, "alpha": 6.0}  # a factor of 3
@@ -39,12 +41,12 @@ def gradients(run: DistillTrainer) -> dict[str, Tensor]:
     """Of the student's first update, before the optimizer."""
     caught = {}
 
-    def catch(name: str, optimizer: Any, losses: list[Tensor], clip: float, scalars: dict) -> None:
-        model = run.student if name == "student" else run.critic
+    def catch(name: str, model: nn.Module) -> bool:
         caught.update({f"{name}/{key}": p.grad.clone() for key, p in trained(model).items()})
-        scalars[f"{name}/skipped"] = 0.0
+        return True
 
-    run._descend = catch  # type: ignore[method-assign]
+    run.step_student = lambda *_: catch("student", run.student)  # type: ignore[assignment]
+    run.step_critic = lambda *_: catch("critic", run.critic)  # type: ignore[assignment]
     run.train_step()
     return caught
 
@@ -81,16 +83,18 @@ def test_gradients_are_the_dense_formula_s(checkpointing: bool) -> None:
 
 
 def everything(run: DistillTrainer) -> dict[str, Tensor]:
-    return {f"{part}/{k}": v for part, named in run._parts().items() for k, v in named.items()}
+    return {f"{part}/{k}": v for part, named in run.state.tensors().items() for k, v in named.items()}
 
 
 def test_adapters_alone_are_trained_kept_and_averaged(tmp_path: Path) -> None:
     run = trainer(tmp_path, critic_lora=LORA)
     before = {id(p): p.clone() for m in (run.student, run.critic) for p in m.parameters()}
     list(run.run())
-    for model, optimizer in ((run.student, run.student_optimizer), (run.critic, run.critic_optimizer)):
+    for model, step in ((run.student, run.step_student), (run.critic, run.step_critic)):
         adapters = [p for name, p in model.named_parameters() if ".lora_" in name]
-        assert [id(p) for group in optimizer.param_groups for p in group["params"]] == list(map(id, adapters))
+        assert [id(p) for group in step.optimizers[0].param_groups for p in group["params"]] == list(
+            map(id, adapters)
+        )
         for name, p in model.named_parameters():
             assert torch.equal(p, before[id(p)]) is (".lora_" not in name), name
     parts, _ = load_checkpoint(tmp_path / "step-00000004.safetensors")

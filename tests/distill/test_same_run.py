@@ -18,13 +18,13 @@ from distill_models import LATENT, StretchDecoder, tiny_student
 from torch import Tensor, nn
 from toy_rewards import SmoothReward
 
+from stream_r1.distill.checkpoint_files import list_checkpoints
 from stream_r1.distill.events import StepDone
 from stream_r1.distill.initialise import InitTrainer, Samples
 from stream_r1.distill.loop import TrainingLoop
 from stream_r1.distill.noise import seed_global_streams
 from stream_r1.distill.ode import OdePairs, OdeRegression
 from stream_r1.distill.settings import InitSettings, RolloutSettings
-from stream_r1.distill.state import list_checkpoints
 from stream_r1.models.text import TransformersEncoder
 from stream_r1.watch.settings import WatchSettings
 from stream_r1.watch.watcher import Watcher
@@ -100,13 +100,13 @@ def trained(run: TrainingLoop, watched: Path | None = None, until: int = STEPS) 
 
 def assert_same(got: TrainingLoop, expected: TrainingLoop) -> None:
     assert got.step == expected.step
-    mine, theirs = got._parts(), expected._parts()
+    mine, theirs = got.state.tensors(), expected.state.tensors()
     assert mine.keys() == theirs.keys()
     for part, named in mine.items():
         assert named.keys() == theirs[part].keys()
         differing = [name for name, t in named.items() if not torch.equal(t, theirs[part][name])]
         assert not differing, (part, differing)
-    assert got._values() == expected._values()
+    assert got.state.values() == expected.state.values()
 
 
 @pytest.fixture(scope="module")

@@ -1,3 +1,4 @@
+import functools
 import math
 import os
 import signal
@@ -12,12 +13,14 @@ from small_run import numbers
 from torch import Tensor
 from toy_rewards import SmoothReward
 
-from stream_r1.distill import state
+from stream_r1.distill import checkpoint_files
+from stream_r1.distill.checkpoint_files import list_checkpoints, load_checkpoint, save_checkpoint
 from stream_r1.distill.events import Saved, StepDone
-from stream_r1.distill.loop import DivergedError
+from stream_r1.distill.optimizer_step import DivergedError, OptimizerStep
+from stream_r1.distill.run_state import Ema
 from stream_r1.distill.settings import DistillSettings
-from stream_r1.distill.state import CheckpointError, Ema, list_checkpoints, load_checkpoint, save_checkpoint
 from stream_r1.distill.trainer import DistillTrainer
+from stream_r1.distill.verification import CheckpointError
 
 MODES = ["uniform", "re-dmd", "spatial", "temporal", "no-balance", "full"]
 
@@ -45,11 +48,11 @@ def everything(t: DistillTrainer) -> dict[str, Tensor]:
     out = {f"student/{k}": v for k, v in t.student.state_dict().items()}
     out |= {f"critic/{k}": v for k, v in t.critic.state_dict().items()}
     out |= {f"ema/{k}": v for k, v in t.ema.tensors().items()}
-    for name, optimizer in (("so", t.student_optimizer), ("co", t.critic_optimizer)):
+    for name, optimizer in (("so", t.step_student.optimizers[0]), ("co", t.step_critic.optimizers[0])):
         for index, entry in optimizer.state_dict()["state"].items():
             out |= {f"{name}/{index}/{key}": value for key, value in entry.items()}
-    out["random"] = t.random.get_state()
-    out["order"] = torch.tensor(list(t.order.state_dict().values()))
+    out["random"] = t.state.random.get_state()
+    out["order"] = torch.tensor(list(t.state.order.state_dict().values()))
     assert t.weights is not None
     out["history"] = torch.tensor(t.weights.state_dict()["history"], dtype=torch.float64)
     out["step"] = torch.tensor(t.step)
@@ -110,11 +113,12 @@ def test_accumulation_is_the_large_batch() -> None:
         run = trainer(batch=4, accumulation=accumulation, rollout={"steps": [1000, 500]})
         caught: dict[str, list[Tensor]] = {}
 
-        def catch(name: str, optimizer: Any, *rest: Any, into: dict[str, list[Tensor]] = caught) -> None:
-            into[name] = [p.grad.clone() for group in optimizer.param_groups for p in group["params"]]
-            rest[-1][f"{name}/skipped"] = 0.0
+        def catch(step: OptimizerStep, *_: Any, into: dict[str, list[Tensor]] = caught) -> bool:
+            into[step.name] = [p.grad.clone() for p in step.parameters]
+            return True
 
-        run._descend = catch  # type: ignore[method-assign]
+        for step in ("step_student", "step_critic"):
+            setattr(run, step, functools.partial(catch, getattr(run, step)))
         run.train_step()
         assert run.weights is not None
         gradients.append((caught["student"], caught["critic"], run.weights.state_dict()["history"]))
@@ -135,8 +139,8 @@ def test_gradients_are_clipped_once_an_update() -> None:
         grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
         seen.append(torch.stack([g.norm() for g in grads]).norm().item())
 
-    run.student_optimizer.register_step_pre_hook(measure)
-    run.critic_optimizer.register_step_pre_hook(measure)
+    run.step_student.optimizers[0].register_step_pre_hook(measure)
+    run.step_critic.optimizers[0].register_step_pre_hook(measure)
     run.train_step()
     assert seen == pytest.approx([1e-9, 1e-9], rel=1e-3)
 
@@ -318,14 +322,14 @@ def test_export_writes_the_averaged_student(tmp_path: Path) -> None:
 
 def _die_amid_saving(folder: Path) -> None:
     """Half of the file is on the disk when the process is killed."""
-    write = state.save_file
+    write = checkpoint_files.save_file
 
     def write_half(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
         write(tensors, path, metadata)
         os.truncate(path, path.stat().st_size // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    state.save_file = write_half
+    checkpoint_files.save_file = write_half
     save_checkpoint(folder, 2, {"a": {"x": torch.zeros(9)}}, {"n": 2})
 
 

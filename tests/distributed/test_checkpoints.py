@@ -25,7 +25,8 @@ from workers import (
     train_and_note,
 )
 
-from stream_r1.distill.state import CheckpointError, list_checkpoints
+from stream_r1.distill.checkpoint_files import list_checkpoints
+from stream_r1.distill.verification import CheckpointError
 
 SHARDED = {"shard": "full"}
 
@@ -229,7 +230,7 @@ def _resume_each(folders: list[Path], chosen: Any) -> list[tuple[str, list[str],
             path = run.resume()
             assert path is not None
             kept = sorted(file.name for file in folder.iterdir())
-            found.append((path.name, [event.reason for event in run.set_aside], kept))
+            found.append((path.name, [event.reason for event in run.checkpoints.set_aside], kept))
             ranks.barrier()
         return found
 

@@ -30,7 +30,7 @@ def _talk() -> dict[str, Any]:
             "summary": ranks.summary(
                 {"a": float(ranks.rank), "b/min": 1.0 + ranks.rank, "b/max": 2.0 * ranks.rank}
             ),
-            "first": ranks.from_first(f"said by {ranks.rank}"),
+            "first": ranks.broadcast(f"said by {ranks.rank}"),
             "gradients": [weights[0].grad, weights[1].grad],
         }
 

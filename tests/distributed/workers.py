@@ -24,7 +24,7 @@ from stream_r1.distill.initialise import InitTrainer
 from stream_r1.distill.ode import OdePairs, OdeRegression
 from stream_r1.distill.ranks import Ranks, join
 from stream_r1.distill.settings import DistillSettings, InitSettings
-from stream_r1.distill.sharding import whole
+from stream_r1.distill.sharding import full_tensor
 from stream_r1.distill.trainer import DistillTrainer
 
 
@@ -125,9 +125,9 @@ def starter(ranks: Ranks | None, folder: Path | None, chosen: InitSettings) -> I
 def everything(trainer: Any) -> dict[str, Tensor]:
     """Every tensor that training changed, whole."""
     out = {}
-    for part, named in trainer._parts().items():
-        out |= {f"{part}/{name}": whole(t).clone() for name, t in named.items()}
-    weights = trainer._values().get("weights")
+    for part, named in trainer.state.tensors().items():
+        out |= {f"{part}/{name}": full_tensor(t).clone() for name, t in named.items()}
+    weights = trainer.state.values()["own"].get("weights")
     if weights is not None:
         out["history"] = torch.tensor(weights["history"], dtype=torch.float64)
     return out
@@ -157,6 +157,6 @@ def train_and_note(folder: Path, chosen: Any, log: Path) -> None:
         trainer.resume()
         with log.open("a") as notes:
             for event in trainer.run():
-                if ranks.first:
+                if ranks.is_main:
                     notes.write(f"{'saved' if isinstance(event, Saved) else 'step'} {event.step}\n")
                     notes.flush()

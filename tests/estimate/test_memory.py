@@ -142,7 +142,7 @@ def test_the_reward_and_what_is_there_all_the_time(folder: Path, frozen: dict[st
     encoders = [real.text_encoder._model, real.weights.reward._text_encoder._model]  # type: ignore[union-attr, attr-defined]
     modules = [real.student, real.critic, real.teacher, real.vae, real.weights.reward, *encoders]  # type: ignore[union-attr]
     tensors = [x for m in modules for x in (*m.parameters(), *m.buffers())]  # type: ignore[union-attr]
-    optimizers = (real.student_optimizer, real.critic_optimizer)
+    optimizers = (real.step_student.optimizers[0], real.step_critic.optimizers[0])
     tensors += [x for o in optimizers for state in o.state.values() for x in state.values()]
     tensors += (real.ema.average or {}).values()
     assert always(plan) == pytest.approx(storages(tensors), rel=0.02)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from stream_r1 import assembly
 from stream_r1.cli import main
 from stream_r1.disk.lock import folder_lock
-from stream_r1.distill.state import list_checkpoints
+from stream_r1.distill.checkpoint_files import list_checkpoints
 
 
 def run(*arguments) -> int:

@@ -62,7 +62,7 @@ def watched(
 
 
 def state(run: DistillTrainer) -> dict[str, Tensor]:
-    parts, _ = run._state()
+    parts = run.state.tensors()
     return {f"{part}/{name}": t.clone() for part, named in parts.items() for name, t in named.items()}
 
 

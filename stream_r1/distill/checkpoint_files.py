@@ -1,4 +1,4 @@
-"""What outlives a training process: checkpoints, whole or not there, and the moving average of weights.
+"""Checkpoints as files, whole or not there.
 
 A checkpoint of one process is one safetensors file: every tensor under "<part>/<name>", everything else as
 JSON in its metadata. (Several processes write a folder of them, see `sharded_state`.) Nothing in it can run
@@ -8,21 +8,15 @@ leaves the previous checkpoint as it was.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import signal
-import threading
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from stream_r1.disk.lock import folder_lock
 from stream_r1.disk.whole import clear_partial, flush, flush_names, remove, written
@@ -160,135 +154,3 @@ def remove_old(folder: Path, keep: int | None) -> None:
         gone = old.with_name(f".{old.name}.partial")
         os.replace(old, gone)
         remove(gone)
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An optimizer's state as named tensors: "<parameter>/<what>". Its settings are the caller's to keep."""
-    state = optimizer.state_dict()["state"]
-    return {f"{index}/{key}": value for index, entry in state.items() for key, value in entry.items()}
-
-
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        index, _, key = name.partition("/")
-        state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that training changes: all, or adapters."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """A model's state without the weights that training leaves as they are."""
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    return {name: t for name, t in model.state_dict().items() if name not in frozen}
-
-
-def load_trained(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copies what `trained_state` gave into a model. Raises CheckpointError if they do not match."""
-    try:
-        missing = trained_state(model).keys() - tensors.keys()
-        if missing:
-            raise RuntimeError(f"missing {', '.join(sorted(missing))}")
-        unexpected = model.load_state_dict(tensors, strict=False).unexpected_keys
-        if unexpected:
-            raise RuntimeError(f"unexpected {', '.join(unexpected)}")
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{type(model).__name__}: the checkpoint is of another model: {error}"
-        ) from error
-
-
-class Ema:
-    """Moving average of a model's parameters in float32; the parameters themselves before `start`.
-
-    Args:
-        model: what is averaged, of it what is trained.
-        decay: of the average, per update.
-        start: first step that is averaged; the average begins as a copy then.
-    """
-
-    def __init__(self, model: nn.Module, decay: float, start: int = 0) -> None:
-        self.model = model
-        self.decay = decay
-        self.start = start
-        self.average: dict[str, Tensor] | None = None
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        if step < self.start:
-            return
-        parameters = trained(self.model)
-        if self.average is None:
-            self.average = {name: p.detach().float().clone() for name, p in parameters.items()}
-            return
-        for name, p in parameters.items():
-            self.average[name].lerp_(p.detach().float(), 1 - self.decay)
-
-    @contextlib.contextmanager
-    def applied(self) -> Iterator[nn.Module]:
-        """The model with the averaged weights in it; its own come back afterwards."""
-        if self.average is None:
-            yield self.model
-            return
-        own = {name: p.detach().clone() for name, p in trained(self.model).items()}
-        self._fill(self.average)
-        try:
-            yield self.model
-        finally:
-            self._fill(own)
-
-    @torch.no_grad()
-    def _fill(self, values: dict[str, Tensor]) -> None:
-        for name, p in trained(self.model).items():
-            p.copy_(values[name])
-        torch.clear_autocast_cache()  # its narrow copies are of the weights before
-
-    def tensors(self) -> dict[str, Tensor]:
-        return dict(self.average or {})
-
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        device = next(self.model.parameters()).device
-        self.average = {name: value.to(device) for name, value in tensors.items()} or None
-
-
-class StopRequest:
-    """Turns SIGINT (Ctrl-C), SIGTERM and SIGHUP (a lost terminal) into a request that a loop can honour at a
-    safe moment.
-
-        with StopRequest() as stop:
-            while not stop.signal: ...
-
-    A second SIGINT interrupts at once; more SIGTERMs change nothing: launchers and schedulers both send them.
-    Outside of the main thread signals are left alone, and only `request()` asks.
-    """
-
-    def __init__(self) -> None:
-        self.signal = 0
-        """The signal that asked to stop; 0: none."""
-        self._previous: dict[int, Any] = {}
-
-    def request(self) -> None:
-        """Asks as Ctrl-C does."""
-        self.signal = self.signal or signal.SIGINT
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.signal and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = self.signal or number
-
-    def __enter__(self) -> StopRequest:
-        self.signal = 0
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-                    self._previous[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
