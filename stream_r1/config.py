@@ -127,7 +127,7 @@ def read_recipe(path: str | Path, keys: Collection[str] | None = None) -> dict[s
     layers, opened = [data], {os.path.realpath(path)}
     while (base := layers[-1].pop("base", None)) is not None:
         if not isinstance(base, str) or not base.isprintable():
-            raise SettingsError(f"{path}: base: expected a file name, got {_kind(base)}")
+            raise SettingsError(f"{path}: base: expected a file name, got {shown(base)}")
         named, path = f"{path}: base", path.parent / base
         if os.path.realpath(path) in opened:
             raise SettingsError(f"{path}: base recipes go in a circle")
@@ -157,7 +157,7 @@ def _read(path: Path) -> dict[str, Any]:
     if data is None:
         data = {}
     if not isinstance(data, dict):
-        raise SettingsError(f"{path}: expected keys and values, got {_kind(data)}")
+        raise SettingsError(f"{path}: expected keys and values, got {shown(data)}")
     return data
 
 
@@ -234,56 +234,27 @@ def load_recipe(model: type[S], path: str | Path, overrides: Sequence[str] = ())
     return build(model, data, str(path) + (" with overrides" if overrides else ""))
 
 
-_EXPECTED = {
-    "float_type": "a number",
-    "float_parsing": "a number",
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "int_parsing": "a whole number",
-    "bool_type": "true or false",
-    "bool_parsing": "true or false",
-    "string_type": "text",
-    "path_type": "a path",
-    "list_type": "a list",
-    "tuple_type": "a list",
-    "dict_type": "keys and values",
-    "model_type": "keys and values",
-    "dataclass_type": "keys and values",
-}
-
-
 def _problem(model: type[BaseModel], error: dict[str, Any]) -> tuple[str, str]:
-    loc = list(error["loc"])
-    kind, came = error["type"], error["input"]
+    """The dotted key of one of pydantic's errors, and its message with what came and may have been meant."""
+    kind, came, place = error["type"], error["input"], error["loc"]
+    unknown = kind == "extra_forbidden"
     owner, keys = model, []
-    for part in loc[:-1] if loc else []:
-        owner_next = _field_model(owner, part) if isinstance(part, str) else None
-        if (
-            isinstance(part, int)
-            or owner_next is not None
-            or (isinstance(part, str) and part in owner.model_fields)
-        ):
-            keys.append(str(part))
-        if owner_next is not None:
-            owner = owner_next
-    last = str(loc[-1]) if loc else ""
-    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        return ".".join([*keys, _key(last)]), _unknown(last, list(owner.model_fields))
-    if loc and (last in owner.model_fields or isinstance(loc[-1], int)):
-        keys.append(last)
-    key = ".".join(keys)
-    if kind == "missing":
-        return key, "is required and has no default"
-    if kind == "literal_error":
-        return key, f"expected one of {_choices(error)}, got {shown(came)}{_near(came, _literals(error))}"
-    if kind == "enum":
-        return key, f"expected one of {error['ctx']['expected']}, got {shown(came)}"
-    if kind == "value_error":
-        return key, str(error["ctx"]["error"])
-    if kind in _EXPECTED:
-        return key, f"expected {_EXPECTED[kind]}, got {_kind(came)}"
-    text = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return key, f"expected {text}, got {_kind(came)}"
+    for at, part in enumerate(place):
+        ends = at == len(place) - 1
+        if isinstance(part, int) or part in owner.model_fields or (unknown and ends):
+            keys.append(_key(str(part)))  # what else is there are members of unions
+        if isinstance(part, str) and not ends:
+            owner = _field_model(owner, part) or owner
+    key, message = ".".join(keys), error["msg"].removeprefix("Value error, ")
+    if unknown:
+        valid = list(owner.model_fields)
+        return key, f"unknown key{_near(place[-1], valid)}; valid keys: {', '.join(valid)}"
+    if kind in ("value_error", "missing"):
+        return key, message[0].lower() + message[1:] if kind == "missing" else message
+    if message.startswith("Input should be "):
+        message = "expected " + message.removeprefix("Input should be ")
+    choices = re.findall(r"'([^']*)'", message) if kind in ("literal_error", "enum") else []
+    return key, f"{message}, got {shown(came)}{_near(came, choices)}"
 
 
 def _merge_unions(problems: list[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -300,38 +271,9 @@ def _key(name: str) -> str:
     return name if len(name) <= 80 and name.isprintable() else shown(name)
 
 
-def _unknown(key: str, valid: list[str]) -> str:
-    near = difflib.get_close_matches(key[:80], valid, n=1, cutoff=0.6)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown key; {hint}valid keys: {', '.join(valid)}"
-
-
-def _literals(error: dict[str, Any]) -> list[str]:
-    return re.findall(r"'([^']*)'", error["ctx"]["expected"])
-
-
-def _choices(error: dict[str, Any]) -> str:
-    found = _literals(error)
-    return ", ".join(found) if found else str(error["ctx"]["expected"])
-
-
 def _near(came: Any, valid: list[str]) -> str:
     near = difflib.get_close_matches(str(came)[:80], valid, n=1, cutoff=0.6)
     return f" (did you mean {near[0]!r}?)" if near else ""
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "nothing (null)"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return shown(value)
-    if isinstance(value, str):
-        return f"the text {shown(value)}"
-    if isinstance(value, dict):
-        return "keys and values"
-    return "a list" if isinstance(value, list) else type(value).__name__
 
 
 def _field_model(owner: type[BaseModel], name: str) -> type[BaseModel] | None:

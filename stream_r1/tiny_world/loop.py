@@ -7,7 +7,7 @@ is constant after a warm-up and falls over the last part: a finished run can be 
 from __future__ import annotations
 
 import logging
-import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +17,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from stream_r1.config import Settings, SettingsError
+from stream_r1.disk.whole import written
+from stream_r1.distill.optimizer_step import OptimizerStep
 from stream_r1.distill.precision import computing_in
+from stream_r1.distill.run_state import trained
+from stream_r1.distill.stopping import StopRequest
 from stream_r1.tiny_world.muon import Muon
 
 log = logging.getLogger(__name__)
@@ -79,97 +83,99 @@ class Loop:
         self.model, self.settings, self.path = model, settings, state
         self.step = 0
         self.generator = torch.Generator().manual_seed(settings.seed)
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         chosen = is_matrix or (lambda name, p: p.ndim >= 2 and min(p.shape[0], p[0].numel()) >= 16)
-        self._parameters = [p for _, p in named]
-        self._optimizers: list[torch.optim.Optimizer] = [
+        self._parameters = trained(model)
+        named = self._parameters.items()
+        self._optimizer_step = OptimizerStep(
+            "model",
             Muon([p for n, p in named if chosen(n, p)], settings.lr, weight_decay=settings.weight_decay),
             torch.optim.AdamW(
                 [p for n, p in named if not chosen(n, p)], settings.lr, betas=(0.9, 0.95), weight_decay=0.0
             ),
-        ]
+            parameters=list(self._parameters.values()),
+            clip=settings.clip,
+        )
         self.average = {name: p.detach().clone() for name, p in named}
-        self._names = [name for name, _ in named]
         if state.exists():
             self._load()
 
     def run(self, loss: Callable[[], tuple[Tensor, dict[str, float]]]) -> Iterator[int]:
         """Train until `steps`; yields the step number after each. ``loss`` draws its batch from
         ``generator``.
+
+        Ctrl-C and SIGTERM finish the step under way and save the state before they do what they do.
+
+        Raises:
+            DivergedError: the loss or its gradient is not finite.
         """
         settings, started, first = self.settings, time.monotonic(), self.step
         saved, shown = started, dict[str, float]()
-        while self.step < settings.steps:
-            with self._precision():
-                value, figures = loss()
-            if not torch.isfinite(value):
-                raise FloatingPointError(f"step {self.step}: the loss is {value.item()}")
-            value.backward()
-            self._update()
-            for name, figure in {"loss": value.item(), **figures}.items():
-                shown[name] = figure if name not in shown else 0.95 * shown[name] + 0.05 * figure
-            if self.step % settings.log_steps == 0:
-                pace = (time.monotonic() - started) / (self.step - first)
-                figures_text = " ".join(f"{name} {figure:.4f}" for name, figure in shown.items())
-                log.info("step %d/%d  %s  %.2f s a step", self.step, settings.steps, figures_text, pace)
-            if time.monotonic() - saved > settings.save_seconds or self.step == settings.steps:
-                self.save()
-                saved = time.monotonic()
-            yield self.step
+        with StopRequest() as stop:
+            while self.step < settings.steps and not stop.signal:
+                with self._precision():
+                    value, figures = loss()
+                value.backward()
+                self._update(value.detach())
+                for name, figure in {"loss": value.item(), **figures}.items():
+                    shown[name] = figure if name not in shown else 0.95 * shown[name] + 0.05 * figure
+                if self.step % settings.log_steps == 0:
+                    pace = (time.monotonic() - started) / (self.step - first)
+                    figures_text = " ".join(f"{name} {figure:.4f}" for name, figure in shown.items())
+                    log.info("step %d/%d  %s  %.2f s a step", self.step, settings.steps, figures_text, pace)
+                if time.monotonic() - saved > settings.save_seconds or self.step == settings.steps:
+                    self.save()
+                    saved = time.monotonic()
+                yield self.step
+        if stop.signal:
+            self.save()
+            signal.raise_signal(stop.signal)
 
     def _precision(self) -> torch.autocast:
         return computing_in("bfloat16" if self.settings.bfloat16 else "float32", torch.device("cpu"))
 
-    def _update(self) -> None:
-        rate = self.settings.rate(self.step)
-        torch.nn.utils.clip_grad_norm_(self._parameters, self.settings.clip)
-        for optimizer in self._optimizers:
+    def _update(self, loss: Tensor) -> None:
+        for optimizer in self._optimizer_step.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate
-            with self._precision():
-                optimizer.step()
-            optimizer.zero_grad()
+                group["lr"] = self.settings.rate(self.step)
+        with self._precision():
+            self._optimizer_step(self.step + 1, [loss], {})
         self.step += 1
         keep = min(self.settings.ema, self.step / (self.step + 9))
-        for name, p in zip(self._names, self._parameters, strict=True):
+        for name, p in self._parameters.items():
             self.average[name].lerp_(p.detach(), 1 - keep)
 
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange the model's weights and their average: once at the end, or twice around a look."""
-        for name, p in zip(self._names, self._parameters, strict=True):
+        for name, p in self._parameters.items():
             kept = p.detach().clone()
             p.copy_(self.average[name])
             self.average[name] = kept
 
     def save(self) -> None:
-        """Write the state beside the old one, then put it in its place."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        torch.save(
-            {
-                "step": self.step,
-                "generator": self.generator.get_state(),
-                "model": dict(zip(self._names, self._parameters, strict=True)),
-                "average": self.average,
-                "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
-            },
-            part,
-        )
-        os.replace(part, self.path)
+        """Write the state, whole or not at all."""
+        state = {
+            "step": self.step,
+            "generator": self.generator.get_state(),
+            "model": self._parameters,
+            "average": self.average,
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizer_step.optimizers],
+        }
+        with written(self.path) as place:
+            torch.save(state, place)
 
     def _load(self) -> None:
         state = torch.load(self.path, weights_only=True)
-        if list(state["average"]) != self._names:
+        if list(state["average"]) != list(self._parameters):
             raise SettingsError(
                 f"{self.path}: holds another model's training state; remove it or name another folder"
             )
         self.step = state["step"]
         self.generator.set_state(state["generator"])
         with torch.no_grad():
-            for name, p in zip(self._names, self._parameters, strict=True):
+            for name, p in self._parameters.items():
                 p.copy_(state["model"][name])
                 self.average[name].copy_(state["average"][name])
-        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
+        for optimizer, saved in zip(self._optimizer_step.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         log.info("%s: going on from step %d", self.path, self.step)

@@ -1,10 +1,13 @@
 """The training loop: resuming changes nothing, the average is one, and Muon's update is orthogonal."""
 
+import signal
+
 import pytest
 import torch
 from torch import nn
 
 from stream_r1.config import SettingsError
+from stream_r1.distill.optimizer_step import DivergedError
 from stream_r1.tiny_world.loop import Loop, LoopSettings
 from stream_r1.tiny_world.muon import Muon, orthogonalise
 
@@ -16,12 +19,13 @@ def make_loop(folder, steps):
     return Loop(model, settings, folder / "state.pt")
 
 
-def train(loop):
-    def loss():
-        x = torch.randn(16, 24, generator=loop.generator)
-        return (loop.model(x) - x).square().mean(), {}
+def loss_of(loop):
+    x = torch.randn(16, 24, generator=loop.generator)
+    return (loop.model(x) - x).square().mean(), {}
 
-    return list(loop.run(loss))
+
+def train(loop):
+    return list(loop.run(lambda: loss_of(loop)))
 
 
 def test_resumed_training_equals_unbroken_training_bit_for_bit(tmp_path):
@@ -58,8 +62,23 @@ def test_another_models_state_is_refused(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
     loop = make_loop(tmp_path, 3)
-    with pytest.raises(FloatingPointError, match="nan"):
+    with pytest.raises(DivergedError, match="loss nan"):
         list(loop.run(lambda: (sum(p.sum() for p in loop.model.parameters()) * float("nan"), {})))
+
+
+def test_a_signal_saves_the_step_under_way_and_then_interrupts(tmp_path):
+    whole, loop = make_loop(tmp_path / "whole", 6), make_loop(tmp_path / "parts", 6)
+    train(whole)
+    steps = loop.run(lambda: loss_of(loop))
+    assert [next(steps), next(steps)] == [1, 2]
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        next(steps)
+    again = make_loop(tmp_path / "parts", 6)
+    assert again.step == 2
+    train(again)
+    for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_the_rate_rises_stays_and_falls():
