@@ -156,7 +156,7 @@ def write_ode_pairs(recipe: InitRecipe, ranks: Ranks | None = None) -> Iterator[
         schedule=FlowSchedule(size.shift),
         steps=size.steps,
         solver_steps=recipe.pairs.solver_steps,
-        guidance=recipe.pairs.guidance,
+        guidance_scale=recipe.pairs.guidance_scale,
         order=recipe.pairs.order,
         batch=recipe.pairs.batch,
         seed=recipe.seed,
@@ -192,7 +192,7 @@ def _require_fitting(recipe: InitRecipe, pairs: OdePairs) -> None:
             ("rollout.shift", size.shift, made_with.get("shift", size.shift)),
             *(
                 (f"pairs.{name}", asked, made_with.get(name, asked))
-                for name in ("guidance", "solver_steps", "order")
+                for name in ("guidance_scale", "solver_steps", "order")
                 for asked in [getattr(recipe.pairs, name)]
             ),
         )

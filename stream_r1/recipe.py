@@ -28,14 +28,14 @@ from stream_r1.distill.settings import (
     Count,
     DistillSettings,
     Frames,
+    GuidanceSettings,
     InitSettings,
-    NotNegative,
     Positive,
     RolloutSettings,
 )
 from stream_r1.messages import shown, some
 from stream_r1.models.sizes import read_sizes
-from stream_r1.models.text import MINILM_DIM, WAN_NEGATIVE_PROMPT
+from stream_r1.models.text import MINILM_DIM
 from stream_r1.rewards.wrong import WrongKind
 from stream_r1.watch.settings import WatchSettings
 
@@ -172,13 +172,13 @@ class InitModelPaths(Settings):
     text: str = "minilm"
 
 
-class PairSettings(Settings):
+class PairSettings(GuidanceSettings):
     """The teacher's trajectories that a start is learnt from: arguments of `make_ode_pairs`.
 
     folder: where they are kept.
     count: how many.
     solver_steps: steps of the teacher's solver.
-    guidance: a conventional scale minus 1.
+    guidance_scale: as `matching.guidance_scale` of a distillation.
     negative_prompt: as `matching.negative_prompt` of a distillation.
     order: of the solver: 1 is Euler's, 2 a second-order one.
     batch: trajectories made together.
@@ -187,15 +187,8 @@ class PairSettings(Settings):
     folder: str
     count: Annotated[int, Field(ge=1, le=10**7)] = 1000
     solver_steps: Annotated[int, Field(ge=1, le=10**5)] = 48
-    guidance: NotNegative = 3.0
-    negative_prompt: str = ""
     order: Literal[1, 2] = 2
     batch: Count = 4
-
-    @property
-    def negative_text(self) -> str:
-        """The negative prompt in full; "wan" is Wan's own, as in `MatchingSettings`."""
-        return WAN_NEGATIVE_PROMPT if self.negative_prompt == "wan" else self.negative_prompt
 
 
 class InitRecipe(InitSettings):

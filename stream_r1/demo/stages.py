@@ -100,7 +100,7 @@ def teacher_videos(
         schedule=FlowSchedule(shape.shift),
         steps=shape.steps,
         solver_steps=solver_steps,
-        guidance=recipe.matching.guidance,
+        guidance_scale=recipe.matching.guidance_scale,
     )
     return list(models.vae.decode(trajectories[:, -1]))
 

@@ -37,8 +37,7 @@ class DistributionMatching:
         teacher: frozen; every frame sees every other.
         critic: a copy of the teacher that learns.
         negative: [1, L, D], the text embedding that guidance moves away from.
-        guidance: w of x0 = cond + w (cond - uncond): a conventional guidance scale minus 1; 0 turns guidance
-            off.
+        guidance_scale: s of x0 = uncond + s (cond - uncond); 1 is no guidance. The paper's w is s - 1.
     """
 
     def __init__(
@@ -48,13 +47,13 @@ class DistributionMatching:
         negative: Tensor,
         *,
         schedule: FlowSchedule,
-        guidance: float = 3.0,
+        guidance_scale: float = 4.0,
     ) -> None:
         self.teacher = teacher
         self.critic = critic
         self.negative = negative
         self.schedule = schedule
-        self.guidance = guidance
+        self.guidance = guidance_scale - 1  # w of x0 = cond + w (cond - uncond)
 
     def real_x0(self, x_t: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor | None]:
         """The teacher's x0 with the text and with the negative (None without guidance)."""

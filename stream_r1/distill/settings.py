@@ -156,23 +156,40 @@ class RolloutSettings(Settings):
         return list(range(low, high + 1, chunk))
 
 
-class MatchingSettings(Settings):
-    """How the scores are compared.
+class GuidanceSettings(Settings):
+    """Guidance of the teacher.
 
-    guidance: a conventional scale minus 1; 0 turns it off.
+    guidance_scale: uncond + scale (cond - uncond), as diffusers counts; 1 is no guidance.
     negative_prompt: the text that it leads away from, or "wan" for the one that Wan's teachers are used with.
-    timestep_low, timestep_high: the timesteps at which scores are compared are held to these.
     """
 
-    guidance: NotNegative = 3.0
+    guidance_scale: Annotated[float, Field(ge=1)] = 4.0
     negative_prompt: str = ""
-    timestep_low: Timestep = 20.0
-    timestep_high: Timestep = 980.0
 
     @property
     def negative_text(self) -> str:
         """The negative prompt in full."""
         return WAN_NEGATIVE_PROMPT if self.negative_prompt == "wan" else self.negative_prompt
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tell_the_new_key(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("guidance"), int | float):
+            scale = data["guidance"] + 1
+            raise ValueError(f"guidance: is 1 less than guidance_scale, write guidance_scale: {scale}")
+        return data
+
+
+class MatchingSettings(GuidanceSettings):
+    """How the scores are compared.
+
+    guidance_scale: uncond + scale (cond - uncond), as diffusers counts; 1 is no guidance.
+    negative_prompt: the text that it leads away from, or "wan" for the one that Wan's teachers are used with.
+    timestep_low, timestep_high: the timesteps at which scores are compared are held to these.
+    """
+
+    timestep_low: Timestep = 20.0
+    timestep_high: Timestep = 980.0
 
     @model_validator(mode="after")
     def _low_below_high(self) -> MatchingSettings:

@@ -118,7 +118,7 @@ class DistillTrainer(TrainingLoop):
             self.critic,
             negative if negative is not None else self._embed([settings.matching.negative_text]),
             schedule=self.schedule,
-            guidance=settings.matching.guidance,
+            guidance_scale=settings.matching.guidance_scale,
         )
         student_optimizer = make_adamw(self.student, settings.student)
         critic_optimizer = make_adamw(self.critic, settings.critic)

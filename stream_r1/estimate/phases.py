@@ -117,7 +117,7 @@ def _distillation(plan: Plan, depth: int) -> list[Phase]:
             critic,
             torch.zeros_like(text[:1]),
             schedule=schedule,
-            guidance=settings.matching.guidance,
+            guidance_scale=settings.matching.guidance_scale,
         )
         t = torch.full((plan.samples,), 500.0)
 

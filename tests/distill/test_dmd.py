@@ -22,7 +22,7 @@ def test_the_gradient_is_the_difference_of_the_scores(weighted: bool) -> None:
     """Written out a sample at a time with diffusers' models, in their own layout."""
     x, eps, text, negative, t = inputs()
     teacher, critic = tiny_teacher(1).eval(), tiny_teacher(2).eval()
-    matching = DistributionMatching(teacher, critic, negative, schedule=SCHEDULE, guidance=3.0)
+    matching = DistributionMatching(teacher, critic, negative, schedule=SCHEDULE, guidance_scale=4.0)
     weights = None
     if weighted:
         g = torch.Generator().manual_seed(1)
@@ -55,7 +55,9 @@ def test_the_gradient_is_the_difference_of_the_scores(weighted: bool) -> None:
 
 def test_without_guidance_the_negative_is_not_asked() -> None:
     x, _, text, negative, t = inputs()
-    matching = DistributionMatching(tiny_teacher(), tiny_teacher(), negative, schedule=SCHEDULE, guidance=0.0)
+    matching = DistributionMatching(
+        tiny_teacher(), tiny_teacher(), negative, schedule=SCHEDULE, guidance_scale=1.0
+    )
     with torch.no_grad():
         cond, uncond = matching.real_x0(x, t, text)
     assert uncond is None

@@ -50,7 +50,7 @@ def test_trajectories_of_an_exact_teacher() -> None:
                 noise,
                 negative=negative,
                 schedule=SCHEDULE,
-                guidance=2.0,
+                guidance_scale=3.0,
                 solver_steps=solver_steps,
                 order=order,
             )
@@ -184,7 +184,7 @@ def test_making_pairs_goes_on_where_it_broke_off(tmp_path: Path) -> None:
     assert a.trajectories.only(-1).shape == everything[:, -1].shape
     assert a.text_index.tolist() == b.text_index.tolist() == [0, 1, 0, 1, 0]
     with pytest.raises(ValueError, match="was made with"):
-        make(tmp_path / "whole", 5, guidance=1.0)
+        make(tmp_path / "whole", 5, guidance_scale=3.0)
     with pytest.raises(ValueError, match="made of other prompts"):
         load_ode_pairs(tmp_path / "whole", text[:1])
     (tmp_path / "broken" / "pairs-000002.safetensors").unlink()
@@ -200,7 +200,7 @@ def test_files_that_do_not_agree_are_refused(tmp_path: Path) -> None:
     other, text = tmp_path / "whole" / "pairs-000002.safetensors", torch.zeros(2, 8, 16)
     whole = other.read_bytes()
     for name, changes in {
-        "guidance": {"guidance": 1.0},
+        "guidance_scale": {"guidance_scale": 3.0},
         "solver_steps": {"solver_steps": 4},
         "steps": {"steps": (1000, 250)},
         "shift": {"schedule": FlowSchedule(3.0)},

@@ -109,6 +109,7 @@ def test_files_that_are_no_recipes(tmp_path, text, told):
 @pytest.mark.parametrize(
     ("override", "told"),
     [
+        ("matching.guidance=1.5", "matching: guidance: is 1 less than .* write guidance_scale: 2.5"),
         ("weighting.mode=ful", "did you mean 'full'?"),
         ("accumulation=3", "expected a divisor of batch"),
         ("rollout.steps=[250, 500]", "falling timesteps"),

@@ -63,7 +63,7 @@ def _train(context: Context, name: str) -> float:
         for model in (student, critic)
     ]
     matching = DistributionMatching(
-        teacher, critic, torch.zeros(1, *s.text, device=device), schedule=FlowSchedule(), guidance=3.0
+        teacher, critic, torch.zeros(1, *s.text, device=device), schedule=FlowSchedule(), guidance_scale=4.0
     )
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
