@@ -9,7 +9,6 @@ and their number: Ctrl-C with 130, SIGTERM with 143, a lost terminal (SIGHUP) wi
 from __future__ import annotations
 
 import io
-import math
 import os
 import sys
 import warnings
@@ -19,9 +18,9 @@ from typing import Annotated, Any
 
 import typer
 
+from stream_r1.cli_streams import sample, serve
 from stream_r1.ends import told
 
-_MOST_PROMPTS = 256
 _Misused: Any = typer.BadParameter.__base__  # of the arguments, whatever is wrong with them
 
 app = typer.Typer(
@@ -110,101 +109,8 @@ def estimate(
     run(recipe, overrides or [], gpus=gpus, device=device, as_json=as_json)
 
 
-@app.command()
-def sample(
-    prompts: Annotated[
-        list[str] | None, typer.Argument(help="One or more prompts; they make one batch.")
-    ] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="A prompt, as an option; repeatable.")] = None,
-    out: Annotated[Path, typer.Option(help="The mp4; several prompts are numbered.")] = Path(
-        "out/sample.mp4"
-    ),
-    models: Annotated[
-        str,
-        typer.Option(
-            "--models",
-            "--model",
-            help="Folder with student/ and vae/, or a diffusers folder or hub repository.",
-        ),
-    ] = "assets/tiny",
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Another student: a .pt or .safetensors file, or a folder of them.")
-    ] = None,
-    network: Annotated[
-        str | None,
-        typer.Option(help="Of several in the checkpoint: generator_ema (default, if there) or generator."),
-    ] = None,
-    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter's folder, merged into it.")] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="How it streams: stream-r1, reward-forcing or self-forcing.")
-    ] = None,
-    decoder: Annotated[
-        str | None, typer.Option(help="taehv:PATH decodes with the tiny taew2_1.pth instead of the VAE.")
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16 or float16; auto: bfloat16 on a GPU, else float32.")
-    ] = "auto",
-    vae_dtype: Annotated[
-        str,
-        typer.Option(
-            help="The same, of VAE or decoder; auto: float32, small assets bfloat16 where the CPU has it."
-        ),
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto: a GPU if there is one.")] = "auto",
-    vae_device: Annotated[str | None, typer.Option(help="Of the VAE, if another.")] = None,
-    text_device: Annotated[str | None, typer.Option(help="Of the text encoder, if another.")] = None,
-    offload: Annotated[
-        bool, typer.Option("--offload", help="Idle models wait in the CPU's memory: only one is on the GPU.")
-    ] = False,
-    cuda_graph: Annotated[
-        bool, typer.Option("--cuda-graph", help="Replay the student's passes as CUDA graphs (on a GPU).")
-    ] = False,
-    text_cache: Annotated[
-        Path | None,
-        typer.Option(help="Folder that keeps prompt embeddings (default: ~/.cache/stream-r1/prompts)."),
-    ] = None,
-    size: Annotated[str | None, typer.Option(help="Height x width in pixels, as 480x832.")] = None,
-    seconds: Annotated[float, typer.Option(min=0.1, max=1e6, help="Length; Ctrl-C ends it earlier.")] = 5.0,
-    forever: Annotated[bool, typer.Option("--forever", help="Until Ctrl-C.")] = False,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same video, bit for bit.")] = 0,
-    start: Annotated[Path | None, typer.Option(help="Video or picture to go on from.")] = None,
-    scale: Annotated[int, typer.Option(min=1, help="Enlarge the pictures by a whole factor.")] = 1,
-    sheet: Annotated[bool, typer.Option("--sheet", help="Write a contact sheet (PNG) too.")] = False,
-) -> None:
-    """Stream a student into mp4 files, written as frames arrive."""
-    from stream_r1.commands.sample import Models, Output, run
-
-    prompts = [*(prompts or ()), *(prompt or ())]
-    if not prompts:
-        raise typer.BadParameter(
-            'expected at least one, as in: stream-r1 sample "a rabbit"', param_hint="prompts"
-        )
-    if len(prompts) > _MOST_PROMPTS:
-        raise typer.BadParameter(
-            f"expected at most {_MOST_PROMPTS}, which make one batch, got {len(prompts)}",
-            param_hint="prompts",
-        )
-    if not math.isfinite(seconds):
-        raise typer.BadParameter(f"expected a finite number, got {seconds}", param_hint="--seconds")
-    named = Models(
-        folder=models,
-        checkpoint=checkpoint,
-        network=network,
-        adapter=adapter,
-        preset=preset,
-        decoder=decoder,
-        dtype=dtype,
-        vae_dtype=vae_dtype,
-        device=device,
-        vae_device=vae_device,
-        text_device=text_device,
-        offload=offload,
-        text_cache=text_cache,
-        cuda_graph=cuda_graph,
-    )
-    length = None if forever else seconds
-    output = Output(path=out, scale=scale, sheet=sheet)
-    run(prompts, output, named, size=size, seconds=length, seed=seed, start=start)
+app.command()(sample)
+app.command()(serve)
 
 
 @app.command()

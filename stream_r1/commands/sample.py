@@ -75,7 +75,7 @@ class Models:
         named = {"--checkpoint": self.checkpoint, "--adapter": self.adapter, "--decoder": decoder}
         return {"--models": locate(self.folder), **named}
 
-    def load(self, size: tuple[int, int] | None) -> StreamR1Pipeline:
+    def load(self, size: tuple[int, int] | None, keep_text_encoder: bool = False) -> StreamR1Pipeline:
         device = _device("--device", self.device)
         return StreamR1Pipeline.from_pretrained(
             locate(self.folder),
@@ -86,7 +86,7 @@ class Models:
             decoder=self.decoder,
             size=size,
             text_cache=self.text_cache or default_cache() / "prompts",
-            keep_text_encoder=False,
+            keep_text_encoder=keep_text_encoder,
             dtype=_dtype("--dtype", self.dtype, device),
             vae_dtype=None if self.vae_dtype == "auto" else _dtype("--vae-dtype", self.vae_dtype, device),
             device=device,
@@ -109,7 +109,7 @@ def run(
 ) -> None:
     """Stream `seconds` (None: until Ctrl-C) of every prompt, and say how fast it was."""
     console = make_console(lasting=True)
-    wanted = None if size is None else _size(size)
+    wanted = None if size is None else as_size(size)
     if wanted is not None:
         check_side("--scale", *wanted, output.scale)
     for prompt in prompts:
@@ -182,7 +182,8 @@ def _write(
         )
 
 
-def _size(text: str) -> tuple[int, int]:
+def as_size(text: str) -> tuple[int, int]:
+    """Height and width of text such as 64x112; ValueError for another."""
     found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
     if not found:
         raise ValueError(f"--size: expected height x width as 64x112, got {shown(text)}")
