@@ -21,8 +21,8 @@ from torch import Tensor
 
 from stream_r1.models.autoencoder import StreamDecoder
 from stream_r1.sampling.pipeline import StreamR1Pipeline
-from stream_r1.sampling.sampler import Stream
 from stream_r1.sampling.start import read_start
+from stream_r1.sampling.stream import Stream
 
 T = TypeVar("T")
 _QUALITY = 88  # of JPEG
