@@ -35,8 +35,9 @@ def run(settings: Settings, host: str, port: int, workers: int) -> None:
     with tempfile.TemporaryDirectory(prefix="stream-r1-") as folder:
         if settings.recordings is None:
             settings = replace(settings, recordings=Path(folder))
-        # a viewer's socket that takes nothing is closed after 40 s
-        options = {"host": host, "port": port, "log_level": "warning", "ws_max_size": MAX_UPLOAD + 1024}
+        options = {"host": host, "port": port, "log_level": "warning"}
+        # JPEG does not get smaller; a connection that answers no ping is closed after 40 s
+        options |= {"ws_max_size": MAX_UPLOAD + 1024, "ws_per_message_deflate": False}
         if workers == 1:
             uvicorn.run(create_app(settings), **options)  # type: ignore[arg-type]
         else:

@@ -98,6 +98,8 @@ class Room:
     def leave(self, viewer: Viewer) -> None:
         self.viewers.discard(viewer)
         self.left_at = time.monotonic()
+        if not self.viewers:
+            self._deadline = None
         self._tell_state()
 
     def change(self, change: Change) -> None:
@@ -278,7 +280,7 @@ class Room:
     async def _show(self) -> None:
         due = time.monotonic()
         while True:
-            while not self._queue or self.paused:
+            while not self._queue or self.paused or not self.viewers:
                 self._ready.clear()
                 await self._ready.wait()
             now = time.monotonic()
@@ -289,7 +291,7 @@ class Room:
             due = max(due, now - 1 / self._fps)  # late frames are not made up for
             if due > now:
                 await asyncio.sleep(due - now)
-                if not self._queue or self._queue[0] is not chunk or self.paused:
+                if not self._queue or self._queue[0] is not chunk or self.paused or not self.viewers:
                     continue  # flushed meanwhile
             if not chunk.begun and len(self._queue) == 1:
                 self._deadline = due + len(chunk.pictures) / self._fps

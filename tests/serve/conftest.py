@@ -38,7 +38,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     config = uvicorn.Config(
-        create_app(settings, pipeline), port=port, log_level="error", ws_max_size=MAX_UPLOAD + 1024
+        create_app(settings, pipeline),
+        port=port,
+        log_level="error",
+        ws_max_size=MAX_UPLOAD + 1024,
+        ws_per_message_deflate=False,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
