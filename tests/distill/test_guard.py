@@ -1,0 +1,107 @@
+"""The guard's judgement, on figures made by known changes of a picture."""
+
+import json
+
+import pytest
+import torch
+from torch.nn import functional
+
+from stream_r1.distill.guard import Guard, GuardSettings, figures_of
+
+
+def videos(saturation=1.0, blur=0, speed=1.0):
+    """Coloured noise that slides: [2, 9, 3, 32, 48]."""
+    torch.manual_seed(0)
+    picture = torch.rand(2, 3, 32, 160)
+    if blur:
+        picture = functional.avg_pool2d(picture, 2 * blur + 1, 1, blur)
+    grey = picture.mean(1, keepdim=True)
+    picture = (grey + saturation * (picture - grey)).clamp(0, 1)
+    frames = [picture[..., round(2 * speed * t) : round(2 * speed * t) + 48] for t in range(9)]
+    return torch.stack(frames, 1)
+
+
+def test_each_figure_follows_what_it_is_named_for():
+    usual = figures_of(videos())
+    assert figures_of(videos(saturation=0.5))["saturation"] == pytest.approx(
+        0.5 * usual["saturation"], rel=0.05
+    )
+    assert figures_of(videos(blur=2))["sharpness"] < 0.8 * usual["sharpness"]
+    assert figures_of(videos(blur=2, speed=0.5))["motion"] < figures_of(videos(blur=2))["motion"]
+    assert figures_of(videos(speed=0))["motion"] == 0
+    faded = figures_of(0.5 + 0.3 * (videos() - 0.5))  # less contrast is neither blur nor standstill
+    assert faded["sharpness"] == pytest.approx(usual["sharpness"], rel=0.02)
+    assert faded["motion"] == pytest.approx(usual["motion"], rel=0.02)
+
+
+def judged(*looks, **settings):
+    guard = Guard(GuardSettings(**settings))
+    return guard, [guard.look(look) for look in looks]
+
+
+def look(reward=None, **changes):
+    return figures_of(videos(**changes)) | ({} if reward is None else {"reward": reward})
+
+
+def test_a_student_that_changes_little_raises_no_alarm():
+    guard, faults = judged(*[look(saturation=1 - 0.02 * i, reward=0.1 * i) for i in range(5)])
+    assert faults == [None] * 5
+    assert guard.alarm is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"saturation": 0.7}, "saturation is 0.7"),
+        ({"blur": 3}, "sharpness is "),
+        ({"speed": 0}, "motion is 0.00 of the start's, expected 0.6 to 4"),
+    ],
+)
+def test_a_figure_past_its_bound_is_told_after_so_many_looks(changes, told):
+    free = {"saturation": (0.0, 9.0)} if "blur" in changes else {}  # blurred noise has no colours
+    guard, faults = judged(look(), look(**changes), look(), look(**changes), look(**changes), **free)
+    assert faults[0] is faults[2] is None
+    assert told in faults[1]
+    assert told in guard.alarm
+    assert judged(look(), look(**changes), **free)[0].alarm is None  # patience is 2
+
+
+def test_a_fall_within_the_bounds_is_a_fault_only_while_the_reward_rises():
+    assert judged(look(reward=1.0), look(reward=0.9, saturation=0.87))[1][1] is None
+    assert judged(look(), look(saturation=0.87))[1][1] is None  # no reward
+    fault = judged(look(reward=1.0), look(reward=1.4, saturation=0.87))[1][1]
+    assert fault.startswith("saturation fell to 0.87")
+    assert fault.endswith("while the reward rose by 0.40")
+
+
+def test_a_critic_that_loses_track_and_updates_that_explode_are_told():
+    guard = Guard(GuardSettings(patience=1))
+    for _ in range(20):
+        guard.update(1.0, 0.1)
+    guard.look(look())
+    for _ in range(8):
+        guard.update(1.0, 0.9)
+    assert "the critic's loss is 9.0 times" in guard.look(look())
+    guard = Guard(GuardSettings())
+    guard.look(look())
+    for size in [1.0] * 20 + [100.0] * 3 + [float("nan")]:
+        guard.update(size, 0.1)
+    assert "updates are 100.0 times their median" in guard.look(look())
+
+
+def test_a_guard_goes_on_from_its_state():
+    whole, parts = Guard(GuardSettings()), Guard(GuardSettings())
+    looks = [look(), look(saturation=0.7), look(saturation=0.6)]
+    for each in looks:
+        whole.look(each)
+    for each in looks:
+        parts.look(each)
+        again = Guard(GuardSettings())
+        again.load_state_dict(json.loads(json.dumps(parts.state_dict())))
+        parts = again
+    assert parts.alarm == whole.alarm is not None
+
+
+def test_bounds_that_hold_no_start_are_refused():
+    with pytest.raises(ValueError, match=r"motion: expected least < 1 < greatest, got \[1.2, 3.0\]"):
+        GuardSettings(motion=(1.2, 3.0))
