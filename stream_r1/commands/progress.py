@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from stream_r1.distill.events import Event, NotSaved, SetAside, StepDone
+from stream_r1.distill.events import Alarm, Event, NotSaved, SetAside, StepDone
 from stream_r1.messages import one_line
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -51,6 +51,12 @@ def set_aside(event: SetAside) -> str:
 def not_saved(event: NotSaved) -> str:
     """What became of a checkpoint, as a sentence."""
     return f"no checkpoint after step {event.step}: {event.why}; the training goes on"
+
+
+def alarm(event: Alarm) -> str:
+    """What the guard says, as a sentence."""
+    then = f"the run ends with the student of step {event.kept_step}" if event.ends else "the run goes on"
+    return one_line(f"guard, step {event.step}: {event.reason}; {then}")
 
 
 class DistillationDisplay:
@@ -109,6 +115,8 @@ class DistillationDisplay:
             self.console.print(Text(set_aside(event), style="yellow"), soft_wrap=True)
         if isinstance(event, NotSaved):
             self.console.print(Text(not_saved(event), style="yellow"), soft_wrap=True)
+        if isinstance(event, Alarm):
+            self.console.print(Text(alarm(event), style="yellow"), soft_wrap=True)
         if not isinstance(event, StepDone):
             return
         self._remember(event)

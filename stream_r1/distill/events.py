@@ -58,7 +58,17 @@ class NotSaved:
     why: str
 
 
-Event = StepDone | Saved | SetAside | NotSaved
+@dataclass(frozen=True)
+class Alarm:
+    """The guard found the same fault too often; `kept_step` is that of the student that it keeps."""
+
+    step: int
+    reason: str
+    kept_step: int
+    ends: bool  # the run ends, and exports that student
+
+
+Event = StepDone | Saved | SetAside | NotSaved | Alarm
 
 
 def summarise(rows: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -9,53 +9,16 @@ from __future__ import annotations
 
 import math
 from statistics import median
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from stream_r1.config import Settings
+from stream_r1.distill.settings import GuardSettings
+from stream_r1.distill.verification import DamagedCheckpointError
 
-Ratio = Annotated[float, Field(ge=0)]
-Bounds = tuple[Ratio, Ratio]
 _REMEMBERED = 50  # updates whose sizes are compared
-
-
-class GuardSettings(Settings):
-    """What may change while a student is trained.
-
-    every: updates of the student between two looks.
-    videos: that a look makes, of the first prompts and always the same noise.
-    saturation, sharpness, motion: the least and the greatest share of the first look's figure.
-    fall: share of the first look's figure that each of them may lose while the reward's mean rises.
-    critic_loss: the greatest share of the critic's loss before the first look after the start.
-    update: the greatest norm of the student's gradients over their median of the last updates.
-    patience: looks in a row that have to find fault.
-    then: "stop" ends the run, "warn" says so and goes on; either way the student of the last look without
-        fault is kept, and it is what is exported after a stop.
-    """
-
-    every: Annotated[int, Field(ge=1)] = 10
-    videos: Annotated[int, Field(ge=1, le=4096)] = 8
-    saturation: Bounds = (0.8, 1.25)
-    sharpness: Bounds = (0.7, 4.0)
-    motion: Bounds = (0.6, 4.0)
-    fall: Annotated[float, Field(ge=0, le=1)] = 0.1
-    critic_loss: Ratio = 4.0
-    update: Ratio = 20.0
-    patience: Annotated[int, Field(ge=1)] = 2
-    then: Literal["stop", "warn"] = "stop"
-
-    @model_validator(mode="after")
-    def _bounds_rise(self) -> GuardSettings:
-        for name in FIGURES:
-            low, high = getattr(self, name)
-            if not low < 1 < high:
-                raise ValueError(f"{name}: expected least < 1 < greatest, got {[low, high]}")
-        return self
-
-
 FIGURES = ("saturation", "sharpness", "motion")
 
 
@@ -80,44 +43,77 @@ def figures_of(video: Tensor) -> dict[str, float]:
     }
 
 
+class _State(BaseModel):
+    """What the next looks depend on."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    alarm: str | None = None
+    faults: int = 0
+    first: dict[str, float] = {}
+    updates: list[float] = []
+    critic: list[float] = []
+    kept_step: int = 0
+
+
 class Guard:
     """Judges looks, one after another.
 
-    `alarm` says what is wrong, once something was in `patience` looks in a row; None until then.
+    `kept` are the student's weights, by name, at the last look without fault; the trainer puts them there.
     """
 
     def __init__(self, settings: GuardSettings) -> None:
         self.settings = settings
-        self.alarm: str | None = None
-        self._first: dict[str, float] = {}
-        self._faults = 0
-        self._updates: list[float] = []
-        self._critic: list[float] = []
+        self.kept: dict[str, Tensor] = {}
+        self._state = _State()
+
+    @property
+    def alarm(self) -> str | None:
+        """What was wrong in `patience` looks in a row; None until then."""
+        return self._state.alarm
+
+    @property
+    def stops(self) -> bool:
+        """Whether the run is to end."""
+        return self.alarm is not None and self.settings.then == "stop"
+
+    @property
+    def kept_step(self) -> int:
+        """The step that `kept` is of."""
+        return self._state.kept_step
+
+    def keep(self, weights: dict[str, Tensor], step: int) -> None:
+        """Takes the weights of a student whose look had no fault."""
+        self.kept = {name: value.detach().float().clone() for name, value in weights.items()}
+        self._state.kept_step = step
 
     def update(self, grad_norm: float, critic_loss: float) -> None:
         """Takes in the numbers of one update of the student; those that are not finite are others' to see."""
-        for kept, value in ((self._updates, grad_norm), (self._critic, critic_loss)):
+        for values, value in ((self._state.updates, grad_norm), (self._state.critic, critic_loss)):
             if math.isfinite(value):
-                kept.append(value)
-                del kept[:-_REMEMBERED]
+                values.append(value)
+                del values[:-_REMEMBERED]
 
     def look(self, figures: dict[str, float]) -> str | None:
         """Judges figures (`FIGURES`, and "reward" where there is one); what is wrong with them, or None.
 
         The first look is what the others are compared with.
         """
-        recent = {"critic_loss": _mean(self._critic[-8:])}
-        if not self._first:
-            self._first = figures | recent
+        state = self._state
+        recent = {"critic_loss": _mean(state.critic[-8:])}
+        if not state.first:
+            state.first = figures | recent
             return None
+        if not state.first["critic_loss"]:  # the first look was before any update
+            state.first["critic_loss"] = recent["critic_loss"]
         fault = self._fault(figures | recent)
-        self._faults = self._faults + 1 if fault else 0
-        if fault and self._faults >= self.settings.patience:
-            self.alarm = self.alarm or fault
+        state.faults = state.faults + 1 if fault else 0
+        if fault and state.faults >= self.settings.patience:
+            state.alarm = state.alarm or fault
         return fault
 
     def _fault(self, now: dict[str, float]) -> str | None:
-        first, chosen = self._first, self.settings
+        first, chosen = self._state.first, self.settings
         rises = now.get("reward", -math.inf) > first.get("reward", math.inf)
         for name in FIGURES:
             if first[name] <= 0:
@@ -133,30 +129,30 @@ class Guard:
             return (
                 f"the critic's loss is {share:.1f} times what it was, expected at most {chosen.critic_loss:g}"
             )
-        if len(self._updates) >= 8:
-            share = median(self._updates[-3:]) / max(median(self._updates), 1e-12)
+        updates = self._state.updates
+        if len(updates) >= 8:
+            share = median(updates[-3:]) / max(median(updates), 1e-12)
             if share > chosen.update:
                 return f"updates are {share:.1f} times their median, expected at most {chosen.update:g}"
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next looks depend on, as JSON can hold it."""
-        return {
-            "alarm": self.alarm,
-            "first": self._first,
-            "faults": self._faults,
-            "updates": self._updates,
-            "critic": self._critic,
-        }
+        """What the next looks depend on but for `kept`, as JSON can hold it."""
+        return self._state.model_dump()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
-        self.alarm, self._faults = state["alarm"], state["faults"]
-        self._first, self._updates, self._critic = (
-            dict(state["first"]),
-            list(state["updates"]),
-            list(state["critic"]),
-        )
+    def load_state_dict(self, state: dict[str, Any], kept: dict[str, Tensor]) -> None:
+        """Takes back what `state_dict` gave, and `kept`."""
+        self._state, self.kept = _State.model_validate(state), kept
+
+
+def require_guard(state: Any, source: str) -> None:
+    """Raises DamagedCheckpointError for what is no `state_dict` of a guard."""
+    try:
+        _State.model_validate(state)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DamagedCheckpointError(f"{source}.{where}: {first['msg'].lower()}") from None
 
 
 def _mean(values: list[float]) -> float:

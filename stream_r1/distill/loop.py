@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stream_r1.disk.lock import folder_lock
 from stream_r1.distill.checkpointer import Checkpointer
-from stream_r1.distill.events import Event, StepDone
+from stream_r1.distill.events import Alarm, Event, StepDone
 from stream_r1.distill.lora import add_adapters
 from stream_r1.distill.noise import global_streams_kept, seed_global_streams
 from stream_r1.distill.optimizer_step import DivergedError, OptimizerStep
@@ -162,19 +162,22 @@ class TrainingLoop(ABC):
         Nor does a disk that is full for a while end a run: an interval's checkpoint that can't be written is
         a `NotSaved`.
 
+        A guard's alarm is an `Alarm`, and ends the run where the guard is told to.
+
         Raises:
             DivergedError: too many updates of a network in a row were skipped; the last checkpoint is from
                 before them.
             FolderInUseError: another process has the folder.
             OSError: the last checkpoint can't be written.
         """
-        self.stopped_by, due = 0, False
+        self.stopped_by, due, alarmed = 0, False, False
+        guard = self.state.guard
         checkpoints, settings = self.checkpoints, self._run_settings
         damaged, checkpoints.set_aside = checkpoints.set_aside, []
         yield from damaged
         lock = nullcontext() if checkpoints.folder is None else folder_lock(checkpoints.folder)
         with self.ranks.held_by_main(lock), self._stop:
-            while self.step < settings.steps:
+            while self.step < settings.steps and not (guard is not None and guard.stops):
                 self.stopped_by = self.ranks.max(self._stop.signal)
                 if self.stopped:
                     yield from checkpoints.saving("stopped")
@@ -192,6 +195,9 @@ class TrainingLoop(ABC):
                         checkpoints.save()
                     raise
                 yield from checkpoints.written(wait=False)
+                if guard is not None and guard.alarm is not None and not alarmed:
+                    alarmed = True
+                    yield Alarm(self.step, guard.alarm, guard.kept_step, guard.stops)
                 due = due or self.step % settings.checkpoint_every == 0
                 if due and self.step < settings.steps and self.state.all_finite(self.ranks):
                     due = False
@@ -216,13 +222,13 @@ class TrainingLoop(ABC):
         return self.checkpoints.save()
 
     def export(self, folder: Path | str, *, ema: bool = True) -> None:
-        """Writes the student as a diffusers folder, with its averaged weights if `ema` and there are some;
-        adapters are merged.
+        """Writes the student as a diffusers folder, with its averaged weights if `ema` and there are some, or
+        those that a guard kept when it ended the run; adapters are merged.
         """
-        with self.ema.applied() if ema else nullcontext():
+        with self.state.best() if ema else nullcontext():
             export_student(self.student, folder, self.ranks)
 
     def export_adapter(self, folder: Path | str, *, ema: bool = True) -> None:
         """Writes the student's adapters as peft does; see `export`."""
-        with self.ema.applied() if ema else nullcontext():
+        with self.state.best() if ema else nullcontext():
             export_adapter(self.student, folder, self.ranks)

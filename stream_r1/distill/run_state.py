@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stream_r1.distill.checkpoint_files import flatten
+from stream_r1.distill.guard import Guard, require_guard
 from stream_r1.distill.order import ShuffledOrder
 from stream_r1.distill.ranks import Ranks
 from stream_r1.distill.sharding import local
@@ -93,8 +94,14 @@ class Ema:
         if self.average is None:
             yield self.model
             return
+        with self.replaced(self.average):
+            yield self.model
+
+    @contextmanager
+    def replaced(self, weights: dict[str, Tensor]) -> Iterator[nn.Module]:
+        """The model with other weights in it; its own come back afterwards."""
         own = {name: p.detach().clone() for name, p in trained(self.model).items()}
-        self._fill(self.average)
+        self._fill(weights)
         try:
             yield self.model
         finally:
@@ -123,6 +130,7 @@ class RunState:
     ema: the student's average.
     order, random: where the run is in its data and in its draws.
     weights: the reward's, with the history of its scores; None without a reward.
+    guard: what it saw, and the weights that it keeps; None without one.
     step: steps done.
     skipped: updates in a row that were not finite, by network.
     """
@@ -133,6 +141,7 @@ class RunState:
     order: ShuffledOrder
     random: torch.Generator
     weights: StreamR1Weights | None = None
+    guard: Guard | None = None
     step: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
 
@@ -140,6 +149,7 @@ class RunState:
         return {
             **{name: trained_state(model) for name, model in self.networks.items()},
             "ema": self.ema.tensors(),
+            "kept": dict(self.guard.kept) if self.guard is not None else {},
             **{part: optimizer_tensors(optimizer) for part, (_, optimizer) in self.optimizers.items()},
             "draws": {"random": self.random.get_state()},
         }
@@ -149,6 +159,8 @@ class RunState:
         own: dict[str, Any] = {"order": self.order.state_dict()}
         if self.weights is not None:
             own["weights"] = self.weights.state_dict()
+        if self.guard is not None:
+            own["guard"] = self.guard.state_dict()
         return {"step": self.step, "skipped": self.skipped, "own": own}
 
     def check_values(self, own: dict[str, Any], source: str) -> None:
@@ -156,6 +168,8 @@ class RunState:
         require_order(own.get("order"), self.order.count, f"{source}: order")
         if self.weights is not None and own.get("weights") is not None:
             require_history(own["weights"], self.weights.state_dict(), f"{source}: weights")
+        if self.guard is not None and own.get("guard") is not None:
+            require_guard(own["guard"], f"{source}: guard")
 
     def restore(self, parts: Parts, values: dict[str, Any]) -> None:
         """Takes back what `tensors` and `values` gave."""
@@ -169,9 +183,23 @@ class RunState:
         self.order.load_state_dict(own["order"])
         if self.weights is not None and own.get("weights") is not None:
             self.weights.load_state_dict(own["weights"])
+        if self.guard is not None and own.get("guard") is not None:
+            device = next(self.networks["student"].parameters()).device
+            kept = {name: value.to(device) for name, value in parts.get("kept", {}).items()}
+            self.guard.load_state_dict(own["guard"], kept)
         self.step = values["step"]
         self.skipped.clear()  # the optimizer steps count in it
         self.skipped.update(values["skipped"])
+
+    @contextmanager
+    def best(self) -> Iterator[nn.Module]:
+        """The student as it is to be used: its average, or what the guard kept before an alarm."""
+        if self.guard is not None and self.guard.stops and self.guard.kept:
+            with self.ema.replaced(self.guard.kept) as student:
+                yield student
+        else:
+            with self.ema.applied() as student:
+                yield student
 
     def all_finite(self, ranks: Ranks) -> bool:
         """Whether no updates are being skipped and every number is finite, on all ranks."""
@@ -185,7 +213,7 @@ class RunState:
         own = self.tensors()
         return Expected(
             models={name: own[name] for name in self.networks},
-            averages={"ema": trained(self.networks["student"])},
+            averages=dict.fromkeys(("ema", "kept"), trained(self.networks["student"])),
             optimizers={
                 part: [p for group in optimizer.param_groups for p in group["params"]]
                 for part, (_, optimizer) in self.optimizers.items()
@@ -199,7 +227,13 @@ class RunState:
         Keys are <part>/<parameter> or, of optimizers, <part>/<parameter's index>/<what>.
         """
         part, _, name = key.partition("/")
-        owner = self.optimizers[part][0] if part in self.optimizers else "student" if part == "ema" else part
+        owner = (
+            self.optimizers[part][0]
+            if part in self.optimizers
+            else "student"
+            if part in ("ema", "kept")
+            else part
+        )
         model = self.networks.get(owner)
         if model is None:
             return None

@@ -20,6 +20,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Unit = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
+Bounds = tuple[NotNegative, NotNegative]
 Frames = Annotated[int, Field(ge=1, le=16384)]  # latent
 Side = Annotated[int, Field(ge=1, le=4096)]  # of latents
 Timestep = Annotated[float, Field(ge=0, le=1000)]
@@ -230,6 +231,40 @@ class WeightingSettings(Settings):
     samples_at_once: Count | None = None
 
 
+class GuardSettings(Settings):
+    """What may change while a student is trained.
+
+    every: updates of the student between two looks.
+    videos: that a look makes, of the first prompts and always the same noise.
+    saturation, sharpness, motion: the least and the greatest share of the first look's figure.
+    fall: share of the first look's figure that each of them may lose while the reward's mean rises.
+    critic_loss: the greatest share of the critic's loss before the second look.
+    update: the greatest norm of the student's gradients over their median of the last updates.
+    patience: looks in a row that have to find fault.
+    then: "stop" ends the run, "warn" says so and goes on; either way the student of the last look without
+        fault is kept, and it is what is exported after a stop.
+    """
+
+    every: Count = 10
+    videos: Annotated[int, Field(ge=1, le=4096)] = 8
+    saturation: Bounds = (0.8, 1.25)
+    sharpness: Bounds = (0.7, 4.0)
+    motion: Bounds = (0.6, 4.0)
+    fall: Unit = 0.1
+    critic_loss: Positive = 4.0
+    update: Positive = 20.0
+    patience: Annotated[int, Field(ge=1)] = 2
+    then: Literal["stop", "warn"] = "stop"
+
+    @model_validator(mode="after")
+    def _bounds_rise(self) -> GuardSettings:
+        for name in ("saturation", "sharpness", "motion"):
+            low, high = getattr(self, name)
+            if not low < 1 < high:
+                raise ValueError(f"{name}: expected least < 1 < greatest, got {[low, high]}")
+        return self
+
+
 class DistributedSettings(Settings):
     """How a run that a launcher started as several processes divides its models among them.
 
@@ -292,7 +327,7 @@ class RunSettings(Settings):
 
     def maths(self) -> dict[str, Any]:
         """What a resumed run may not change. How it is divided among processes it may."""
-        free = {"steps", "max_skipped", "checkpoint_every", "keep_checkpoints", "distributed"}
+        free = {"steps", "max_skipped", "checkpoint_every", "keep_checkpoints", "distributed", "guard"}
         return self.model_dump(mode="json", exclude=free)
 
 
@@ -310,6 +345,8 @@ class DistillSettings(RunSettings):
     rollout: what the student makes.
     matching: how teacher and critic are compared.
     weighting: how the reward weights the loss.
+    guard: what may change while the student learns, and what is kept if it does; None: nothing is watched, as
+        published. What the guard sees changes no update.
     """
 
     batch: Annotated[int, Field(ge=1, le=2**20)] = 64
@@ -322,6 +359,7 @@ class DistillSettings(RunSettings):
     rollout: RolloutSettings = RolloutSettings()
     matching: MatchingSettings = MatchingSettings()
     weighting: WeightingSettings = WeightingSettings()
+    guard: GuardSettings | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> DistillSettings:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from stream_r1.clock import Clock
 from stream_r1.distill.dmd import DistributionMatching
 from stream_r1.distill.events import Preview, StepDone, summarise
+from stream_r1.distill.guard import Guard, figures_of
 from stream_r1.distill.long_rollout import RolloutClip, long_rollout
 from stream_r1.distill.loop import TrainingLoop
 from stream_r1.distill.noise import SampleNoise
@@ -23,7 +24,7 @@ from stream_r1.distill.optimizers import make_adamw
 from stream_r1.distill.order import ShuffledOrder
 from stream_r1.distill.ranks import Ranks
 from stream_r1.distill.rollout import begin_rollout, self_rollout
-from stream_r1.distill.run_state import Ema, RunState
+from stream_r1.distill.run_state import Ema, RunState, trained
 from stream_r1.distill.settings import DistillSettings
 from stream_r1.distill.weighting import StreamR1Weights
 from stream_r1.models.autoencoder import Decoder, VideoAutoencoder
@@ -132,6 +133,7 @@ class DistillTrainer(TrainingLoop):
             ShuffledOrder(len(self.prompts), settings.seed),
             torch.Generator().manual_seed(settings.seed),
             self.weights,
+            None if settings.guard is None else Guard(settings.guard),
         )
         self._begin(state, prompts=hashed(self.prompts))
         self.step_student = self._optimizer_step("student", student_optimizer, settings.student.clip)
@@ -142,11 +144,18 @@ class DistillTrainer(TrainingLoop):
         clock = Clock(self.device)
         scalars: dict[str, float] = {}
         preview = None
-        since_warmup = self.step - self.settings.critic_warmup
-        if since_warmup >= 0 and since_warmup % self.settings.critic_updates == 0:
+        updates, rest = divmod(self.step - self.settings.critic_warmup, self.settings.critic_updates)
+        guard = self.state.guard
+        if updates >= 0 and rest == 0:
+            if guard is not None and updates % guard.settings.every == 0:
+                self._look(guard, clock, scalars)
             preview = self._update_student(clock, scalars)
         self._update_critic(clock, scalars)
+        if guard is not None and preview is not None:
+            guard.update(scalars["student/grad_norm"], scalars["critic/loss"])
         self.state.step += 1
+        if guard is not None and self.step == self.settings.steps:
+            self._look(guard, clock, scalars)
         return StepDone(self.step, self.settings.steps, scalars, clock.all_parts(), preview)
 
     def _sample(self, prompts: list[str], seeds: list[int]) -> Tensor:
@@ -188,6 +197,30 @@ class DistillTrainer(TrainingLoop):
         if len(self.lengths) > 1:
             scalars["student/length"] = draw.length
         return preview
+
+    @torch.no_grad()
+    def _look(self, guard: Guard, clock: Clock, scalars: dict[str, float]) -> None:
+        """Shows the guard videos of fixed prompts and noise by the student as it would be exported now."""
+        if self.vae is None:
+            raise ValueError("DistillTrainer: vae must be given with a guard: it looks at pixels")
+        count = guard.settings.videos
+        prompts = [self.prompts[i % len(self.prompts)] for i in range(count)]
+        part = max(1, self.settings.batch // (self.ranks.size * self.settings.accumulation))
+        looks = []
+        with clock.part("guard"):
+            for start in range(0, count, part):
+                some = prompts[start : start + part]
+                video = self.vae.decode(self.sample(some, list(range(start, start + len(some)))))
+                figures = figures_of(video)
+                if self.weights is not None:
+                    figures["reward"] = float(self.weights.reward.score(video, some).mean())
+                looks.append((len(some), figures))
+            figures = {key: sum(n * look[key] for n, look in looks) / count for key in looks[0][1]}
+            fault = guard.look(self.ranks.broadcast(figures))
+        scalars |= {f"guard/{key}": value for key, value in figures.items()}
+        scalars["guard/fault"] = float(fault is not None)
+        if fault is None:
+            guard.keep(self.ema.average or dict(trained(self.student)), self.step)
 
     def _update_critic(self, clock: Clock, scalars: dict[str, float]) -> None:
         draw, parts = self._draw(), self.settings.accumulation

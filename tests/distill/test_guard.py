@@ -4,9 +4,13 @@ import json
 
 import pytest
 import torch
+from small_run import settings, trainer
 from torch.nn import functional
 
-from stream_r1.distill.guard import Guard, GuardSettings, figures_of
+from stream_r1.distill.events import Alarm, StepDone
+from stream_r1.distill.guard import Guard, figures_of
+from stream_r1.distill.settings import GuardSettings
+from stream_r1.models.checkpoints import load_student
 
 
 def videos(saturation=1.0, blur=0, speed=1.0):
@@ -97,7 +101,7 @@ def test_a_guard_goes_on_from_its_state():
     for each in looks:
         parts.look(each)
         again = Guard(GuardSettings())
-        again.load_state_dict(json.loads(json.dumps(parts.state_dict())))
+        again.load_state_dict(json.loads(json.dumps(parts.state_dict())), {})
         parts = again
     assert parts.alarm == whole.alarm is not None
 
@@ -105,3 +109,67 @@ def test_a_guard_goes_on_from_its_state():
 def test_bounds_that_hold_no_start_are_refused():
     with pytest.raises(ValueError, match=r"motion: expected least < 1 < greatest, got \[1.2, 3.0\]"):
         GuardSettings(motion=(1.2, 3.0))
+
+
+WATCHED = {"every": 1, "videos": 3, "patience": 1}
+TIGHT = WATCHED | {"saturation": (0.9999999, 1.0000001), "sharpness": (0, 99), "motion": (0, 99)}
+
+
+def weights(run):
+    return {name: t.clone() for name, t in run.student.state_dict().items()}
+
+
+def test_a_guard_changes_no_update_and_tells_what_it_sees():
+    free, watched = trainer(settings()), trainer(settings(guard=WATCHED | {"then": "warn"}))
+    plain = [event.scalars for event in free.run() if isinstance(event, StepDone)]
+    seen = [event.scalars for event in watched.run() if isinstance(event, StepDone)]
+    assert all(
+        torch.equal(a, b) for a, b in zip(weights(free).values(), weights(watched).values(), strict=True)
+    )
+    assert [{k: v for k, v in row.items() if not k.startswith("guard/")} for row in seen] == plain
+    assert {"guard/saturation", "guard/sharpness", "guard/motion", "guard/reward"} <= seen[0].keys()
+
+
+def test_an_alarm_ends_the_run_with_the_student_of_the_last_look_without_fault(tmp_path):
+    """Bounds that nothing but the start can keep: the student of step 0 is what is left."""
+    start = weights(trainer(settings()))
+    run = trainer(settings(steps=8, guard=TIGHT), tmp_path / "out")
+    alarms = [event for event in run.run() if isinstance(event, Alarm)]
+    assert [(alarm.kept_step, alarm.ends) for alarm in alarms] == [(0, True)]
+    assert "saturation is" in alarms[0].reason
+    assert run.step < 8
+    run.export(tmp_path / "student")
+    kept = load_student(tmp_path / "student").state_dict()
+    assert all(torch.equal(kept[name], t) for name, t in start.items())
+    assert not all(torch.equal(run.student.state_dict()[name], t) for name, t in start.items())
+
+    again = trainer(settings(steps=8, guard=TIGHT), tmp_path / "out")
+    again.resume()
+    assert not [event for event in again.run() if isinstance(event, StepDone)]  # it stays ended
+    again.export(tmp_path / "again")
+    kept = load_student(tmp_path / "again").state_dict()
+    assert all(torch.equal(kept[name], t) for name, t in start.items())
+
+
+def test_a_guard_that_warns_lets_the_run_go_on():
+    run = trainer(settings(guard=TIGHT | {"then": "warn"}))
+    events = list(run.run())
+    assert [event.ends for event in events if isinstance(event, Alarm)] == [False]
+    assert run.step == 4
+
+
+def test_a_watched_run_in_two_parts_is_the_run_in_one(tmp_path):
+    guarded = settings(guard=WATCHED | {"then": "warn"})
+    whole = trainer(guarded)
+    list(whole.run())
+    first = trainer(guarded, tmp_path)
+    for event in first.run():
+        if isinstance(event, StepDone) and event.step == 2:
+            first.stop()
+    second = trainer(guarded, tmp_path)
+    second.resume()
+    list(second.run())
+    assert second.state.guard.state_dict() == whole.state.guard.state_dict()
+    assert second.state.guard.kept_step == whole.state.guard.kept_step
+    for name, value in whole.state.guard.kept.items():
+        assert torch.equal(value, second.state.guard.kept[name])
