@@ -160,7 +160,7 @@ def data_sheet(
     sheet(out, cache)
 
 
-@data_app.command("reference")
+@data_app.command("reference", hidden=True)
 def data_reference(
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path(
         "assets/tiny/reference/statistics.safetensors"
@@ -176,7 +176,7 @@ def data_reference(
     reference(out, prompts, cache)
 
 
-@data_app.command("baselines")
+@data_app.command("baselines", hidden=True)
 def data_baselines(
     recipe: Annotated[
         Path, typer.Argument(help="The recipe whose teacher, autoencoder and reward to use.")

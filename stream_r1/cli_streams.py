@@ -88,7 +88,7 @@ def sample(
     sheet: Annotated[bool, typer.Option("--sheet", help="Write a contact sheet (PNG) too.")] = False,
 ) -> None:
     """Stream a student into mp4 files, written as frames arrive."""
-    from stream_r1.commands.sample import Models, Output, run
+    from stream_r1.commands.sample import ModelChoice, Output, run
 
     prompts = [*(prompts or ()), *(prompt or ())]
     if not prompts:
@@ -102,7 +102,7 @@ def sample(
         )
     if not math.isfinite(seconds):
         raise typer.BadParameter(f"expected a finite number, got {seconds}", param_hint="--seconds")
-    named = Models(
+    named = ModelChoice(
         folder=models,
         checkpoint=checkpoint,
         network=network,
@@ -157,11 +157,11 @@ def serve(
     size: Size = None,
 ) -> None:
     """Serve a page that streams while you type, until Ctrl-C."""
-    from stream_r1.commands.sample import Models
+    from stream_r1.commands.sample import ModelChoice
     from stream_r1.commands.serve import run
     from stream_r1.serve.settings import PROMPT, Settings
 
-    named = Models(
+    named = ModelChoice(
         folder=models,
         checkpoint=checkpoint,
         network=network,

@@ -32,7 +32,8 @@ def _commands(name: str, command: Any) -> Iterator[tuple[str, Any]]:
         yield name, command
         return
     for key, child in below.items():
-        yield from _commands(f"{name} {key}", child)
+        if not child.hidden:
+            yield from _commands(f"{name} {key}", child)
 
 
 def _section(name: str, command: Any) -> str:

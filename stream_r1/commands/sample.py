@@ -51,7 +51,7 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Models:
+class ModelChoice:
     """What streams: arguments of `StreamR1Pipeline.from_pretrained`, as they are typed."""
 
     folder: str
@@ -100,7 +100,7 @@ class Models:
 def run(
     prompts: list[str],
     output: Output,
-    models: Models,
+    models: ModelChoice,
     *,
     size: str | None,
     seconds: float | None,

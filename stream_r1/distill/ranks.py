@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
@@ -141,7 +141,7 @@ class Ranks:
                         f"rank 0 has {said[0]}, rank {rank} has {other}"
                     )
 
-    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+    def average_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Replaces the gradients of parameters that every rank holds whole by their means.
 
         Sharded ones are left alone: theirs are averaged in the backward.

@@ -229,7 +229,7 @@ class StreamR1Weights:
         if len(latent_shape) != 3:
             raise ValueError(f"StreamR1Weights: latent_shape: expected (F, h, w), got {tuple(latent_shape)}")
         prompts, (frames, rows, columns) = list(prompts), latent_shape
-        scores, saliency = self._look(video.detach(), prompts, (frames, rows, columns))
+        scores, saliency = self._score_and_saliency(video.detach(), prompts, (frames, rows, columns))
         inter, log = self._inter(scores)
         if saliency is not None:
             intra = intra_weights(saliency, scores, **self._intra_options)
@@ -247,7 +247,7 @@ class StreamR1Weights:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.history.load_state_dict(state)
 
-    def _look(
+    def _score_and_saliency(
         self, video: Tensor, prompts: list[str], latent_shape: tuple[int, int, int]
     ) -> tuple[Tensor, Tensor | None]:
         """Scores [B, axes], and the saliency of every axis [axes, B, F, h, w] if the mode uses it."""

@@ -34,11 +34,11 @@ def _reward(plan: Plan) -> Phase:
     assert config is not None
     layers = reward_layers(config)
     shallow = {name: min(SHALLOW[0], depth) for name, depth in layers.items()}
-    base = _look(plan, shallow)
+    base = _score_and_saliency(plan, shallow)
     look = base
     for name, depth in layers.items():
         if depth > shallow[name]:
-            deeper = _look(plan, shallow | {name: shallow[name] + 1})
+            deeper = _score_and_saliency(plan, shallow | {name: shallow[name] + 1})
             look = grown(look, base, deeper, depth - shallow[name])
     return look
 
@@ -69,7 +69,7 @@ class _AlikeSamples(StreamR1Weights):
         return scores, saliency
 
 
-def _look(plan: Plan, layers: dict[str, int]) -> Phase:
+def _score_and_saliency(plan: Plan, layers: dict[str, int]) -> Phase:
     config = plan.networks.reward
     assert config is not None
     batch, frames, _, height, width = plan.latents
@@ -84,6 +84,6 @@ def _look(plan: Plan, layers: dict[str, int]) -> Phase:
         pixels = 1 + vae.temporal_factor * (frames - 1)
         video = torch.zeros(batch, pixels, 3, height * vae.spatial_factor, width * vae.spatial_factor)
         weights = _AlikeSamples(reward, **plan.settings.weighting.model_dump())
-        look = partial(weights._look, video, ["a prompt"] * batch, (frames, height, width))
+        look = partial(weights._score_and_saliency, video, ["a prompt"] * batch, (frames, height, width))
         run.phase("student: reward", None, look, "reward", shown=True)
     return run.phases[0]

@@ -131,7 +131,7 @@ def name_of(func: Any) -> str:
     return str(func.overloadpacket)
 
 
-class Watcher(Protocol):
+class OpWatcher(Protocol):
     """Sees every op that runs, and can be told that what it saw in between happened once more."""
 
     def saw(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None: ...
@@ -158,7 +158,7 @@ class Watching(TorchDispatchMode):
         call: runs an op.
     """
 
-    def __init__(self, *watchers: Watcher, call: Callable[..., Any] = _call) -> None:
+    def __init__(self, *watchers: OpWatcher, call: Callable[..., Any] = _call) -> None:
         super().__init__()
         self.watchers = list(watchers)
         self._call = call

@@ -62,7 +62,7 @@ def conv3d(x: Tensor, conv: nn.Conv3d, padding: tuple[int, int, int]) -> Tensor:
     return _mkldnn_conv3d(x, weight, bias, list(padding))
 
 
-class Past:
+class PastFrames:
     """The last input frames of every causal convolution of a network, in the order in which they run.
 
     `tensors` is empty before the first piece. Pieces are started with `rewind()`; each convolution then calls
@@ -101,7 +101,7 @@ class Past:
         return joined
 
 
-def causal_conv3d(x: Tensor, conv: nn.Conv3d, past: Past) -> Tensor:
+def causal_conv3d(x: Tensor, conv: nn.Conv3d, past: PastFrames) -> Tensor:
     """Apply a stride-1 `WanCausalConv3d` to the next piece x [B, C, T, H, W] of a video: [B, C', T, H, W]."""
     kernel = conv.kernel_size
     if kernel[0] > 1:
@@ -109,7 +109,7 @@ def causal_conv3d(x: Tensor, conv: nn.Conv3d, past: Past) -> Tensor:
     return conv3d(x, conv, (0, kernel[1] // 2, kernel[2] // 2))
 
 
-def norm_silu_conv3d(x: Tensor, weight: Tensor, conv: nn.Conv3d, past: Past) -> Tensor:
+def norm_silu_conv3d(x: Tensor, weight: Tensor, conv: nn.Conv3d, past: PastFrames) -> Tensor:
     """The same of silu(RMSNorm(x) * weight); weight [C], the norm over the channels."""
     kernel = conv.kernel_size
     before = past.last(x, kernel[0] - 1)

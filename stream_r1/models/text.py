@@ -99,7 +99,7 @@ class TransformersEncoder(ABC):
             self._offload.remove(self._model)
         self._model = None
 
-    def take_turns(self, offload: ModelOffload) -> None:
+    def enable_offload(self, offload: ModelOffload) -> None:
         """From now on the model takes turns with others on `offload.device`."""
         self.device, self._offload = offload.device, offload
         if self._model is not None:

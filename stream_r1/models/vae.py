@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stream_r1.files import FileError
 from stream_r1.messages import some
 from stream_r1.models.autoencoder import VideoAutoencoder
-from stream_r1.models.causal_convolution import Past
+from stream_r1.models.causal_convolution import PastFrames
 from stream_r1.models.library import read_library_model
 from stream_r1.models.module_weights import device_of
 from stream_r1.models.sizes import read_sizes
@@ -100,7 +100,7 @@ class VideoVAE(VideoAutoencoder):
         latent_frames = self._check_video(video)
         x = self._patchify(video.to(self.device, self.dtype) * 2 - 1)
         per_piece = self._latent_frames_per_piece(video.shape[0], video.shape[3], video.shape[4])
-        past, out, start = Past(), [], 0
+        past, out, start = PastFrames(), [], 0
         for done in range(0, latent_frames, per_piece):
             stop = self.frames(min(done + per_piece, latent_frames))
             out.append(encode_piece(self.autoencoder.encoder, x[:, :, start:stop], past, first=done == 0))
@@ -110,7 +110,7 @@ class VideoVAE(VideoAutoencoder):
         return latents.to(torch.promote_types(self.dtype, torch.float32))
 
     def _decode_functional(self, z: Tensor, first: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
-        past = Past(list(tensors))
+        past = PastFrames(list(tensors))
         x = decode_piece(self.autoencoder.decoder, z, past, first=first)
         return (self._to_pixels(x), *past.tensors)
 

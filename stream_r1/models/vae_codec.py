@@ -25,12 +25,12 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stream_r1.models.causal_convolution import Past, causal_conv3d, norm_silu_conv3d
+from stream_r1.models.causal_convolution import PastFrames, causal_conv3d, norm_silu_conv3d
 from stream_r1.models.module_weights import weight_of
 from stream_r1.models.upsampling import double_and_convolve
 
 
-def decode_piece(decoder: WanDecoder3d, z: Tensor, past: Past, *, first: bool) -> Tensor:
+def decode_piece(decoder: WanDecoder3d, z: Tensor, past: PastFrames, *, first: bool) -> Tensor:
     """Decode the next latent frames of a video.
 
     Args:
@@ -50,7 +50,7 @@ def decode_piece(decoder: WanDecoder3d, z: Tensor, past: Past, *, first: bool) -
     return _norm_conv(x, decoder.norm_out, decoder.conv_out, past)
 
 
-def encode_piece(encoder: WanEncoder3d, x: Tensor, past: Past, *, first: bool) -> Tensor:
+def encode_piece(encoder: WanEncoder3d, x: Tensor, past: PastFrames, *, first: bool) -> Tensor:
     """Encode the next pixel frames of a video.
 
     Args:
@@ -77,7 +77,7 @@ def encode_piece(encoder: WanEncoder3d, x: Tensor, past: Past, *, first: bool) -
     return _norm_conv(x, encoder.norm_out, encoder.conv_out, past)
 
 
-def _middle(x: Tensor, block: Any, past: Past) -> Tensor:
+def _middle(x: Tensor, block: Any, past: PastFrames) -> Tensor:
     """A `WanMidBlock`."""
     x = _residual_block(x, block.resnets[0], past)
     for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
@@ -85,7 +85,7 @@ def _middle(x: Tensor, block: Any, past: Past) -> Tensor:
     return x
 
 
-def _down_block(x: Tensor, block: Any, past: Past, first: bool) -> Tensor:
+def _down_block(x: Tensor, block: Any, past: PastFrames, first: bool) -> Tensor:
     """A `WanResidualDownBlock`."""
     y = x
     for resnet in block.resnets:
@@ -95,7 +95,7 @@ def _down_block(x: Tensor, block: Any, past: Past, first: bool) -> Tensor:
     return _add(y, block.avg_shortcut(x.contiguous()))
 
 
-def _up_block(x: Tensor, block: Any, past: Past, first: bool) -> Tensor:
+def _up_block(x: Tensor, block: Any, past: PastFrames, first: bool) -> Tensor:
     """A `WanUpBlock` or `WanResidualUpBlock`."""
     y = x
     for resnet in block.resnets:
@@ -108,7 +108,7 @@ def _up_block(x: Tensor, block: Any, past: Past, first: bool) -> Tensor:
     return y if shortcut is None else _add_duplicates(y, x, shortcut, first)
 
 
-def _residual_block(x: Tensor, block: WanResidualBlock, past: Past) -> Tensor:
+def _residual_block(x: Tensor, block: WanResidualBlock, past: PastFrames) -> Tensor:
     shortcut = (
         x if isinstance(block.conv_shortcut, nn.Identity) else causal_conv3d(x, block.conv_shortcut, past)
     )
@@ -116,7 +116,7 @@ def _residual_block(x: Tensor, block: WanResidualBlock, past: Past) -> Tensor:
     return _add(_norm_conv(y, block.norm2, block.conv2, past), shortcut)
 
 
-def _norm_conv(x: Tensor, norm: WanRMS_norm, conv: nn.Conv3d, past: Past) -> Tensor:
+def _norm_conv(x: Tensor, norm: WanRMS_norm, conv: nn.Conv3d, past: PastFrames) -> Tensor:
     return norm_silu_conv3d(x, weight_of(norm, "gamma").flatten(), conv, past)
 
 
@@ -125,7 +125,7 @@ def _add(y: Tensor, x: Tensor) -> Tensor:
     return y + x if torch.is_grad_enabled() else y.add_(x)
 
 
-def _upsample(x: Tensor, block: WanResample, past: Past, first: bool) -> Tensor:
+def _upsample(x: Tensor, block: WanResample, past: PastFrames, first: bool) -> Tensor:
     """Twice as high and wide and, with `upsample3d`, twice as many frames, but for a video's first."""
     if block.mode == "upsample3d":
         head, rest = (x[:, :, :1], x[:, :, 1:]) if first else (None, x)
@@ -141,7 +141,7 @@ def _upsample(x: Tensor, block: WanResample, past: Past, first: bool) -> Tensor:
     return frames.unflatten(0, (x.shape[0], x.shape[2])).movedim(1, 2)
 
 
-def _downsample(x: Tensor, block: WanResample, past: Past, first: bool) -> Tensor:
+def _downsample(x: Tensor, block: WanResample, past: PastFrames, first: bool) -> Tensor:
     """Half as high and wide and, with `downsample3d`, half as many frames, a video's first one kept as it
     is."""
     frames = x.movedim(2, 1).flatten(0, 1)  # [B T, C, H, W]

@@ -247,7 +247,7 @@ class StreamR1Pipeline:
         if self.sampler.decoder is not None:
             offload.add(self.sampler.decoder)  # the VAE again, or a decoder of its own
         if isinstance(self.text_encoder, TransformersEncoder):
-            self.text_encoder.take_turns(offload)
+            self.text_encoder.enable_offload(offload)
         self.sampler.offload = offload
 
     def stream(

@@ -22,7 +22,7 @@ import typer
 from torch import Tensor
 
 from stream_r1.commands.console import make_console
-from stream_r1.commands.sample import Models
+from stream_r1.commands.sample import ModelChoice
 from stream_r1.drawn_world.measures import measure
 from stream_r1.drawn_world.scenes import Scene
 from stream_r1.messages import shown
@@ -127,7 +127,7 @@ def switch(
         raise ValueError(f"{shown(str(prompts))}: expected two prompts or more, got {len(texts)}")
     texts = (texts * (pairs // len(texts) + 2))[: pairs + 1]
     name, match = matcher(texts, reward)
-    pipeline = Models(models, checkpoint).load(None, True)
+    pipeline = ModelChoice(models, checkpoint).load(None, True)
     console = make_console()
     for recache in (False, True):
         found = [

@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from stream_r1.commands.sample import Models, as_size
+from stream_r1.commands.sample import ModelChoice, as_size
 
 VARIABLE = "STREAM_R1_SERVE"
 PROMPT = "a big rabbit stands in a green meadow"
@@ -30,7 +30,7 @@ class Settings:
         recordings: folder of what was shown; None: a temporary one.
     """
 
-    models: Models = field(default_factory=lambda: Models("assets/tiny"))
+    models: ModelChoice = field(default_factory=lambda: ModelChoice("assets/tiny"))
     size: str | None = None
     prompt: str = PROMPT
     token: str | None = None
@@ -70,6 +70,6 @@ class Settings:
             recordings = given.pop("recordings", None)
             origins = tuple(given.pop("origins", ()))
             folder = None if recordings is None else Path(recordings)
-            return cls(Models(**models), origins=origins, recordings=folder, **given)
+            return cls(ModelChoice(**models), origins=origins, recordings=folder, **given)
         except (TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"{VARIABLE}: expected a JSON object of settings, got {error}") from None

@@ -10,7 +10,6 @@ import io
 import itertools
 import os
 import shutil
-import struct
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -167,31 +166,34 @@ def _append(path: Path, data: bytes) -> None:
 class TensorBoardWriter:
     """An event file in a folder, behind those of earlier parts of the run.
 
-    Readers take a run's files in the order of their names. `SummaryWriter` names them by the second, and
-    within one by a number of any length: here a later file has a later name whatever the clock says, and an
-    event is whole on the disk when a call returns, or not there at all.
+    Readers take a run's files in the order of their names, and drop what they read of steps that a later file
+    begins with, as with `purge_step` of `SummaryWriter`. That one names files by the second, and within one
+    by a number of any length, and its thread dies on a full disk: here a later file has a later name whatever
+    the clock says, and an event is whole on the disk when a call returns, or not there at all.
 
     Args:
         folder: is made.
-        done: as for `FolderWriter`; event files of an earlier part of the run are cut off behind it.
+        done: steps that the run has done; 0 removes the event files of a run before.
         texts: shown beside a new run's numbers, by name.
     """
 
     def __init__(self, folder: Path, done: int = 0, texts: dict[str, str] | None = None) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from torch.utils.tensorboard.summary import text as text_summary
 
         folder.mkdir(parents=True, exist_ok=True)
         number = int(time.time())
         for file in folder.glob(_EVENT_FILE + "*"):
-            if done:
-                cut_events(file, done)
-                second = file.name.removeprefix(_EVENT_FILE).partition(".")[0]
-                number = max(number, int(second) + 1) if second.isdecimal() else number
-            else:
+            if not done:
                 file.unlink()
+                continue
+            second = file.name.removeprefix(_EVENT_FILE).partition(".")[0]
+            number = max(number, int(second) + 1) if second.isdecimal() else number
         self._path = folder / f"{_EVENT_FILE}{number:010d}.stream-r1"
         _append(self._path, _record(Event(wall_time=time.time(), file_version="brain.Event:2")))
+        if done:
+            begin = SessionLog(status=SessionLog.START)
+            _append(self._path, _record(Event(wall_time=time.time(), step=done + 1, session_log=begin)))
         for name, text in (texts or {}).items() if not done else ():
             self._add(0, text_summary(name, text).value)
 
@@ -232,27 +234,6 @@ def _record(event: Any) -> bytes:
     out = io.BytesIO()
     RecordWriter(out).write(event.SerializeToString())
     return out.getvalue()
-
-
-def cut_events(path: Path, step: int) -> None:
-    """Cuts an event file off before the first event of a later step, or one that is damaged or not whole."""
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-    from tensorboard.compat.proto.event_pb2 import Event
-
-    data, at = path.read_bytes(), 0
-    while at + 12 <= len(data):
-        (length,) = struct.unpack_from("<Q", data, at)  # see _record
-        end = at + 12 + length + 4
-        if end > len(data):
-            break
-        try:
-            later = Event.FromString(data[at + 12 : end - 4]).step > step
-        except DecodeError:
-            break
-        if later:
-            break
-        at = end
-    os.truncate(path, at)
 
 
 def gif(frames: Tensor, fps: float) -> bytes:

@@ -174,7 +174,7 @@ def test_what_does_not_divide_is_refused(chosen: Any, told: str) -> None:
 @pytest.mark.parametrize(
     ("section", "told"),
     [
-        ({"shard": "half"}, "none, full, hybrid"),
+        ({"shard": "half"}, "'none', 'full' or 'hybrid'"),
         ({"replicas": 2}, "only shard 'hybrid' has replicas"),
         ({"param_dtype": "bfloat16"}, "only sharded weights are cast"),
         ({"shard": "full", "param_dtype": "bfloat16"}, "needs precision bfloat16, got float32"),

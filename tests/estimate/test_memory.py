@@ -211,20 +211,20 @@ def test_a_judge_is_counted_through_its_own_model(
     (tmp_path / "base" / "config.json").write_text(json.dumps(base))
     plan = plan_of(load(folder, f"models.reward={tmp_path}", "batch=1"))
     grown = next(phase for phase in training_phases(plan) if phase.name == "student: reward")
-    whole = pixels._look(plan, {"vision": 4, "language": 3})
+    whole = pixels._score_and_saliency(plan, {"vision": 4, "language": 3})
     assert grown.peak["reward"] == pytest.approx(whole.peak["reward"], rel=0.02)
     assert total_flops(grown.work) == total_flops(whole.work)
 
     plan = plan_of(load(folder, f"models.reward={tmp_path}", "batch=1", "reward.fps=checkpoint"))
-    fewer = pixels._look(plan, {"vision": 4, "language": 3})
+    fewer = pixels._score_and_saliency(plan, {"vision": 4, "language": 3})
     embedded = [total_flops([w for w in look.work if w.engine == "convolution"]) for look in (whole, fewer)]
     assert embedded[0] == 5 * embedded[1]  # of 21 frames, 20 or the least of 4 are shown
 
     one_by_one = ["batch=3", "weighting.samples_at_once=1", "reward.fps=checkpoint"]
     plan = plan_of(load(folder, f"models.reward={tmp_path}", *one_by_one))
-    once = pixels._look(plan, {"vision": 1, "language": 1})
+    once = pixels._score_and_saliency(plan, {"vision": 1, "language": 1})
     monkeypatch.setattr(pixels, "_AlikeSamples", StreamR1Weights)
-    each = pixels._look(plan, {"vision": 1, "language": 1})
+    each = pixels._score_and_saliency(plan, {"vision": 1, "language": 1})
     assert set(once.work) == set(each.work)
     assert once.peak["reward"] == pytest.approx(each.peak["reward"], rel=0.02)
 

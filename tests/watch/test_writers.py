@@ -1,13 +1,12 @@
 """What is written is read back whole and in order, also behind a kill amid a write."""
 
-import os
 import time
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from stream_r1.watch.writers import FolderWriter, TensorBoardWriter, cut_events, read_metrics
+from stream_r1.watch.writers import FolderWriter, TensorBoardWriter, read_metrics
 
 
 def test_a_kill_amid_any_write_loses_and_doubles_nothing(tmp_path: Path) -> None:
@@ -47,24 +46,6 @@ def test_event_files_are_read_in_their_order_whatever_the_clock_says(
         TensorBoardWriter(tmp_path, done).scalars(done + 1, {"x": done})
     found = EventAccumulator(str(tmp_path)).Reload().Scalars("x")
     assert [(e.step, e.value) for e in found] == [(done + 1, done) for done in range(len(clock))]
-
-
-def test_events_are_cut_behind_a_step(tmp_path: Path) -> None:
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(tmp_path)) as writer:
-        for step in range(1, 6):
-            writer.add_scalar("x", step / 2, step)
-    (file,) = tmp_path.iterdir()
-    cut_events(file, 3)
-    kept = EventAccumulator(str(tmp_path)).Reload().Scalars("x")
-    assert [(e.step, e.value) for e in kept] == [(1, 0.5), (2, 1.0), (3, 1.5)]
-    size = file.stat().st_size
-    cut_events(file, 3)
-    assert file.stat().st_size == size
-    os.truncate(file, size - 1)
-    cut_events(file, 3)
-    assert [e.step for e in EventAccumulator(str(tmp_path)).Reload().Scalars("x")] == [1, 2]
 
 
 def test_numbers_survive_the_csv(tmp_path: Path) -> None:
