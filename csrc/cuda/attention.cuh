@@ -70,6 +70,12 @@ __device__ inline void find_visible_to_block(const AttentionArgs& args, int64_t 
   visible.begin += kQueries * (chunk == 0 ? index : (index - in_first) % in_later);
 }
 
+// What is subtracted from scores whose maximum is given. A finite number, so that a score of -inf weighs
+// nothing, also where a query has no other, and one of +inf makes a sum of +inf.
+__device__ __forceinline__ float shift_for(float maximum) {
+  return fminf(fmaxf(maximum, -largest_finite()), largest_finite());
+}
+
 __device__ __forceinline__ int num_queries(const VisibleBlock& visible) {
   const int64_t left = visible.end - visible.begin;
   return static_cast<int>(left < kQueries ? left : kQueries);
@@ -163,7 +169,7 @@ struct WarpAttention {
     for (int r = 0; r < 2; ++r) {
       top[r] = fmaxf(top[r], prim::exchange(top[r], 1));
       top[r] = fmaxf(top[r], prim::exchange(top[r], 2));
-      shift[r] = top[r] == -infinity() ? 0.f : top[r];  // -inf - -inf would be a NaN
+      shift[r] = shift_for(top[r]);
       decay[r] = prim::exp2(maximum[r] - shift[r]);
       maximum[r] = top[r];
       sum[r] *= decay[r];
@@ -199,12 +205,19 @@ struct WarpAttention {
     }
   }
 
-  // Divides by the sums; returns each row's log-sum-exp in `lse`.
-  __device__ __forceinline__ void finish(float (&lse)[2]) {
+  // Adds the sums of the lanes of a row up.
+  __device__ __forceinline__ void finish_sums() {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       sum[r] += prim::exchange(sum[r], 1);
       sum[r] += prim::exchange(sum[r], 2);
+    }
+  }
+
+  // Divides by the sums; returns each row's log-sum-exp in `lse`.
+  __device__ __forceinline__ void divide_by_sums(float (&lse)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
       const float inverse = sum[r] == 0 ? 0.f : prim::divide(1.f, sum[r]);
       lse[r] = sum[r] == 0 ? -infinity() : (maximum[r] + prim::log2(sum[r])) * kLn2;
 #pragma unroll
@@ -274,25 +287,29 @@ __device__ __forceinline__ void attention_block(const AttentionArgs& args) {
     __syncthreads();  // the next keys are there, and nobody reads the values any more
   }
 
+  own.finish_sums();
   float lse[2];
-  own.finish(lse);
+  if (args.splits == 1) own.divide_by_sums(lse);
   const int queries = num_queries(visible);
   const int64_t part = args.splits == 1 ? 0 : blockIdx.z;
-  float* const lse_row = (args.splits == 1 ? args.lse : args.partial_lse) +
-                         ((part * args.batch + b) * args.heads + h) * args.queries + visible.begin;
+  const int64_t of_rows = ((part * args.batch + b) * args.heads + h) * args.queries + visible.begin;
   const int64_t out_row = ((part * args.batch + b) * args.queries + visible.begin) * args.heads + h;
   const int g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = warp * 16 + g + 8 * r;
-    if (t == 0 && row < queries) lse_row[row] = lse[r];
     if (args.splits > 1) {
       if (row >= queries) continue;
+      if (t == 0) {
+        args.partial_maximum[of_rows + row] = own.maximum[r];
+        args.partial_sum[of_rows + row] = own.sum[r];
+      }
       float* to = args.partial_out + (out_row + int64_t(row) * args.heads) * kHeadDim + 2 * t;
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; ++n)
         *reinterpret_cast<float2*>(to + 8 * n) = make_float2(own.out[n][2 * r], own.out[n][2 * r + 1]);
     } else {
+      if (t == 0 && row < queries) args.lse[of_rows + row] = lse[r];
       // Through the query tile, whose rows of this warp nobody else reads, so that whole pieces go to memory.
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; ++n)
@@ -312,8 +329,8 @@ __device__ __forceinline__ void attention_block(const AttentionArgs& args) {
   }
 }
 
-// Puts the parts of a split sum together, weighted by exp(lse of the part - lse of all). A thread makes 8
-// channels of one row (b, t, h).
+// Puts the parts of a split sum together, each scaled by exp2(maximum of the part - maximum of all): of large
+// scores a float32 log-sum-exp would not say enough. A thread makes 8 channels of one row (b, t, h).
 template <class T>
 __device__ __forceinline__ void combine_parts(const AttentionArgs& args) {
   const int pieces = args.head_dim / 8;
@@ -326,12 +343,12 @@ __device__ __forceinline__ void combine_parts(const AttentionArgs& args) {
   const int64_t lse_row = (b * args.heads + h) * args.queries + t;
 
   float maximum = -infinity();
-  for (int s = 0; s < args.splits; ++s) maximum = fmaxf(maximum, args.partial_lse[s * rows + lse_row]);
-  const float shift = maximum == -infinity() ? 0.f : maximum;
+  for (int s = 0; s < args.splits; ++s) maximum = fmaxf(maximum, args.partial_maximum[s * rows + lse_row]);
+  const float shift = shift_for(maximum);
   float total = 0, sums[8] = {};
   for (int s = 0; s < args.splits; ++s) {
-    const float weight = prim::exp2((args.partial_lse[s * rows + lse_row] - shift) * kLog2E);
-    total += weight;
+    const float weight = prim::exp2(args.partial_maximum[s * rows + lse_row] - shift);
+    total += weight * args.partial_sum[s * rows + lse_row];
     const float* from = args.partial_out + (s * rows + row) * args.head_dim + piece * 8;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -348,7 +365,7 @@ __device__ __forceinline__ void combine_parts(const AttentionArgs& args) {
                                pack2<T>(sums[2] * inverse, sums[3] * inverse),
                                pack2<T>(sums[4] * inverse, sums[5] * inverse),
                                pack2<T>(sums[6] * inverse, sums[7] * inverse)));
-  if (piece == 0) args.lse[lse_row] = total == 0 ? -infinity() : shift + prim::log2(total) * kLn2;
+  if (piece == 0) args.lse[lse_row] = total == 0 ? -infinity() : (shift + prim::log2(total)) * kLn2;
 }
 
 }  // namespace stream_r1::cuda

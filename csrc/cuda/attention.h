@@ -27,8 +27,8 @@ struct AttentionArgs {
   KeySegment segments[2];  // past and fresh; either may have no tokens
   void* out;               // [B, T, H, D] contiguous, q's type
   float* lse;              // [B, H, T], of the scaled scores; -inf where a query sees no key
-  float* partial_out;      // [splits, B, T, H, D], where splits > 1
-  float* partial_lse;      // [splits, B, H, T]
+  float* partial_out;      // [splits, B, T, H, D], where splits > 1; not yet divided by the sums
+  float *partial_maximum, *partial_sum;  // [splits, B, H, T], of the scores times log2 e, and of their exp2
   int32_t batch, heads, queries, head_dim;
   int32_t splits;    // parts of the keys, summed by separate blocks and combined in a second kernel
   float scale;       // of the scores

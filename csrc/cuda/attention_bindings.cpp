@@ -65,12 +65,13 @@ std::tuple<Tensor, Tensor> run(const char* op, Prepared& p, int64_t head_dim) {
   Device properties;
   check_launch(op, current_device(properties));
   args.splits = attention_splits(args, properties.processors);
-  OptionalTensor partial_out, partial_lse;  // kept until the launch is queued
+  OptionalTensor partial_out, partial_rows;  // kept until the launch is queued
   if (args.splits > 1) {
     partial_out = allocate({args.splits, args.batch, args.queries, args.heads, args.head_dim}, kFloat, p.q);
-    partial_lse = allocate({args.splits, args.batch, args.heads, args.queries}, kFloat, p.q);
+    partial_rows = allocate({2, args.splits, args.batch, args.heads, args.queries}, kFloat, p.q);
     args.partial_out = partial_out->mutable_data_ptr<float>();
-    args.partial_lse = partial_lse->mutable_data_ptr<float>();
+    args.partial_maximum = partial_rows->mutable_data_ptr<float>();
+    args.partial_sum = args.partial_maximum + partial_rows->numel() / 2;
   }
   check_launch(op, launch_attention(args, device.stream));
   return {head_dim == args.head_dim ? out : without_gaps(torch::stable::narrow(out, 3, 0, head_dim)), lse};

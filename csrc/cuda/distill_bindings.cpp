@@ -52,10 +52,11 @@ struct Dmd {
     }
     args.planes_a_block = std::max<int64_t>(1, kBlockElements / std::max<int64_t>(1, args.plane));
     args.blocks = (args.frames * args.channels + args.planes_a_block - 1) / args.planes_a_block;
-    sums = allocate({3, args.batch, args.blocks}, kFloat, x);
+    sums = allocate({4, args.batch, args.blocks}, kFloat, x);
     args.distances = sums->mutable_data_ptr<float>();
     args.kept = args.distances + args.batch * args.blocks;
-    args.squares = args.kept + args.batch * args.blocks;
+    args.heaviest = args.kept + args.batch * args.blocks;
+    args.squares = args.heaviest + args.batch * args.blocks;
   }
 };
 

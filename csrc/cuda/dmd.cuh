@@ -1,8 +1,12 @@
 // The weighted DMD loss in two passes over memory: |x - real| is summed, then g = (fake - real) / mean |x -
 // real| is made, weighted, written and squared. Block (x, y): block x of the planes of sample y. Sums of
-// blocks go to memory; each block of the next kernel adds them up in the same order.
+// blocks go to memory; each block of the next kernel adds them up in the same order. In float16 what is
+// written is also scaled by a power of two a sample: w_intra * g may leave float16's range although its
+// product with the factor does not.
 
 #pragma once
+
+#include <type_traits>
 
 #include "cuda/dmd.h"
 #include "cuda/rows.cuh"
@@ -77,9 +81,23 @@ __device__ __forceinline__ float sum_of_blocks(const float* sums, int64_t sample
   return block_sum<kDmdWarps>(total);
 }
 
+__device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
+
+// A power of two times which w_intra * g of a sample is 2^13 to 2^15 at most; 1 where that is not finite.
+__device__ __forceinline__ float shrinkage(const DmdArgs& args, int64_t sample, float inverse_scale) {
+  float heaviest = 0;
+  for (int64_t i = threadIdx.x; i < args.blocks; i += kDmdThreads)
+    heaviest = fmaxf(heaviest, args.heaviest[sample * args.blocks + i]);
+  heaviest = block_reduce<kDmdWarps>(heaviest, 0.f, larger);
+  if (!(heaviest > 0 && heaviest < infinity() && inverse_scale > 0 && inverse_scale < infinity())) return 1;
+  const auto exponent = [](float x) { return static_cast<int>(__float_as_uint(x) >> 23) - 127; };
+  const int wanted = 13 - exponent(heaviest) - exponent(inverse_scale);
+  return __uint_as_float((127 + (wanted < -60 ? -60 : wanted > 60 ? 60 : wanted)) << 23);
+}
+
 template <class T>
 __device__ __forceinline__ void dmd_distances(const DmdArgs& args) {
-  float distance = 0, kept = 0;
+  float distance = 0, kept = 0, heaviest = 0;
   for_packs(args, [&](const PlanePack& at) {
     const Pack x = load_plane<T>(args.x, args.x_planes, at), real = load_real<T>(args, at),
                keep = load_mask(args, at);
@@ -88,10 +106,20 @@ __device__ __forceinline__ void dmd_distances(const DmdArgs& args) {
       distance += fabsf(x.v[j] - real.v[j]);  // 0 past the end of the plane
       kept += keep.v[j];
     }
+    if constexpr (std::is_same_v<T, Fp16>) {
+      const Pack fake = load_plane<T>(args.fake, args.fake_planes, at), weight = load_weight(args, at);
+#pragma unroll
+      for (int j = 0; j < kPack; ++j) {
+        const float difference = fabsf(fake.v[j] - real.v[j]);
+        if (difference < infinity()) heaviest = fmaxf(heaviest, fabsf(weight.v[j]) * difference);
+      }
+    }
   });
   distance = block_sum<kDmdWarps>(distance);
   kept = block_sum<kDmdWarps>(kept);
+  if constexpr (std::is_same_v<T, Fp16>) heaviest = block_reduce<kDmdWarps>(heaviest, 0.f, larger);
   if (threadIdx.x != 0) return;
+  if constexpr (std::is_same_v<T, Fp16>) args.heaviest[blockIdx.y * args.blocks + blockIdx.x] = heaviest;
   args.distances[blockIdx.y * args.blocks + blockIdx.x] = distance;
   args.kept[blockIdx.y * args.blocks + blockIdx.x] = kept;
 }
@@ -104,8 +132,9 @@ __device__ __forceinline__ void dmd_directions(const DmdArgs& args) {
   const float inverse_scale = prim::divide(elements, sum_of_blocks(args.distances, b, args.blocks));
   const float kept = sum_of_blocks(args.kept, b, args.blocks);
   const float weight_of_sample = args.w_inter == nullptr ? 1.f : args.w_inter[b];
-  const float factor =
-      kept == 0 ? 0.f : prim::divide(weight_of_sample, static_cast<float>(args.batch) * kept);
+  const float factor = prim::divide(weight_of_sample, static_cast<float>(args.batch) * fmaxf(kept, 1));
+  constexpr bool kShrinks = !kAdds && std::is_same_v<T, Fp16>;
+  const float shrink = kShrinks ? shrinkage(args, b, inverse_scale) : 1.f;
   float squares = 0;
   for_packs(args, [&](const PlanePack& at) {
     Pack g = load_plane<T>(args.fake, args.fake_planes, at);
@@ -116,11 +145,12 @@ __device__ __forceinline__ void dmd_directions(const DmdArgs& args) {
     for (int j = 0; j < kPack; ++j) {
       const float difference = (g.v[j] - real.v[j]) * inverse_scale;
       g.v[j] = fabsf(difference) < infinity() ? difference : 0.f;  // not a NaN, not infinite
-      if (weight.v[j] != 0) squares += weight.v[j] * g.v[j] * g.v[j];
+      const float weighted = weight.v[j] * g.v[j] * shrink;
+      squares += weighted * g.v[j];
       if constexpr (kAdds)
-        result.v[j] += factor * args.scale * weight.v[j] * g.v[j];
+        result.v[j] += factor * args.scale * weighted;
       else
-        result.v[j] = weight.v[j] * g.v[j];
+        result.v[j] = weighted;
     }
     store_pack(to, at.count, result);
   });
@@ -128,7 +158,7 @@ __device__ __forceinline__ void dmd_directions(const DmdArgs& args) {
     squares = block_sum<kDmdWarps>(squares);
     if (threadIdx.x != 0) return;
     args.squares[b * args.blocks + blockIdx.x] = squares;
-    if (blockIdx.x == 0) args.factor[b] = factor;
+    if (blockIdx.x == 0) args.factor[b] = prim::divide(factor, shrink);
   }
 }
 

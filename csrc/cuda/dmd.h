@@ -27,11 +27,13 @@ struct DmdArgs {
 
   float* distances;  // [B, blocks], sum of |x - real|
   float* kept;       // [B, blocks], elements that the mask keeps; whole numbers
-  float* squares;    // [B, blocks], sum of w_intra * g^2 over the kept elements
+  float* heaviest;   // [B, blocks], largest |w_intra * (fake - real)|; of float16 alone
+  float* squares;    // [B, blocks], sum of direction * g
   float* factor;     // [B], of the direction in the gradient
   float* loss;
 
-  void* direction;  // [B, F, C, plane]: w_intra * g where kept, else 0; or the buffer of dmd_gradient_
+  void* direction;  // [B, F, C, plane]: w_intra * g where kept, else 0, in float16 times a power of two a
+                    // sample; or the buffer of dmd_gradient_
   Planes direction_planes;
   Element direction_element;  // element's, or float32
   float scale;                // of what is added to the buffer

@@ -7,6 +7,7 @@
 namespace stream_r1 {
 
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
+__device__ __forceinline__ float largest_finite() { return __int_as_float(0x7f7fffff); }
 
 struct Bf16 {
   uint16_t bits;

@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/rows.cuh"
 #include "cuda/saliency.h"
 
@@ -10,6 +12,41 @@ namespace stream_r1::cuda {
 constexpr int kBandThreads = 128;
 constexpr int kMapWarps = 8, kMapThreads = kMapWarps * kWarp;
 constexpr float kFlatRange = 1e-6f;  // a range below this fraction of the maximum is constant
+
+// The norms over the channels of the pixels at `line`. Squares that leave the range of float32 are made again
+// of values over the pixel's largest; those of float16 never do.
+template <class T>
+__device__ __forceinline__ Pack channel_norms(const RegionSaliencyArgs& args, const T* line, int count) {
+  Pack norms{};
+  for (int64_t c = 0; c < args.channels; ++c) {
+    const Pack g = load_pack(line + c * args.channel_stride, count);
+#pragma unroll
+    for (int j = 0; j < kPack; ++j) norms.v[j] += g.v[j] * g.v[j];
+  }
+  bool tame = true;
+#pragma unroll
+  for (int j = 0; j < kPack; ++j) {
+    if (j < count) tame &= norms.v[j] >= 1e-30f && norms.v[j] <= 1e37f;
+    norms.v[j] = prim::square_root(norms.v[j]);
+  }
+  if (std::is_same_v<T, Fp16> || tame) return norms;
+#pragma unroll 1
+  for (int j = 0; j < count; ++j) {
+    float largest = 0, squares = 0;
+    for (int64_t c = 0; c < args.channels; ++c)
+      largest = fmaxf(largest, fabsf(to_float(line[c * args.channel_stride + j])));
+    const float unit = largest > 0 && largest < infinity() ? largest : 1.f;
+    for (int64_t c = 0; c < args.channels; ++c) {
+      const float g = prim::divide(to_float(line[c * args.channel_stride + j]), unit);
+      squares += g * g;
+    }
+    const float norm = prim::square_root(squares) * unit;
+#pragma unroll
+    for (int i = 0; i < kPack; ++i)
+      if (i == j) norms.v[i] = norm;  // an index that is not known would put the pack into memory
+  }
+  return norms;
+}
 
 // One row of latent cells a block: the norms of its pixels are summed down each pixel column into shared
 // memory
@@ -27,31 +64,26 @@ __device__ __forceinline__ void region_saliency(const RegionSaliencyArgs& args) 
                     sample % args.batch * args.batch_stride + first * args.frame_stride +
                     row * cell_height * args.row_stride;
 
+  const float share = prim::divide(1.f, static_cast<float>(pixel_frames * cell_height * cell_width));
   for (int64_t i = threadIdx.x * kPack; i < args.width; i += kBandThreads * kPack) {
     const int count = least(args.width - i, kPack);
     Pack sums{};
     for (int64_t f = 0; f < pixel_frames; ++f)
       for (int64_t y = 0; y < cell_height; ++y) {
-        const T* line = corner + f * args.frame_stride + y * args.row_stride + i;
-        Pack squares{};
-        for (int64_t c = 0; c < args.channels; ++c) {
-          const Pack g = load_pack(line + c * args.channel_stride, count);
+        const Pack norms =
+            channel_norms(args, corner + f * args.frame_stride + y * args.row_stride + i, count);
 #pragma unroll
-          for (int j = 0; j < kPack; ++j) squares.v[j] += g.v[j] * g.v[j];
-        }
-#pragma unroll
-        for (int j = 0; j < kPack; ++j) sums.v[j] += prim::square_root(squares.v[j]);
+        for (int j = 0; j < kPack; ++j) sums.v[j] += share * norms.v[j];
       }
 #pragma unroll
     for (int j = 0; j < kPack; ++j)
       if (j < count) column_sums[i + j] = sums.v[j];
   }
-  __syncthreads();
-  const float pixels = static_cast<float>(pixel_frames * cell_height * cell_width);
+  __syncthreads();  // all columns are there
   for (int64_t column = threadIdx.x; column < args.columns; column += kBandThreads) {
     float total = 0;
     for (int64_t i = 0; i < cell_width; ++i) total += column_sums[column * cell_width + i];
-    args.out[band * args.columns + column] = prim::divide(total, pixels);
+    args.out[band * args.columns + column] = total;
   }
 }
 

@@ -34,9 +34,9 @@ class Config(NamedTuple):
 CONFIGS: dict[tuple[str, int], dict[int, Config]] = {
     ("forward", 64): {8: Config(128, 64, 8, 3), 9: Config(128, 64, 8, 3), 10: Config(128, 64, 4, 3)},
     ("forward", 128): {8: Config(128, 64, 8, 3), 9: Config(128, 64, 8, 3), 10: Config(128, 64, 8, 3)},
-    ("grad_queries", 64): {8: Config(128, 64, 8, 2), 9: Config(128, 64, 8, 2), 10: Config(128, 64, 8, 2)},
-    ("grad_queries", 128): {8: Config(128, 64, 8, 2), 9: Config(128, 64, 8, 2), 10: Config(128, 64, 8, 2)},
-    ("grad_keys", 64): {8: Config(64, 64, 4, 2), 9: Config(64, 64, 4, 2), 10: Config(64, 64, 4, 2)},
+    ("grad_queries", 64): {8: Config(128, 64, 8, 2), 9: Config(128, 64, 8, 2), 10: Config(128, 64, 4, 2)},
+    ("grad_queries", 128): {8: Config(128, 32, 8, 2), 9: Config(128, 64, 8, 2), 10: Config(128, 64, 8, 2)},
+    ("grad_keys", 64): {8: Config(64, 64, 4, 2), 9: Config(32, 64, 4, 2), 10: Config(64, 64, 4, 2)},
     ("grad_keys", 128): {8: Config(64, 64, 8, 2), 9: Config(32, 128, 8, 2), 10: Config(64, 64, 8, 2)},
 }
 
@@ -104,14 +104,13 @@ def attention_backward(
     """The gradients of q, k and v; the past has none."""
     call = _Call(q, k, v, past_k, past_v, numbers, scale)
     of_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.float().contiguous()
-    upstream, delta = call.rows(grad_out.to(q.dtype)), torch.empty_like(lse)
+    upstream, delta, inverse = call.rows(grad_out.to(q.dtype)), torch.empty_like(lse), torch.empty_like(lse)
     grad_q, grad_k, grad_v = call.new(q), call.new(k), call.new(v)
     rows_q, rows_k, rows_v, *_ = call.all_rows
-    call.launch(
-        "grad_queries", "q", *call.all_rows, call.rows(out), lse, upstream, of_lse, call.rows(grad_q), delta
-    )
+    of_rows = (lse, upstream, of_lse, call.rows(grad_q), delta, inverse)
+    call.launch("grad_queries", "q", *call.all_rows, call.rows(out), *of_rows)
     grads = (call.rows(grad_k), call.rows(grad_v))
-    call.launch("grad_keys", "k", rows_q, rows_k, rows_v, lse, upstream, delta, *grads)
+    call.launch("grad_keys", "k", rows_q, rows_k, rows_v, lse, upstream, delta, inverse, *grads)
     return call.narrow(grad_q), call.narrow(grad_k), call.narrow(grad_v)
 
 

@@ -19,6 +19,7 @@ import triton.language as tl
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
+_LARGEST, _SMALLEST = tl.constexpr(3.4028234663852886e38), tl.constexpr(1e-30)
 _NO_QUERY = tl.constexpr(2**31 - 1)  # sees no key
 _SEEN_BY_ALL = tl.constexpr(2**31 - 2)
 
@@ -142,6 +143,23 @@ def _of_head(x, heads):
     return Rows(x.data + batch.to(tl.int64) * x.batch + head.to(tl.int64) * x.head, x.batch, x.token, x.head)
 
 
+@triton.jit
+def _add_slope(slope, unit, x, sums, FLOAT16: tl.constexpr):
+    """Adds slope x to sums, which are in units of `unit`, one a row; what they are in units of after it.
+
+    A float16 can't hold every slope whose product it can: in float16 they are taken in units of the row's
+    largest so far. Else the unit stays 1.
+    """
+    if FLOAT16:
+        top = tl.max(tl.abs(slope), 1)
+        above = tl.where(top < float("inf"), tl.maximum(unit, top), unit)
+        sums = tl.dot((slope / above[:, None]).to(x.dtype), x, sums * (unit / above)[:, None])
+        unit = above
+    else:
+        sums = tl.dot(slope.to(x.dtype), x, sums)
+    return sums, unit
+
+
 @triton.jit(do_not_specialize=_NUMBERS)
 def forward(
     q, k, v, past_k, past_v, out, lse,
@@ -167,8 +185,10 @@ def forward(
         scores = tl.dot(queries_here, tl.trans(keys_here)) * (scale * _LOG2_E)
         scores = tl.where(seen[None, :], scores, float("-inf"))
         above = tl.maximum(highest, tl.max(scores, 1))
-        shrink = tl.exp2(highest - above)
-        weights = tl.exp2(scores - above[:, None])
+        # finite, so that a score of -inf weighs nothing and one of +inf makes a sum of +inf
+        shift = tl.minimum(tl.maximum(above, -_LARGEST), _LARGEST)
+        shrink = tl.exp2(highest - shift)
+        weights = tl.exp2(scores - shift[:, None])
         total = total * shrink + tl.sum(weights, 1)
         sums = tl.dot(weights.to(values_here.dtype), values_here, sums * shrink[:, None])
         highest = above
@@ -183,14 +203,16 @@ def forward(
 
 @triton.jit(do_not_specialize=_NUMBERS)
 def grad_queries(
-    q, k, v, past_k, past_v, out, lse, grad_out, grad_lse, grad_q, delta,
+    q, k, v, past_k, past_v, out, lse, grad_out, grad_lse, grad_q, delta, inverse,
     heads, queries, keys, past, frames, first, chunk, window, sink, halves, scale,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """grad_q of one block of queries; and delta = sum(out grad_out) - grad_lse, which `grad_keys` reads.
 
-    With p = exp(scale q k^T - lse) and ds = p (grad_out v^T - delta): grad_q = scale ds k.
+    With p = exp(scale q k^T - lse) and ds = p (grad_out v^T - delta): grad_q = scale ds k. p is divided by
+    its sum, whose `inverse` `grad_keys` reads too: at scores of 1e4 lse is known to 5e-4 alone.
     """
+    FLOAT16: tl.constexpr = q.data.dtype.element_ty == tl.float16
     mask = Mask(queries, keys, past, frames, first, chunk, window, sink, halves)
     q, k, v, out = _of_head(q, heads), _of_head(k, heads), _of_head(v, heads), _of_head(out, heads)
     past_k, past_v = _of_head(past_k, heads), _of_head(past_v, heads)
@@ -203,22 +225,29 @@ def grad_queries(
         grad_out.data + _offsets(begin, grad_out.token, BLOCK_Q, D), mask=own[:, None], other=0.0
     )
     result = tl.load(out.data + _offsets(begin, out.token, BLOCK_Q, D), mask=own[:, None], other=0.0)
-    rows += tl.program_id(1).to(tl.int64) * (halves * frames * queries)
+    of_head = tl.program_id(1).to(tl.int64) * (halves * frames * queries)
+    lse += of_head
     shift = tl.load(lse + rows, mask=own, other=0.0) * _LOG2_E
     of_row = tl.sum(result.to(tl.float32) * upstream.to(tl.float32), 1)
-    of_row -= tl.load(grad_lse + rows, mask=own, other=0.0)
-    tl.store(delta + rows, of_row, mask=own)
+    of_row -= tl.load(grad_lse + of_head + rows, mask=own, other=0.0)
+    tl.store(delta + of_head + rows, of_row, mask=own)
     ranges = _visible(start, end, noisy, mask)
     tiles = tl.where(begin < last, _tiles(BLOCK_K, ranges), 0)
 
+    shift = tl.where(shift == float("-inf"), _LARGEST, shift)  # no key has a weight
+    total = tl.zeros((BLOCK_Q,), tl.float32)
+    unit = tl.full((BLOCK_Q,), _SMALLEST if FLOAT16 else 1.0, tl.float32)
     sums = tl.zeros((BLOCK_Q, D), tl.float32)
     for index in range(tiles):
         keys_here, values_here, seen = _tile(index, BLOCK_K, ranges, k, v, past_k, past_v, mask, D)
         scores = tl.dot(queries_here, tl.trans(keys_here)) * (scale * _LOG2_E) - shift[:, None]
         weights = tl.exp2(tl.where(seen[None, :], scores, float("-inf")))
+        total += tl.sum(weights, 1)
         slope = weights * (tl.dot(upstream, tl.trans(values_here)) - of_row[:, None])
-        sums = tl.dot(slope.to(keys_here.dtype), keys_here, sums)
-    sums *= scale
+        sums, unit = _add_slope(slope, unit, keys_here, sums, FLOAT16)
+    whole = 1.0 / tl.where(shift == _LARGEST, 1.0, total)
+    tl.store(inverse + of_head + rows, whole, mask=own)
+    sums *= (scale * unit * whole)[:, None]
     tl.store(
         grad_q.data + _offsets(begin, grad_q.token, BLOCK_Q, D),
         sums.to(queries_here.dtype),
@@ -251,7 +280,7 @@ def _sees_from(rows, there, mask):
 
 @triton.jit(do_not_specialize=_NUMBERS)
 def grad_keys(
-    q, k, v, lse, grad_out, delta, grad_k, grad_v,
+    q, k, v, lse, grad_out, delta, inverse, grad_k, grad_v,
     heads, queries, keys, past, frames, first, chunk, window, sink, halves, scale,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -259,11 +288,13 @@ def grad_keys(
 
     As in `grad_queries`: grad_v = p^T grad_out, grad_k = scale ds^T q.
     """
+    FLOAT16: tl.constexpr = q.data.dtype.element_ty == tl.float16
     mask = Mask(queries, keys, past, frames, first, chunk, window, sink, halves)
     q, k, v, grad_out = _of_head(q, heads), _of_head(k, heads), _of_head(v, heads), _of_head(grad_out, heads)
     grad_k, grad_v = _of_head(grad_k, heads), _of_head(grad_v, heads)
     lse += tl.program_id(1).to(tl.int64) * (halves * frames * queries)
     delta += tl.program_id(1).to(tl.int64) * (halves * frames * queries)
+    inverse += tl.program_id(1).to(tl.int64) * (halves * frames * queries)
     begin, last, start, end, noisy = _block(tl.program_id(0), BLOCK_K, keys, mask)
     columns = begin + tl.arange(0, BLOCK_K)
     own = columns < last
@@ -281,6 +312,7 @@ def grad_keys(
 
     # A query sees the keys from its window's start on: one comparison for window, sink and what is no query.
     place = tl.where(noisy | (columns < sink * keys), _SEEN_BY_ALL, columns)
+    unit = tl.full((BLOCK_K,), _SMALLEST if FLOAT16 else 1.0, tl.float32)
     sums_k = tl.zeros((BLOCK_K, D), tl.float32)
     sums_v = tl.zeros((BLOCK_K, D), tl.float32)
     for index in range(tiles):
@@ -292,14 +324,16 @@ def grad_keys(
             grad_out.data + _offsets(at, grad_out.token, BLOCK_Q, D), mask=there[:, None], other=0.0
         )
         shift = tl.load(lse + rows, mask=there, other=0.0) * _LOG2_E
+        shift = tl.where(shift == float("-inf"), 0.0, shift)
         of_row = tl.load(delta + rows, mask=there, other=0.0)
+        whole = tl.load(inverse + rows, mask=there, other=0.0)
         visible = place[:, None] >= _sees_from(rows, there, mask)[None, :]
         scores = tl.dot(keys_here, tl.trans(queries_here)) * (scale * _LOG2_E) - shift[None, :]
-        weights = tl.exp2(tl.where(visible, scores, float("-inf")))
+        weights = tl.exp2(tl.where(visible, scores, float("-inf"))) * whole[None, :]
         sums_v = tl.dot(weights.to(upstream.dtype), upstream, sums_v)
         slope = weights * (tl.dot(values_here, tl.trans(upstream)) - of_row[None, :])
-        sums_k = tl.dot(slope.to(queries_here.dtype), queries_here, sums_k)
-    sums_k *= scale
+        sums_k, unit = _add_slope(slope, unit, queries_here, sums_k, FLOAT16)
+    sums_k *= (scale * unit)[:, None]
     tl.store(
         grad_k.data + _offsets(begin, grad_k.token, BLOCK_K, D), sums_k.to(keys_here.dtype), mask=own[:, None]
     )

@@ -1,10 +1,12 @@
-"""Lets this folder's tests import the machine they run kernels on (importlib mode leaves sys.path alone)."""
+"""Lets this folder's tests import the machine they run kernels on (importlib mode leaves sys.path alone),
+and the calls of every op."""
 
 import sys
 from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from machine import Machine

@@ -8,6 +8,7 @@ allocates is seen through a dispatch mode, and starts as NaN.
 from __future__ import annotations
 
 import ctypes
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from ptx_executor import Kernel, Module, Pointer
 from stream_r1_kernels.attention.cuda_backward import BACKWARDS
 from stream_r1_kernels.schemas import LIBRARIES
 
+FAMILIES = ("attention", "dmd", "norm", "rotary", "saliency")
 KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
 
 _LAUNCH = ctypes.CFUNCTYPE(
@@ -49,6 +51,19 @@ class _Allocations(TorchDispatchMode):
                     tensor.view(-1).view(torch.uint8).fill_(0xFF)
                 self.memory.append(tensor)
         return result
+
+
+class _Calls(TorchDispatchMode):
+    """Sends the ops to a machine, below autograd."""
+
+    def __init__(self, machine: Machine) -> None:
+        super().__init__()
+        self._machine = machine
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "stream_r1":
+            return self._machine.run(func._opname, *args)
+        return func(*args, **(kwargs or {}))
 
 
 class Machine:
@@ -88,6 +103,20 @@ class Machine:
         if self._error is not None:
             raise self._error
         return result
+
+    @contextmanager
+    def taking_calls(self) -> Iterator[None]:
+        """Within it the public functions, forward and backward, run here: a backend has to be "cuda"."""
+        modules = [importlib.import_module(f"stream_r1_kernels.{family}.api") for family in FAMILIES]
+        before = modules[0].resolve
+        for module in modules:
+            module.resolve = lambda backend, *call, **rest: backend
+        try:
+            with _Calls(self):
+                yield
+        finally:
+            for module in modules:
+                module.resolve = before
 
     @contextmanager
     def replaced(self, ptx: str) -> Iterator[None]:

@@ -107,7 +107,7 @@ FAULTS = [
         "% heads, tl.program_id(1) // heads",
     ),
     Fault("the log-sum-exp's gradient left out", cached, "of_row -= tl.load(", "of_row -= 0 * tl.load("),
-    Fault("a gradient of keys without the scale", cached, "sums_k *= scale", "sums_k *= 1.0"),
+    Fault("a gradient of keys without the scale", cached, "sums_k *= (scale * unit)", "sums_k *= (unit)"),
     Fault(
         "gradients of fresh keys written behind as many as the past has",
         cached,

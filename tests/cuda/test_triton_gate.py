@@ -43,8 +43,8 @@ def compiled(generation: int, name: str, head_dim: int) -> Any:
     rows, of_rows = triton_kernels.Rows(x, 0, head_dim, head_dim), torch.zeros(16)
     tensors = {
         "forward": (*[rows] * 6, of_rows),
-        "grad_queries": (*[rows] * 6, of_rows, rows, of_rows, rows, of_rows),
-        "grad_keys": (*[rows] * 3, of_rows, rows, of_rows, rows, rows),
+        "grad_queries": (*[rows] * 6, of_rows, rows, of_rows, rows, of_rows, of_rows),
+        "grad_keys": (*[rows] * 3, of_rows, rows, of_rows, of_rows, rows, rows),
     }[name]
     mask = triton_kernels.Mask(16, 16, 0, 1, 1, 1, 0, 0, 1)
     config = triton_attention.CONFIGS[name, head_dim][generation]
