@@ -9,11 +9,13 @@ transforms or counts it. Where a gradient is wanted, they enter autograd before 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad, profiler
 from torch.autograd.graph import increment_version
 
@@ -73,7 +75,8 @@ def register_autograd(
 
     def forward_below(ctx: Any, *inputs: Any) -> Any:
         *given, keyset = inputs
-        result = _below_autograd(op, keyset, given)
+        with _as_outside():
+            result = _below_autograd(op, keyset, given)
         setup(ctx, tuple(given), result)
         return result
 
@@ -95,7 +98,7 @@ def register_autograd(
             return _below_autograd(op, keyset, inputs)
         if check is not None:
             check(*inputs)
-        return recorded.apply(*inputs, keyset)
+        return _record(recorded, *inputs, keyset)
 
     LIBRARIES[0].impl(name, kernel, "Autograd", with_keyset=True)
 
@@ -104,6 +107,25 @@ def _function(name: str, forward: Callable[..., Any], backward: Callable[..., An
     class_name = "".join(word.capitalize() for word in name.split("_"))  # as the results' grad_fn has it
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(class_name, (torch.autograd.Function,), members)
+
+
+def _record(function: type[torch.autograd.Function], *inputs: Any) -> Any:
+    """`function.apply` within an autograd kernel, which within torch.func's transforms is one level's own."""
+    if torch._C._functorch.maybe_current_level() is None:
+        return function.apply(*inputs)
+    with enable_single_level_autograd_function():
+        within: Any = super(torch.autograd.Function, function)
+        return within.apply(*inputs)
+
+
+@contextmanager
+def _as_outside() -> Iterator[None]:
+    """Within a forward, where autograd is off: torch.func's outer levels record what its inner ones do."""
+    if torch._C._functorch.maybe_current_level() is None:
+        yield
+    else:
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            yield
 
 
 def register_no_derivative(*names: str) -> None:
@@ -119,7 +141,7 @@ def _no_derivative(name: str) -> Callable[..., Any]:
     def kernel(keyset: torch._C.DispatchKeySet, *inputs: Any) -> Any:
         if not _wants_grad(name, inputs):
             return _below_autograd(op, keyset, inputs)
-        return _NoDerivative.apply(name, lambda: _below_autograd(op, keyset, inputs), *_tensors(inputs))
+        return _record(_NoDerivative, name, lambda: _below_autograd(op, keyset, inputs), *_tensors(inputs))
 
     return kernel
 
@@ -128,7 +150,8 @@ class _NoDerivative(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, name: str, run: Callable[[], Any], *tensors: Tensor) -> Any:
         ctx.name = name
-        return run()
+        with _as_outside():
+            return run()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

@@ -67,7 +67,13 @@ SCHEMAS = (
 )
 
 # As registration.py and csrc/common/registration.h say: what torch sees, and what nothing watches.
-LIBRARIES = tuple(torch.library.Library(name, "DEF") for name in ("stream_r1", "stream_r1_unrecorded"))
+try:
+    LIBRARIES = tuple(torch.library.Library(name, "DEF") for name in ("stream_r1", "stream_r1_unrecorded"))
+except RuntimeError as error:
+    raise ImportError(
+        "stream_r1_kernels: expected one import in a process, as torch keeps the ops of the first; got a "
+        "second (a module reloaded, or another copy of the package on the path): start Python anew"
+    ) from error
 for _library in LIBRARIES:
     for _schema in SCHEMAS:
         _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))

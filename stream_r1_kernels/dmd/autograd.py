@@ -13,15 +13,23 @@ _NAMES = ("x", "fake", "real_cond", "real_uncond", "guidance", "w_intra", "w_int
 class _Refusing(torch.autograd.Function):
     """The gradient as a tensor that depends on x, with a derivative by it that raises."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, grad: Tensor) -> Tensor:
+    def forward(x: Tensor, grad: Tensor) -> Tensor:
         return grad.detach()
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> Any:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
         raise NotImplementedError(
             "dmd_loss: the derivative of its gradient is not implemented; backend='reference' has it"
         )
+
+    jvp = backward
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], result: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -1,14 +1,19 @@
 """The ops where a user calls them: under torch's transforms, in threads, in workers' processes, in copies."""
 
 import copy
+import itertools
 import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.autograd import forward_ad
+from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
 from torch.utils.data import DataLoader
 
 from stream_r1_kernels import (
@@ -84,10 +89,47 @@ def test_forward_mode_is_refused_rather_than_zero(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_functional_gradients_are_refused_rather_than_wrong(name: str) -> None:
+def test_functional_gradients_are_autograds(name: str) -> None:
     call, inputs = TRAINED[name]
-    with pytest.raises(RuntimeError, match="functorch"):
-        torch.func.grad(lambda *x: call(*x).square().sum())(*inputs)
+    places = tuple(range(len(inputs)))
+
+    def loss(*x: Tensor) -> Tensor:
+        return call(*x).square().sum()
+
+    def by_autograd(*x: Tensor) -> tuple[Tensor, ...]:
+        leaves = [each.clone().requires_grad_() for each in x]
+        return torch.autograd.grad(loss(*leaves), leaves)
+
+    samples = [inputs, tuple(x / 2 for x in inputs)]
+    stacked = [torch.stack(pair) for pair in zip(*samples, strict=True)]
+    of_each = torch.vmap(torch.func.grad(loss, places))(*stacked)
+    for i, sample in enumerate(samples):
+        for a, b, c in zip(
+            torch.func.grad(loss, places)(*sample), of_each, by_autograd(*sample), strict=True
+        ):
+            assert torch.equal(a, c)
+            torch.testing.assert_close(b[i], c)
+    jacobian = torch.autograd.functional.jacobian(call, inputs)
+    for a, b in zip(torch.func.jacrev(call, places)(*inputs), jacobian, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("transform", [torch.func.jacfwd, torch.func.jacrev])
+def test_functional_second_derivatives_are_right_or_refused(
+    name: str, transform: Callable[..., Callable[..., Tensor]]
+) -> None:
+    call, inputs = TRAINED[name]
+
+    def loss(x: Tensor) -> Tensor:
+        return call(x, *inputs[1:]).square().sum()
+
+    try:
+        hessian = transform(torch.func.jacrev(loss))(inputs[0])
+    except NotImplementedError as error:
+        assert name in str(error)  # noqa: PT017
+    else:
+        torch.testing.assert_close(hessian, torch.autograd.functional.hessian(loss, inputs[0]))
 
 
 def test_second_derivatives_of_the_rotation_are_refused() -> None:
@@ -251,3 +293,38 @@ BETWEEN = torch.zeros(2, 2, 6)  # [B, H, T]
 def test_backward_ops_refuse_what_would_read_past_an_end(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_sharded_tensors_are_refused_by_name(tmp_path: Path) -> None:
+    """No op has a sharding strategy; torch says so of DTensors, whichever of the inputs is one."""
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = DeviceMesh("cpu", [0])
+        for call, inputs in CALLS.values():
+            for place, grad in itertools.product(range(len(inputs)), (False, True)):
+                sharded = distribute_tensor(inputs[place], mesh, [Shard(0)]).requires_grad_(grad)
+                some = [sharded if i == place else x for i, x in enumerate(inputs)]
+                every = [distribute_tensor(x, mesh, [Shard(0)]) for x in inputs]
+                for mixed in (some, every):
+                    with pytest.raises(RuntimeError, match=r"stream_r1.*(DTensor|sharding)|aten.*DTensor"):
+                        call(*mixed)
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_a_second_import_is_refused_in_a_sentence() -> None:
+    """torch keeps the ops of the first; what was imported goes on working."""
+    code = (
+        "import importlib, sys, torch, stream_r1_kernels as first\n"
+        "importlib.reload(first)\n"
+        "for name in [name for name in sys.modules if name.startswith('stream_r1_kernels')]:\n"
+        "    del sys.modules[name]\n"
+        "try:\n"
+        "    import stream_r1_kernels\n"
+        "except ImportError as error:\n"
+        "    print(error)\n"
+        "print(first.gated_add(*torch.ones(3, 1, 1, 2)).tolist())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "expected one import in a process" in done.stdout
+    assert done.stdout.endswith("[[[2.0, 2.0]]]\n")
