@@ -1,30 +1,44 @@
 """Ways to spoil a clip, after what few-step generators get wrong; the film reward learns to mark them down.
 
-A corruption is a function `(clip, strength, rng) -> clip`: clip [T, 3, H, W] float32 in [0, 1], strength in
-(0, 1], all randomness from `rng`. With equally seeded `rng`s two strengths spoil the clip in the same way,
-one more than the other.
+A corruption is a function `(clip, strength, rng) -> clip`: clip [T, 3, H, W] float32 in [0, 1] (a clip of
+another range is refused), strength in (0, 1], all randomness from `rng`. With equally seeded `rng`s two
+strengths spoil the clip in the same way, one more than the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stream_r1.pixels import check_range
+
 Corruption = Callable[[Tensor, float, np.random.Generator], Tensor]
+
+
+def _of_pixels(corruption: Corruption) -> Corruption:
+    @wraps(corruption)
+    def checked(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
+        check_range(clip, f"{corruption.__name__}: clip")
+        return corruption(clip, strength, rng)
+
+    return checked
 
 
 # Visual quality: each frame is worse, time is left as it was.
 
 
+@_of_pixels
 def blur(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     """Gaussian blur, up to 1.6 - 2.6 pixels."""
     return _gaussian(clip, strength * rng.uniform(1.6, 2.6))
 
 
+@_of_pixels
 def pixelate(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     """Flat blocks, mixed into the clip."""
     size = int(rng.choice([2, 4, 8]))
@@ -34,6 +48,7 @@ def pixelate(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     return torch.lerp(clip, blocks, {2: 1.0, 4: 0.8, 8: 0.6}[size] * strength)
 
 
+@_of_pixels
 def noise(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     """White noise, fresh in every frame or fixed to the screen."""
     fixed = rng.random() < 0.5
@@ -42,6 +57,7 @@ def noise(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     return (clip + deviation * pattern).clamp(0, 1)
 
 
+@_of_pixels
 def blotches(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     """Soft colour stains that stay in place: latent noise that was not removed."""
     coarse = _normal(rng, (1, 3, *(max(2, side // int(rng.choice([6, 10]))) for side in clip.shape[2:])))
@@ -49,6 +65,7 @@ def blotches(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     return (clip + strength * rng.uniform(0.1, 0.2) * stains).clamp(0, 1)
 
 
+@_of_pixels
 def compression(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     """Coarsely quantised 8 x 8 cosine coefficients."""
     step = strength * rng.uniform(0.25, 0.6)
@@ -64,6 +81,7 @@ def compression(clip: Tensor, strength: float, rng: np.random.Generator) -> Tens
     return restored[..., :height, :width].clamp(0, 1)
 
 
+@_of_pixels
 def colour_shift(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     """A cast, and contrast and saturation that are too high or too low."""
     cast = torch.tensor(rng.uniform(-0.2, 0.2, 3), dtype=clip.dtype).view(3, 1, 1)
@@ -73,12 +91,14 @@ def colour_shift(clip: Tensor, strength: float, rng: np.random.Generator) -> Ten
     return ((coloured - 0.5) * contrast + 0.5 + strength * cast).clamp(0, 1)
 
 
+@_of_pixels
 def posterise(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     """Few levels a channel: 3 to 5 at full strength."""
     levels = round(rng.integers(3, 6) / strength) - 1
     return (clip * levels).round() / levels
 
 
+@_of_pixels
 def seams(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     """Every latent cell (8 x 8 pixels) a little brighter or darker than it should be."""
     cells = _normal(rng, (1, 3, -(-clip.shape[2] // 8), -(-clip.shape[3] // 8)))
@@ -86,6 +106,7 @@ def seams(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     return (clip + strength * rng.uniform(0.04, 0.1) * offsets).clamp(0, 1)
 
 
+@_of_pixels
 def smear(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     """Blur along one direction only."""
     length = 2 * round(strength * rng.integers(3, 6)) + 1
@@ -96,11 +117,13 @@ def smear(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     return x if sideways else x.transpose(2, 3)
 
 
+@_of_pixels
 def oversharpen(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     """Halos around edges."""
     return (clip + strength * rng.uniform(1.5, 3.0) * (clip - _gaussian(clip, 1.2))).clamp(0, 1)
 
 
+@_of_pixels
 def bleed(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     """Colour runs over edges that brightness keeps."""
     grey = clip.mean(1, keepdim=True)
@@ -111,6 +134,7 @@ def bleed(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
 # Motion quality: each frame is a good picture (but for ghosts), time is wrong.
 
 
+@_of_pixels
 def stutter(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     """Frames are held for 2 to 5 frames, then time jumps on."""
     hold = 1 + round(strength * rng.integers(2, 5))
@@ -119,30 +143,35 @@ def stutter(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     return clip[index.clip(0)]
 
 
+@_of_pixels
 def freeze(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     """The picture stands still from some frame on: at full strength from one of the first few."""
     moving = max(1, round((1 - strength * rng.uniform(0.8, 1.0)) * len(clip)))
     return clip[np.arange(len(clip)).clip(0, moving - 1)]
 
 
+@_of_pixels
 def shuffle(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     """Frames change places with frames nearby, up to the whole clip's length away."""
     reach = max(1.5, strength * rng.uniform(4, len(clip)))
     return clip[np.argsort(np.arange(len(clip)) + rng.uniform(0, reach, len(clip)))]
 
 
+@_of_pixels
 def jitter(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     """The camera shakes by fractions of a pixel to some pixels."""
     offsets = strength * rng.uniform(1.0, 4.0) * _normal(rng, (len(clip), 1, 1, 2)).clamp(-2, 2)
     return _displace(clip, offsets.expand(-1, *clip.shape[2:], -1))
 
 
+@_of_pixels
 def flicker(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     """Brightness changes from frame to frame."""
     gains = 1 + strength * rng.uniform(0.1, 0.3) * _normal(rng, (len(clip), 1, 1, 1)).clamp(-2, 2)
     return (clip * gains).clamp(0, 1)
 
 
+@_of_pixels
 def ghost(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     """Every frame is mixed with the frames before it."""
     length = min(len(clip), 1 + round(strength * rng.integers(4, 9)))
@@ -150,6 +179,7 @@ def ghost(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     return torch.stack([padded[shift : shift + len(clip)] for shift in range(length)]).mean(0)
 
 
+@_of_pixels
 def wobble(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     """Shapes breathe: a smooth displacement field that is drawn anew every few frames."""
     keys = -(-len(clip) // int(rng.integers(1, 4))) + 1
@@ -158,6 +188,7 @@ def wobble(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     return _displace(clip, strength * rng.uniform(1.5, 4.0) * field[0].permute(1, 2, 3, 0))
 
 
+@_of_pixels
 def swap(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     """Neighbouring frames change places."""
     index = np.arange(len(clip))
@@ -167,6 +198,7 @@ def swap(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     return clip[index]
 
 
+@_of_pixels
 def hold(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     """Time stops for a while, then catches up at once."""
     length = max(3, round(strength * rng.integers(8, 15)))
@@ -176,6 +208,7 @@ def hold(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     return clip[index.clip(0, len(clip) - 1)]
 
 
+@_of_pixels
 def rewind(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     """Time jumps back every few frames and runs the same way again."""
     period = int(rng.integers(3, 6))
@@ -187,6 +220,7 @@ def rewind(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     return clip[np.array(index[: len(clip)]).clip(0, len(clip) - 1)]
 
 
+@_of_pixels
 def colour_drift(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     """The colour balance wanders from frame to frame."""
     offsets = strength * rng.uniform(0.05, 0.12) * _normal(rng, (len(clip), 3, 1, 1)).clamp(-2, 2)

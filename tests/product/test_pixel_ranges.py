@@ -19,6 +19,7 @@ from stream_r1.evaluation.warp import motion_figures
 from stream_r1.models.taehv import TinyVAE
 from stream_r1.models.vae import VideoVAE
 from stream_r1.pixels import check_range
+from stream_r1.rewards import corruptions
 from stream_r1.rewards.efficientnet import EfficientNetLite
 from stream_r1.rewards.loading import load_reward
 from stream_r1.sampling.pipeline import StreamR1Pipeline
@@ -36,6 +37,8 @@ def takers(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, T
     tiny, lite = TinyVAE(4, (8, 8, 8, 8), 8), EfficientNetLite.from_package("lite0", (2,))
     fine = [torch.rand(4, 3, 32, 48)] * 2
     scene = next(iter(all_scenes()))
+    ways = corruptions.VISUAL | corruptions.VISUAL_UNSEEN | corruptions.MOTION | corruptions.MOTION_UNSEEN
+    rng = np.random.default_rng(0)
     writer = VideoWriter(tmp_path_factory.mktemp("written") / "a.mp4")
     return {
         "StreamR1Weights: video": lambda video: StreamR1Weights(reward)(video[None], ["a"], (3, 4, 6)),
@@ -57,6 +60,7 @@ def takers(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, T
         "to_bytes: video": to_bytes,
         "spread: videos": lambda video: spread([video]),
         "measure: video": lambda video: measure(video, scene),
+        **{f"{name}: clip": lambda video, way=way: way(video, 0.5, rng) for name, way in ways.items()},
     }
 
 
