@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stream_r1.config import Settings
 from stream_r1.data.film import Shot, load_film, load_shots
-from stream_r1.models.causal_convolution import Past
+from stream_r1.models.causal_convolution import PastFrames
 from stream_r1.models.vae_codec import decode_piece, encode_piece
 from stream_r1.tiny_world.loop import Loop, LoopSettings
 
@@ -138,12 +138,12 @@ class _Codec:
     def encode(self, x: Tensor) -> Tensor:
         """The posterior's mean."""
         patches = patchify(x, self.model.config["patch_size"])
-        moments = self.model.quant_conv(encode_piece(self.model.encoder, patches, Past(), first=True))
+        moments = self.model.quant_conv(encode_piece(self.model.encoder, patches, PastFrames(), first=True))
         return moments[:, : self.model.config["z_dim"]]
 
     def decode(self, z: Tensor) -> Tensor:
         """Pixels, not clamped."""
-        y = decode_piece(self.model.decoder, self.model.post_quant_conv(z), Past(), first=True)
+        y = decode_piece(self.model.decoder, self.model.post_quant_conv(z), PastFrames(), first=True)
         return unpatchify(y, self.model.config["patch_size"])
 
 
