@@ -105,12 +105,11 @@ class Room:
     def change(self, change: Change) -> None:
         """From the next chunk on; ends a pause."""
         waiting = self._change
-        if waiting is not None:  # a restart that has not begun still is one
-            change.restart |= waiting.restart
-            if change.upload is not None and waiting.upload is not None:
+        if waiting is not None and change.restart:
+            if waiting.upload is not None:
                 waiting.upload.unlink(missing_ok=True)
-            change.upload = change.upload or waiting.upload
-            change.seed = change.seed if change.restart else waiting.seed
+        elif waiting is not None:  # a restart that has not begun still is one
+            change.restart, change.seed, change.upload = waiting.restart, waiting.seed, waiting.upload
         self._change = change
         self.prompt, self.paused = change.text, False
         if change.restart:
