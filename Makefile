@@ -12,7 +12,7 @@ PIP         := $(BIN)/python -m pip --disable-pip-version-check -qq
 SOURCES     := $(shell find csrc -type f 2>/dev/null)
 
 .DELETE_ON_ERROR:
-.PHONY: demo study test test-executor bench gpu-check lint docs sanitize cross compat assets clean help
+.PHONY: demo study test test-executor bench gpu-check lint docs sanitize cross compat packages assets clean help
 
 help:
 	@echo "make demo    distil the tiny student, stream it before and after, write out/demo/index.html (minutes)"
@@ -26,6 +26,7 @@ help:
 	@echo "make sanitize  the ops' tests with AddressSanitizer and UndefinedBehaviorSanitizer (minutes)"
 	@echo "make cross   compile the CPU kernels for aarch64 (needs g++-aarch64-linux-gnu)"
 	@echo "make compat  build the ops once, test them with the oldest and the newest torch in range (downloads gigabytes)"
+	@echo "make packages  sdist and wheel, each installed into an empty environment and run (minutes)"
 	@echo "make assets  train the tiny world's models again (hours)"
 
 demo: $(VENV)/.built
@@ -61,7 +62,7 @@ docs: $(VENV)/.docs
 
 # The runtimes come before the interpreter's own allocations; libstdc++ has to be there when they look for throw.
 sanitize: $(VENV)/.tools
-	STREAM_R1_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-temp build/sanitize/temp --build-lib build/sanitize
+	STREAM_R1_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib build/sanitize
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 STREAM_R1_EXTENSION=build/sanitize/stream_r1_kernels \
 	  $(BIN)/python -m pytest -q $(ARGS) tests/ops
@@ -71,6 +72,19 @@ cross:
 	@mkdir -p build/aarch64
 	@for file in csrc/cpu/*_kernel.cpp; do echo $$file; aarch64-linux-gnu-g++ -std=c++20 -O2 -fopenmp -Wall -fno-math-errno \
 	  -fno-trapping-math -DSTREAM_R1_ISA=baseline -Icsrc -c $$file -o build/aarch64/$$(basename $$file .cpp).o || exit 1; done
+
+# What people download: each installs into an empty environment and runs a short demo in an empty folder.
+packages: $(VENV)/.built
+	rm -rf build/packages && mkdir -p build/packages
+	$(BIN)/python -c "from setuptools import build_meta as b; b.build_sdist('build/packages'); b.build_wheel('build/packages')" > build/packages/log.txt
+	@for package in build/packages/*.tar.gz build/packages/*.whl; do echo "== $$package"; \
+	  $(PYTHON) -m venv build/packages/env && \
+	  build/packages/env/bin/python -m pip --disable-pip-version-check -qq install torch==$(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) && \
+	  build/packages/env/bin/python -m pip --disable-pip-version-check -qq install "setuptools>=77" wheel && \
+	  build/packages/env/bin/python -m pip --disable-pip-version-check -qq install --no-build-isolation $$package torch==$(TORCH) && \
+	  rm -rf build/packages/empty && mkdir build/packages/empty && \
+	  (cd build/packages/empty && ../env/bin/stream-r1 demo --set budget=60 --set evaluated_videos=2 --set teacher_steps=0) || exit 1; \
+	  rm -rf build/packages/env; done
 
 # The ops as people install them: one wheel, in environments that have nothing else of this repository.
 COMPAT_TORCH ?= 2.10.0 2.14.1

@@ -11,12 +11,14 @@ STREAM_R1_SANITIZE=1 adds AddressSanitizer and UBSan, and leaves out avx512 (see
 import json
 import os
 import platform
+import shutil
 import sys
 from pathlib import Path
 
 import torch
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent  # kernels/setup.py is a link to this file
 sys.path.insert(0, str(ROOT))
@@ -58,6 +60,16 @@ CUDA, why_no_cuda = cuda.decide(torch.version.cuda)
 LEFT_OUT = {} if CUDA else {"cuda": why_no_cuda}
 
 
+class BringData(build_py):
+    """Puts the small world and the recipes into the package, where `stream_r1.places` finds them."""
+
+    def run(self) -> None:
+        super().run()
+        if "stream_r1" in self.packages and not self.editable_mode:  # the ops alone bring no data
+            for name in ("assets", "recipes"):
+                shutil.copytree(ROOT / name, Path(self.build_lib) / "stream_r1" / name, dirs_exist_ok=True)
+
+
 class BuildKernels(build_ext):
     """Compiles the kernel files once an instruction set and records what was built beside the extension."""
 
@@ -85,7 +97,9 @@ class BuildKernels(build_ext):
         (package / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
 
     def build_extension(self, ext: Extension) -> None:
-        folder, compiler = Path(self.build_temp), [os.environ.get("CXX", "c++"), *FLAGS]
+        # Not where setuptools would put them: an editable install and a wheel share what is compiled.
+        folder = ROOT / "build" / ("sanitized" if SANITIZES else "objects")
+        compiler = [os.environ.get("CXX", "c++"), *FLAGS]
         wanted = []
         for isa, flags in ISA_FLAGS.items():
             for pattern in KERNEL_FILES.get(isa, ("*_kernel.cpp",)):
@@ -121,6 +135,6 @@ setup(
             py_limited_api=True,
         )
     ],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "build_py": BringData},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

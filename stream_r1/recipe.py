@@ -36,6 +36,7 @@ from stream_r1.distill.settings import (
 from stream_r1.messages import shown, some
 from stream_r1.models.sizes import read_sizes
 from stream_r1.models.text import MINILM_DIM
+from stream_r1.places import locate as locate
 from stream_r1.rewards.wrong import WrongKind
 from stream_r1.watch.settings import WatchSettings
 
@@ -310,15 +311,6 @@ def read_prompts(source: str) -> list[str]:
             f'"{FILM_PROMPTS}" or "{DRAWN_PROMPTS}"'
         )
     return read_prompt_file(path)
-
-
-def locate(path: str | Path) -> Path:
-    """``path`` where the command runs, else below the project's root if it is there, else unchanged."""
-    path = Path(path)
-    if path.is_absolute() or path.exists():
-        return path
-    below = Path(__file__).resolve().parent.parent / path
-    return below if below.exists() else path
 
 
 _TRANSFORMERS = ("WanTransformer3DModel", "CausalWanTransformer")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stream_r1.files import read_json
+from stream_r1.places import BROUGHT, locate
 
 # Parts of diffusers folders of other Wan models, and what they would take.
 _NOT_SUPPORTED = {
@@ -68,10 +69,11 @@ def find_parts(folder_or_repo: str | Path, checkpoint: str | Path | None, *, wit
 
 
 def _local_folder(folder_or_repo: str | Path, *, with_student: bool, with_text: bool) -> Path:
-    if Path(folder_or_repo).is_dir():
-        return Path(folder_or_repo)
+    folder = locate(folder_or_repo)
+    if folder.is_dir():
+        return folder
     name = str(folder_or_repo)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if name.count("/") != 1 or name.startswith((".", "/", "~", *BROUGHT)):
         raise FileNotFoundError(f"from_pretrained: no such folder: {name}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
