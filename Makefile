@@ -36,11 +36,11 @@ study: $(VENV)/.built
 	$(BIN)/stream-r1 study recipes/studies/tiny.yaml $(ARGS)
 
 test: $(VENV)/.tools
-	$(BIN)/python -m pytest -q $(ARGS) --ignore tests/executor tests
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal $(ARGS) --ignore tests/executor tests
 
 # Minutes, and another answer only where the executor or a compiler changed: .ci/run runs it then.
 test-executor: $(VENV)/.tools
-	$(BIN)/python -m pytest -q $(ARGS) tests/executor
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal $(ARGS) tests/executor
 	$(BIN)/python -m build_support.executor_state --keep
 
 bench: $(VENV)/.tools

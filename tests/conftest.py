@@ -1,7 +1,11 @@
 """What a test may do to the process, and leaves as it was."""
 
 import gc
+import os
 from collections.abc import Iterator
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers have the cores; a test that needs more threads asks
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
