@@ -227,8 +227,8 @@ def page_latencies(
         page.set_default_timeout(120_000)
         page.goto(url)
         view = "document.getElementById('view').dataset"
-        page.wait_for_function(f"{view}.frame !== undefined")
-        first = page.evaluate("performance.now()")
+        page.wait_for_function(f"{view}.first !== undefined")
+        first = float(page.evaluate(f"{view}.first"))
         if recache:
             page.check("#recache")
         changes = []
