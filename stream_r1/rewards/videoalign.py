@@ -123,8 +123,8 @@ class VideoAlignReward(nn.Module):
 
         Args:
             video: [B, T, 3, H, W] floating point in [0, 1], at `settings.video_fps` frames a second.
-            prompts: B of them, put into the instruction as they are: the published evaluator does not clean
-                them, and its weights were trained so.
+            prompts: B of them, put into the instruction as they are, without the cleaning that Wan's
+                tokenizer does: that belongs to another model.
 
         Returns:
             [B, 3] float32, normalised by the checkpoint's means and deviations; differentiable in `video`

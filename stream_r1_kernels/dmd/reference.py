@@ -31,26 +31,24 @@ def dmd_loss_reference(
         g = dmd_direction_reference(x, fake, real_cond, real_uncond, guidance)
     # x - sg(x - g) without its rounding error: the value is g, the derivative in x is 1.
     finite_x = x.to(g.dtype).nan_to_num()
-    squares = (g + (finite_x - finite_x.detach())) ** 2
-    if w_intra is not None:
-        # what is dropped has no weight: a NaN there would come back in the gradient
-        squares = squares * (
-            w_intra if mask is None else torch.where(mask, w_intra, torch.zeros_like(w_intra))
-        )
-    per_sample = _mean_kept(squares, mask)
-    if w_inter is not None:
+    step = g + (finite_x - finite_x.detach())
+    weighted = _weights(g, w_intra, mask) * step * step
+    per_sample = weighted.sum(dim=(1, 2, 3, 4)) / _kept(g, mask)
+    if w_inter is not None:  # of a whole sample: a NaN is one in the gradient of what is dropped too
         per_sample = per_sample * w_inter
     return 0.5 * per_sample.sum().to(g.dtype) / max(1, x.shape[0])
 
 
-def _mean_kept(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean of each sample's kept elements, [B]; 0 for a sample that keeps none."""
-    dims = (1, 2, 3, 4)
-    if mask is None:
-        return values.mean(dim=dims)
-    keep = mask.expand_as(values)
-    kept = torch.where(keep, values, torch.zeros_like(values))
-    return kept.sum(dim=dims) / keep.sum(dim=dims).clamp(min=1)
+def _weights(g: Tensor, w_intra: Tensor | None, mask: Tensor | None) -> Tensor:
+    """w_intra where the mask keeps, 0 where it drops: a NaN there would come back in the gradient."""
+    weights = torch.ones_like(g) if w_intra is None else w_intra
+    return weights if mask is None else torch.where(mask, weights, torch.zeros_like(weights))
+
+
+def _kept(g: Tensor, mask: Tensor | None) -> Tensor:
+    """How many elements of each sample are kept, [B]; 1 for a sample that keeps none."""
+    keep = torch.ones_like(g, dtype=torch.bool) if mask is None else mask.expand_as(g)
+    return keep.sum(dim=(1, 2, 3, 4)).clamp(min=1)
 
 
 @torch.no_grad()
@@ -68,15 +66,7 @@ def dmd_gradient_reference_(
 ) -> None:
     """buffer += scale * w_inter * w_intra * g / (B * kept) where the mask keeps."""
     g = dmd_direction_reference(x, fake, real_cond, real_uncond, guidance)
-    if w_intra is not None:
-        g = g * w_intra
-    per_sample = torch.full(x.shape[:1], scale / max(1, x.shape[0]), dtype=g.dtype, device=g.device)
+    per_sample = scale / max(1, x.shape[0]) / _kept(g, mask)
     if w_inter is not None:
         per_sample = per_sample * w_inter
-    if mask is None:
-        per_sample = per_sample / x[0:1].numel()
-    else:
-        keep = mask.expand_as(g)
-        g = torch.where(keep, g, torch.zeros_like(g))
-        per_sample = per_sample / keep.sum(dim=(1, 2, 3, 4)).clamp(min=1)
-    buffer.add_(g * per_sample[:, None, None, None, None])
+    buffer.add_(_weights(g, w_intra, mask) * g * per_sample[:, None, None, None, None])

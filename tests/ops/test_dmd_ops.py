@@ -116,6 +116,20 @@ def test_a_mask_of_true_is_no_mask_and_frames_can_be_cut_away(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sample_s_nan_weight_is_hidden_nowhere(backend):
+    """Where the mask drops elements either: in all of the sample, and in no other one."""
+    inputs, w = predictions(), weights()
+    spoilt = w | {"w_inter": w["w_inter"].index_fill(0, torch.tensor([1]), torch.nan)}
+    loss, gradient = value_and_gradient(dmd_loss, *inputs, **spoilt, backend=backend)
+    buffer = dmd_gradient_(torch.zeros(SHAPE), *inputs, **spoilt, backend=backend)
+    _, expected = value_and_gradient(dmd_loss, *inputs, **w, backend=backend)
+    assert loss.isnan()
+    for got in (gradient, buffer):
+        assert got[1].isnan().all()
+        torch.testing.assert_close(got[0], expected[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_counts_as_zero(bad, backend):
     x, fake, cond, uncond = predictions()
