@@ -64,6 +64,10 @@ class DistributionMatching:
         cond, uncond = both.chunk(2)
         return cond, uncond
 
+    def fake_x0(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """The critic's x0 with the text."""
+        return self._x0(self.critic, x_t, t, text)
+
     def loss(
         self,
         x: Tensor,
@@ -89,7 +93,19 @@ class DistributionMatching:
         with torch.no_grad():
             x_t = self.schedule.add_noise(x.detach(), eps, self.schedule.sigma(t))
             cond, uncond = self.real_x0(x_t, t, text)
-            fake = self._x0(self.critic, x_t, t, text)
+            fake = self.fake_x0(x_t, t, text)
+        return self.loss_between(x, cond, uncond, fake, weights, loss_mask)
+
+    def loss_between(
+        self,
+        x: Tensor,
+        cond: Tensor,
+        uncond: Tensor | None,
+        fake: Tensor,
+        weights: Weights | None = None,
+        loss_mask: Tensor | None = None,
+    ) -> Tensor:
+        """`loss` of what `real_x0` and `fake_x0` gave."""
         inter, intra = (weights.inter, weights.intra) if weights is not None else (None, None)
         loss = dmd_loss(
             x, fake, cond, uncond, guidance=self.guidance, w_inter=inter, w_intra=intra, mask=loss_mask

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from stream_r1.estimate.work import Watching
 from stream_r1.models.autoencoder import VideoAutoencoder
@@ -31,8 +30,7 @@ class Once:
         ] = {}  # by watchers and arguments: results, what was seen
 
     def __call__(self, *args: Any) -> Results:
-        modes = _get_current_dispatch_mode_stack()
-        around = [watcher for mode in modes if isinstance(mode, Watching) for watcher in mode.watchers]
+        around = Watching.around()
         key = (*map(type, around), *(_like(x) if isinstance(x, Tensor) else x for x in args))
         if key not in self._known:
             begun = [watcher.begin() for watcher in around]

@@ -19,6 +19,7 @@ from stream_r1.chunk_loop import ChunkLoop
 from stream_r1.distill.dmd import DistributionMatching
 from stream_r1.distill.long_rollout import long_rollout
 from stream_r1.distill.rollout import begin_rollout, self_rollout
+from stream_r1.distill.weighting import Weights
 from stream_r1.estimate.networks import Network, make_vae, remembered
 from stream_r1.estimate.pixels import pixel_phases
 from stream_r1.estimate.plan import Plan, roles
@@ -27,7 +28,6 @@ from stream_r1.estimate.work import SHALLOW
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.recipe import InitRecipe, Recipe
 from stream_r1.schedule import FlowSchedule
-from stream_r1_kernels import dmd_loss
 
 _APART = {  # settings that change no phase, or by what else a plan says
     *("batch", "accumulation", "distributed", "steps", "prompts", "text", "out", "watch", "models", "reward"),
@@ -132,12 +132,10 @@ def _distillation(plan: Plan, depth: int) -> list[Phase]:
             x_t, (cond, uncond) = scores[0]
             with run.precision():
                 with torch.no_grad():
-                    fake = matching._x0(critic, x_t, t, text)
-                ones = torch.ones_like(x[:, :, :1])
-                weights = torch.ones_like(x[:, 0, 0, 0, 0])
-                return dmd_loss(
-                    x, fake, cond, uncond, guidance=matching.guidance, w_inter=weights, w_intra=ones
-                )
+                    fake = matching.fake_x0(x_t, t, text)
+                one = torch.ones_like(x[:, 0, 0, 0, 0])
+                weights = Weights(one, torch.ones_like(x[:, :, :1]), one[:, None], None, {})
+                return matching.loss_between(x, cond, uncond, fake, weights)
 
         value = run.phase("student: critic's scores", "critic", loss, passes=1)
         scores.clear()

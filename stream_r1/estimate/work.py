@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -158,10 +158,25 @@ class Watching(TorchDispatchMode):
         call: runs an op.
     """
 
+    _active: ClassVar[list[Watching]] = []
+
     def __init__(self, *watchers: OpWatcher, call: Callable[..., Any] = _call) -> None:
         super().__init__()
         self.watchers = list(watchers)
         self._call = call
+
+    @classmethod
+    def around(cls) -> list[OpWatcher]:
+        """The watchers that see what runs here, those outside first."""
+        return [watcher for watching in cls._active for watcher in watching.watchers]
+
+    def __enter__(self) -> Watching:
+        self._active.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._active.remove(self)
+        super().__exit__(*error)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -1,4 +1,4 @@
-"""Models that take turns on a device, while the others wait in the CPU's memory."""
+"""CPU offload: one of several models is on a device, the others are in the CPU's memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class ModelOffload:
 
     Args:
         device: where models work.
-        models: those that take turns, frozen and in eval mode; a module of one is not another.
+        models: those that are offloaded, frozen and in eval mode; a module of one is not another.
     """
 
     def __init__(self, device: torch.device | str, *models: nn.Module) -> None:
@@ -26,7 +26,7 @@ class ModelOffload:
             self.add(model)
 
     def add(self, model: nn.Module, *, often: bool = True) -> None:
-        """Has a model take turns, beginning on the CPU.
+        """Offloads a model to the CPU.
 
         Args:
             often: it is used in every chunk, so its memory on the CPU is pinned, from which copies are fast.
@@ -52,7 +52,7 @@ class ModelOffload:
             del self._waiting[model]
 
     def use(self, model: nn.Module) -> None:
-        """Has a model on the device, and no other one. Does nothing for models that do not take turns."""
+        """Onloads a model, and offloads the one before it. Does nothing for models that were not added."""
         if model is self._here or model not in self._waiting:
             return
         if self._here is not None:

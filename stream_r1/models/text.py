@@ -100,7 +100,7 @@ class TransformersEncoder(ABC):
         self._model = None
 
     def enable_offload(self, offload: ModelOffload) -> None:
-        """From now on the model takes turns with others on `offload.device`."""
+        """From now on the model is on `offload.device` while it encodes alone."""
         self.device, self._offload = offload.device, offload
         if self._model is not None:
             offload.add(self._model, often=False)

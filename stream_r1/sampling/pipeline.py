@@ -231,8 +231,7 @@ class StreamR1Pipeline:
         return pipeline
 
     def enable_model_cpu_offload(self, device: str | torch.device = "cuda") -> None:
-        """Have the models take turns on a device, as diffusers' method of this name: what is idle waits on
-        the CPU.
+        """Offload idle models to the CPU, as diffusers' method of this name.
 
         The text encoder is on the device while it encodes, then the student, and the VAE or the decoder while
         it decodes a chunk; keys and values stay there. A stream gives the same frames, but takes longer: the

@@ -41,7 +41,7 @@ class Sampler:
         merge_passes: run a chunk's clean pass and the next chunk's first denoising pass as one, the same to
             rounding: True, False, or None where that is the faster, with few tokens a chunk on a CPU.
 
-    `offload`, None at first, is what student, vae and decoder take turns in, if they do.
+    `offload`, None at first, brings student, vae and decoder to the device when they work.
 
     Raises:
         ValueError: parts that do not fit each other, or CUDA graphs or merged passes of a student that can't
