@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import secrets
+import socket
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 from stream_r1.commands.console import make_console
 from stream_r1.models.text import check_prompt
+from stream_r1.recipe import locate
+from stream_r1.sampling.folders import find_parts
 from stream_r1.serve.protocol import MAX_UPLOAD
 from stream_r1.serve.settings import Settings
 
@@ -25,7 +28,8 @@ def run(settings: Settings, host: str, port: int, workers: int) -> None:
         needed = "fastapi, uvicorn and websockets: pip install 'stream-r1[serve]'"
         raise RuntimeError(f"serve: needs {needed} ({error})") from None
     check_prompt(settings.prompt, "--prompt")
-    _ = settings.pixels  # a size that is none is refused here
+    pixels = settings.pixels
+    _check_free(host, port)
     if host not in LOCAL and settings.token is None:
         settings = replace(settings, token=secrets.token_urlsafe(12))
     console = make_console()
@@ -39,8 +43,23 @@ def run(settings: Settings, host: str, port: int, workers: int) -> None:
         # JPEG does not get smaller; a connection that answers no ping is closed after 40 s
         options |= {"ws_max_size": MAX_UPLOAD + 1024, "ws_per_message_deflate": False}
         if workers == 1:
-            uvicorn.run(create_app(settings), **options)  # type: ignore[arg-type]
+            with console.status("loading the models"):
+                pipeline = settings.models.load(pixels, True)
+            uvicorn.run(create_app(settings, pipeline), **options)  # type: ignore[arg-type]
         else:
+            find_parts(locate(settings.models.folder), settings.models.checkpoint, with_text=True)
             settings.to_environment()
             factory = "stream_r1.serve.app:create_app"
             uvicorn.run(factory, factory=True, workers=workers, **options)  # type: ignore[arg-type]
+
+
+def _check_free(host: str, port: int) -> None:
+    """Before models are loaded."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        expected = "an address of this machine that nothing listens on"
+        raise ValueError(f"--host, --port: expected {expected}, got {host}:{port} ({error})") from None

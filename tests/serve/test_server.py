@@ -24,6 +24,7 @@ from PIL import Image
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
+from stream_r1.cli import main
 from stream_r1.sampling.video import VideoWriter, read_video
 from stream_r1.serve.client import LiveClient
 from stream_r1.serve.engine import encode
@@ -270,6 +271,33 @@ def test_other_origins_other_names_and_a_missing_token_get_nothing(served: str) 
     assert refusal(guarded, host, {"token": "wrong"}) is not None
     assert refusal(guarded, host | {"origin": "https://friend.example"}, {"token": "secret"}) is None
     assert refusal(guarded, host | {"origin": "https://enemy.example"}, {"token": "secret"}) is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--size", "huge"], "--size: expected height x width as 64x112, got 'huge'"),
+        (["--models", "/nowhere", "--port", "1"], "/nowhere"),
+        (["--models", "/nowhere", "--workers", "2"], "/nowhere"),
+        (["--prompt", "a" * 100_000], "--prompt: expected at most"),
+        (["--host", "192.0.2.1"], "--host, --port: expected an address of this machine"),
+    ],
+)
+def test_the_command_refuses_in_one_line(
+    arguments: list[str], said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["serve", *arguments])
+    assert stopped.value.code == 2
+    error = capfd.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_the_command_refuses_a_port_that_is_taken(served: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", "--port", served.rpartition(":")[2]])
+    assert "that nothing listens on" in capfd.readouterr().err
 
 
 def test_two_workers_serve_one_folder(tmp_path: Path) -> None:
