@@ -12,10 +12,11 @@ PIP         := $(BIN)/python -m pip --disable-pip-version-check -qq
 SOURCES     := $(shell find csrc -type f 2>/dev/null)
 
 .DELETE_ON_ERROR:
-.PHONY: demo study test test-executor bench gpu-check lint docs sanitize cross compat packages assets clean help
+.PHONY: demo pictures study test test-executor bench gpu-check lint docs sanitize cross compat packages assets clean help
 
 help:
 	@echo "make demo    distil the tiny student, stream it before and after, write out/demo/index.html (minutes)"
+	@echo "make pictures  the README's, from the demo"
 	@echo "make study   every way of weighting beside plain distribution matching, writes out/study/index.html (hours)"
 	@echo "make test    the tests"
 	@echo "make test-executor  those of the PTX executor (minutes; when it or a compiler changes)"
@@ -31,6 +32,9 @@ help:
 
 demo: $(VENV)/.built
 	$(BIN)/stream-r1 demo $(ARGS)
+
+pictures: demo
+	$(BIN)/python -m build_support.pictures out/demo
 
 study: $(VENV)/.built
 	$(BIN)/stream-r1 study recipes/studies/tiny.yaml $(ARGS)
