@@ -79,7 +79,7 @@ def _save_twice(folder: Path, chosen: Any) -> list[int]:
             path = run.save()
             written.append((path / "values.json").stat().st_mtime_ns)
         run.train_step()
-        run.step -= 1  # another state of the same step takes its place
+        run.state.step -= 1  # another state of the same step takes its place
         path = run.save()
         return [*written, (path / "values.json").stat().st_mtime_ns]
 
