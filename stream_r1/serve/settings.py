@@ -11,7 +11,7 @@ from pathlib import Path
 from stream_r1.commands.sample import ModelChoice, as_size
 
 VARIABLE = "STREAM_R1_SERVE"
-PROMPT = "a big rabbit stands in a green meadow"
+PROMPT = "a red ball rolls to the left in a meadow at noon"
 
 
 @dataclass(frozen=True)
