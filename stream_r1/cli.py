@@ -226,6 +226,23 @@ def study(
     run(study, overrides or [], jobs=jobs, trainer=trainer, report_only=report_only)
 
 
+@app.command("eval")
+def evaluate(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file, as recipes/evals/tiny.yaml.")],
+    overrides: Overrides = None,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Write tables and page from the pieces that are done.")
+    ] = False,
+) -> None:
+    """Compare models by videos of the same prompts and noise: measures, drift, latency, VBench, judges.
+
+    Goes on where it was stopped.
+    """
+    from stream_r1.commands.eval import run
+
+    run(recipe, overrides or [], report_only=report_only)
+
+
 votes_app = typer.Typer(
     help="People's preference: blind comparisons of models, side by side.", no_args_is_help=True
 )

@@ -11,6 +11,7 @@ from typing import Any
 
 from stream_r1.config import Settings
 from stream_r1.demo.settings import DemoSettings
+from stream_r1.evaluation.plan import EvalSettings, JudgeSettings, ModelSettings
 from stream_r1.recipe import InitRecipe, Recipe
 from stream_r1.rewards.videoalign import VideoAlignSettings
 from stream_r1.study.plan import StudySettings
@@ -45,6 +46,13 @@ SECTIONS: list[tuple[str, str, type[Settings]]] = [
         "`stream-r1 study STUDY [key=value ...]`: see [its page](study.md).",
         StudySettings,
     ),
+    (
+        "Settings of an evaluation",
+        "`stream-r1 eval RECIPE [key=value ...]`: see [its page](evaluation.md).",
+        EvalSettings,
+    ),
+    ("Settings of a model in an evaluation", "Each of `models`.", ModelSettings),
+    ("Settings of a judge in an evaluation", "Each of `judges`.", JudgeSettings),
     (
         "Settings of the VideoAlign reward",
         "The `config.json` in the folder that `models.reward` names: see "

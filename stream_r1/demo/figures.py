@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -68,6 +68,29 @@ def curve(
         axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
         if len(lines) > 1:
             axes.legend(frameon=False, loc="best", ncols=len(lines), fontsize=8)
+        return _svg(figure)
+
+
+Band = tuple[Sequence[float], Sequence[float], Sequence[float], Sequence[float]]
+"""Places, and at each the mean and the ends of a range."""
+
+
+def bands(
+    lines: Mapping[str, Band], *, ylabel: str, xlabel: str = "second", width: float = 4.4, height: float = 2.2
+) -> str:
+    """Means by name, each line over its range; an ``<svg>``. Gaps where a value is nan."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.add_subplot()
+        for number, (name, (x, mean, low, high)) in enumerate(lines.items()):
+            colour = COLOURS[number % len(COLOURS)]
+            axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            axes.plot(x, mean, color=colour, linewidth=1.8, label=name)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
+        if len(lines) > 1:
+            axes.legend(frameon=False, loc="best", ncols=2, fontsize=8)
         return _svg(figure)
 
 

@@ -141,6 +141,28 @@ class VideoFile:
         enough = first is not None and len(frames) == first  # what is damaged behind them does not matter
         return Footage(pixels.div_(255), float(rate), total, None if enough else self._damage)
 
+    def pieces(self, frames: int) -> Iterator[Tensor]:
+        """Every frame once, in order, so many at a time: [t, 3, H, W] float32 in [0, 1].
+
+        Raises:
+            ValueError: the file is damaged, after what comes before that.
+        """
+        self._rewind(self.fps, None)
+        waiting: list[av.VideoFrame] = []
+        for shown in self._shown():
+            waiting.append(shown.frame)
+            if len(waiting) == frames:
+                yield self._pixels(waiting)
+                waiting = []
+        if waiting:
+            yield self._pixels(waiting)
+        if self._damage:
+            raise ValueError(f"{self.path}: expected a whole video: {self._damage}")
+
+    def _pixels(self, frames: list[av.VideoFrame]) -> Tensor:
+        pixels = torch.from_numpy(np.stack([self._picture(frame) for frame in frames]))
+        return pixels.movedim(3, 1).float().div_(255)
+
     def _open(self) -> None:
         try:
             # resolved: a name is never taken for a protocol

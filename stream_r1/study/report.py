@@ -5,14 +5,12 @@ from __future__ import annotations
 import base64
 import csv
 import io
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 
 from stream_r1.demo.report import playable
@@ -20,7 +18,7 @@ from stream_r1.disk.whole import write_text
 from stream_r1.evaluation.report import MEASURES
 from stream_r1.evaluation.single import FIGURES as SINGLE
 from stream_r1.files import FileError, read_json
-from stream_r1.pages import LOOK
+from stream_r1.pages.report import bar, reach, render, short, signed
 from stream_r1.study.differences import Difference, difference
 from stream_r1.study.measure import FIGURES, VIDEOS
 from stream_r1.study.plan import Run, Study
@@ -59,14 +57,7 @@ def write_report(study: Study) -> Path:
     arms = [arm for arm in arms if arm.seeds]
     write_text(study.out / "results.csv", _results(numbers))
     write_text(study.out / "differences.csv", _differences(arms))
-    environment = Environment(
-        loader=PackageLoader("stream_r1.study", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html.j2").render(_context(study, done, numbers, arms))
+    page = render("stream_r1.study", "report.html.j2", _context(study, done, numbers, arms))
     write_text(study.out / "index.html", page)
     return study.out / "index.html"
 
@@ -138,7 +129,6 @@ def _differences(arms: list[Arm]) -> str:
 def _context(study: Study, done: list[Run], numbers: Numbers, arms: list[Arm]) -> dict[str, Any]:
     base = next((arm for arm in arms if arm.name == study.settings.against), None)
     return {
-        "look": LOOK,
         "against": study.settings.against,
         "title": f"Study: {len(study.settings.arms)} arms, {len(study.settings.seeds)} seeds",
         "recipe": study.settings.recipe,
@@ -158,32 +148,16 @@ def _figure(name: str, base: Arm | None, arms: list[Arm]) -> dict[str, Any]:
     measure = SINGLE.get(name) or MEASURES.get(name)
     meaning = measure.meaning if measure else "an axis of the reward that judges"
     better = measure.better if measure else "higher"
-    bounds = [x for arm in arms if name in arm.changes for x in arm.changes[name][1:3]]
-    reach = max((abs(x) for x in bounds if math.isfinite(x)), default=0.0) or 1.0
+    furthest = reach(arm.changes[name] for arm in arms if name in arm.changes)
     rows = []
     for arm in arms:
         change = arm.changes.get(name)
-        row: dict[str, Any] = {"arm": arm.name, "mean": _short(arm.means.get(name)), "change": None}
+        row: dict[str, Any] = {"arm": arm.name, "mean": short(arm.means.get(name)), "change": None}
         if change is not None:
-            verdict = ""
-            if change.clear and better != "near reference":
-                verdict = "better" if (change.mean > 0) == (better == "higher") else "worse"
-            row["change"] = {
-                "text": f"{_signed(change.mean)} ({_signed(change.low)} to {_signed(change.high)})",
-                "seeds": ", ".join(_signed(x) for x in change.seeds),
-                "at": _place(change.mean, reach),
-                "low": _place(change.low, reach),
-                "width": _place(change.high, reach) - _place(change.low, reach),
-                "verdict": verdict,
-                "clear": change.clear,
-            }
+            row["change"] = bar(change, furthest, better)
+            row["seeds"] = ", ".join(signed(x) for x in change.seeds)
         rows.append(row)
     return {"name": name, "meaning": meaning, "better": better, "rows": rows}
-
-
-def _place(value: float, reach: float) -> float:
-    """Per cent of a bar from -reach to reach."""
-    return 50 + 50 * value / reach
 
 
 def _cost(arm: Arm, base: Arm | None) -> dict[str, str]:
@@ -213,11 +187,3 @@ def _videos(study: Study, done: list[Run]) -> list[dict[str, Any]]:
         if videos:
             rows.append({"prompt": prompt, "videos": videos})
     return rows
-
-
-def _short(value: float | None) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{value:.3f}".replace("-", "−")
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "−")
