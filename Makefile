@@ -28,7 +28,7 @@ help:
 	@echo "make cross   compile the CPU kernels for aarch64 (needs g++-aarch64-linux-gnu)"
 	@echo "make compat  build the ops once, test them with the oldest and the newest torch in range (downloads gigabytes)"
 	@echo "make packages  sdist and wheel, each installed into an empty environment and run (minutes)"
-	@echo "make assets  train the tiny world's models again (hours)"
+	@echo "make assets  train the tiny world's models again, from nothing (hours)"
 
 demo: $(VENV)/.built
 	$(BIN)/stream-r1 demo $(ARGS)
@@ -103,14 +103,14 @@ compat: $(VENV)/.built
 	  (cd build/compat && env/bin/python -m pytest -q --import-mode=importlib -c /dev/null --rootdir . tests/ops --ignore tests/ops/test_devices.py $(ARGS)) || exit 1; \
 	  rm -rf build/compat/env; done
 
-# The tiny world from the film on; each step resumes where it was stopped.
+# The tiny world from nothing; each training resumes where it was stopped.
 assets: $(VENV)/.built
-	$(BIN)/stream-r1 data fetch
-	$(BIN)/python -m stream_r1.tiny_world vae recipes/tiny/assets/vae.yaml
-	$(BIN)/python -m stream_r1.tiny_world vae recipes/tiny/assets/vae-long.yaml
+	$(BIN)/python -m stream_r1.tiny_world codec recipes/tiny/assets/codec.yaml
+	$(BIN)/python -m stream_r1.tiny_world codec recipes/tiny/assets/codec-decoder.yaml
 	$(BIN)/python -m stream_r1.tiny_world teacher recipes/tiny/assets/teacher.yaml
 	$(BIN)/python -m stream_r1.tiny_world student recipes/tiny/assets/student.yaml
-	$(BIN)/python -m stream_r1.rewards.film_training
+	$(BIN)/python -m stream_r1.tiny_world reward recipes/tiny/assets/reward.yaml
+	$(BIN)/python -m stream_r1.tiny_world reward recipes/tiny/assets/judge.yaml
 	$(BIN)/stream-r1 data reference
 	$(BIN)/stream-r1 data baselines
 

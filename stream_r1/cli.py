@@ -127,37 +127,21 @@ def replay(
     raise typer.Exit(run(files, tolerance=tolerance))
 
 
-data_app = typer.Typer(help="The film the tiny world is learnt from: fetch, check, look.")
+data_app = typer.Typer(help="The drawn world and its figures; trajectories of teachers.")
 app.add_typer(data_app, name="data")
-
-
-@data_app.command("fetch")
-def data_fetch(
-    cache: Annotated[Path | None, typer.Option(help="Folder to keep it in.")] = None,
-) -> None:
-    """Fetch the film (58 MB), checked by hash."""
-    from stream_r1.commands.data import fetch
-
-    fetch(cache)
-
-
-@data_app.command("shots")
-def data_shots() -> None:
-    """List the captioned shots."""
-    from stream_r1.commands.data import shots
-
-    shots()
+Prompts = Annotated[str, typer.Option(help="Prompts of the drawn world, one a line; or drawn: all of them.")]
 
 
 @data_app.command("sheet")
 def data_sheet(
-    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("out/shots.png"),
-    cache: Annotated[Path | None, typer.Option(help="Folder the film is kept in.")] = None,
+    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("out/drawings.png"),
+    prompts: Prompts = "recipes/tiny/prompts.txt",
+    seed: Annotated[int, typer.Option(min=0, help="Of everything that the prompts leave to chance.")] = 0,
 ) -> None:
-    """Write a picture with the middle frame of every shot and its caption (fetches the film)."""
+    """Write a picture with frames of a drawing of every prompt."""
     from stream_r1.commands.data import sheet
 
-    sheet(out, cache)
+    sheet(out, prompts, seed)
 
 
 @data_app.command("reference", hidden=True)
@@ -165,31 +149,27 @@ def data_reference(
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path(
         "assets/tiny/reference/statistics.safetensors"
     ),
-    prompts: Annotated[str, typer.Option(help="Captions of the shots to take, one a line, or film.")] = (
-        "recipes/tiny/prompts.txt"
-    ),
-    cache: Annotated[Path | None, typer.Option(help="Folder the film is kept in.")] = None,
+    prompts: Prompts = "recipes/tiny/prompts.txt",
 ) -> None:
-    """Write the film's statistics that the independent measures compare with (fetches the film)."""
+    """Write the statistics of drawings that KID compares with."""
     from stream_r1.commands.data import reference
 
-    reference(out, prompts, cache)
+    reference(out, prompts)
 
 
 @data_app.command("baselines", hidden=True)
 def data_baselines(
-    recipe: Annotated[
-        Path, typer.Argument(help="The recipe whose teacher, autoencoder and reward to use.")
-    ] = (Path("recipes/tiny/stream-r1.yaml")),
+    recipe: Annotated[Path, typer.Argument(help="The recipe whose teacher and autoencoder to use.")] = (
+        Path("recipes/tiny/stream-r1.yaml")
+    ),
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path(
         "assets/tiny/reference/baselines.json"
     ),
-    cache: Annotated[Path | None, typer.Option(help="Folder the film is kept in.")] = None,
 ) -> None:
-    """Measure the teacher's samples and the film for the demo's table (fetches the film)."""
+    """Measure the teacher's samples and drawings, for the demo's table."""
     from stream_r1.commands.data import baselines
 
-    baselines(out, recipe, cache)
+    baselines(out, recipe)
 
 
 @data_app.command("ode-pairs")

@@ -40,7 +40,6 @@ from stream_r1.places import locate as locate
 from stream_r1.rewards.wrong import WrongKind
 from stream_r1.watch.settings import WatchSettings
 
-FILM_PROMPTS = "film"
 DRAWN_PROMPTS = "drawn"
 
 
@@ -96,7 +95,7 @@ class TextSettings(Settings):
 
 
 class RewardSettings(Settings):
-    """How the VideoAlign reward is run; None keeps what its folder says. The film's has the first alone.
+    """How the VideoAlign reward is run; None keeps what its folder says. The small one has the first alone.
 
     wrong: make it wrong on purpose, for a study: see `WrongReward`.
 
@@ -130,8 +129,7 @@ class Recipe(DistillSettings):
     stream: how the student streams.
     reward: how the reward is run.
     text: how prompts are encoded.
-    prompts: a text file, one prompt a line, a .parquet file, "film": the captions of the tiny world's
-        training shots, or "drawn": every prompt of the drawn world.
+    prompts: a text file, one prompt a line, a .parquet file, or "drawn": every prompt of the drawn world.
     out: folder for checkpoints, metrics and the student.
     watch: what is watched, and where it goes.
     """
@@ -141,7 +139,7 @@ class Recipe(DistillSettings):
     stream: StreamSettings = StreamSettings()
     reward: RewardSettings = RewardSettings()
     text: TextSettings = TextSettings()
-    prompts: str = FILM_PROMPTS
+    prompts: str = DRAWN_PROMPTS
     out: str = "out/train"
     watch: WatchSettings = WatchSettings()
 
@@ -204,8 +202,7 @@ class InitRecipe(InitSettings):
     rollout: sizes, steps and shift count, the rest does not.
     pairs: the trajectories.
     text: how prompts are encoded.
-    prompts: a text file, one prompt a line, a .parquet file, "film": the captions of the tiny world's
-        training shots, or "drawn": every prompt of the drawn world.
+    prompts: a text file, one prompt a line, a .parquet file, or "drawn": every prompt of the drawn world.
     out: folder for checkpoints, metrics and the student.
     watch: what is watched, and where it goes.
     """
@@ -216,7 +213,7 @@ class InitRecipe(InitSettings):
     rollout: RolloutSettings = RolloutSettings()
     pairs: PairSettings
     text: TextSettings = TextSettings()
-    prompts: str = FILM_PROMPTS
+    prompts: str = DRAWN_PROMPTS
     out: str = "out/start"
     watch: WatchSettings = WatchSettings()
 
@@ -290,16 +287,11 @@ def build_any(path: str | Path, changes: dict[str, Any]) -> Recipe | InitRecipe:
 
 
 def read_prompts(source: str) -> list[str]:
-    """Prompts of a recipe: "film", the captions of the tiny world's training shots; "drawn", every prompt of
-    the drawn world; or those of a file.
+    """Prompts of a recipe: "drawn", every prompt of the drawn world, or those of a file.
 
     Raises:
         SettingsError: no such file, or one of no use; see `read_prompt_file`.
     """
-    if source == FILM_PROMPTS:
-        from stream_r1.data.film import load_shots
-
-        return list(dict.fromkeys(shot.caption for shot in load_shots() if not shot.held_out))
     if source == DRAWN_PROMPTS:
         from stream_r1.drawn_world import all_scenes
 
@@ -307,8 +299,8 @@ def read_prompts(source: str) -> list[str]:
     path = locate(source)
     if not path.is_file():
         raise SettingsError(
-            f"prompts: {source}: no such file; expected a text file, one prompt a line, a .parquet file, "
-            f'"{FILM_PROMPTS}" or "{DRAWN_PROMPTS}"'
+            f"prompts: {source}: no such file; expected a text file, one prompt a line, a .parquet file "
+            f'or "{DRAWN_PROMPTS}"'
         )
     return read_prompt_file(path)
 
@@ -359,10 +351,8 @@ def _misfits(recipe: Recipe | InitRecipe) -> list[str]:
         )
     if recipe.watch.prompts and recipe.models.vae is None:
         problems.append("watch.prompts: expected models.vae too, which decodes sample videos, got none")
-    if isinstance(recipe, Recipe) and reward.get("type") == "film" and recipe.reward.overrides():
-        problems.append(
-            f"reward: expected no settings for the film's reward, got {recipe.reward.overrides()}"
-        )
+    if isinstance(recipe, Recipe) and reward.get("type") == "small" and recipe.reward.overrides():
+        problems.append(f"reward: expected no settings for the small reward, got {recipe.reward.overrides()}")
     axes = reward.get("axes") if reward else None
     if axes is not None and not (isinstance(axes, list) and all(isinstance(axis, str) for axis in axes)):
         problems.append(f"models.reward: config.json: axes: expected a list of names, got {shown(axes)}")

@@ -16,9 +16,9 @@ from stream_r1.recipe import InitRecipe, Recipe
 from stream_r1.rewards.videoalign import VideoAlignSettings
 from stream_r1.study.plan import StudySettings
 from stream_r1.tiny_world.codec import CodecSettings
+from stream_r1.tiny_world.reward import RewardTrainingSettings
 from stream_r1.tiny_world.student import StudentSettings
 from stream_r1.tiny_world.teacher import TeacherSettings
-from stream_r1.tiny_world.vae import VaeSettings
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 _MEANING = re.compile(r"^(?P<names>[a-z_]\w*(?:, [a-z_]\w*)*): (?P<text>.+(?:\n    .+)*)", re.M)
@@ -61,11 +61,6 @@ SECTIONS: list[tuple[str, str, type[Settings]]] = [
     ),
     (
         "Settings of the tiny autoencoder",
-        "`python -m stream_r1.tiny_world vae RECIPE [key=value ...]`.",
-        VaeSettings,
-    ),
-    (
-        "Settings of the drawn world's autoencoder",
         "`python -m stream_r1.tiny_world codec RECIPE [key=value ...]`.",
         CodecSettings,
     ),
@@ -78,6 +73,11 @@ SECTIONS: list[tuple[str, str, type[Settings]]] = [
         "Settings of the tiny student's start",
         "`python -m stream_r1.tiny_world student RECIPE [key=value ...]`.",
         StudentSettings,
+    ),
+    (
+        "Settings of the tiny rewards",
+        "`python -m stream_r1.tiny_world reward RECIPE [key=value ...]`.",
+        RewardTrainingSettings,
     ),
 ]
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from stream_r1.commands.console import make_console
 from stream_r1.commands.outputs import check_files, check_folder
-from stream_r1.data.film import default_cache
 from stream_r1.disk.whole import written
 from stream_r1.messages import shown
 from stream_r1.models.text import UMT5Encoder, check_prompt
@@ -85,7 +84,7 @@ class ModelChoice:
             adapter=self.adapter,
             decoder=self.decoder,
             size=size,
-            text_cache=self.text_cache or default_cache() / "prompts",
+            text_cache=self.text_cache or Path.home() / ".cache" / "stream-r1" / "prompts",
             keep_text_encoder=keep_text_encoder,
             dtype=_dtype("--dtype", self.dtype, device),
             vae_dtype=None if self.vae_dtype == "auto" else _dtype("--vae-dtype", self.vae_dtype, device),

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from stream_r1.config import SettingsError
 from stream_r1.disk.whole import write_text
+from stream_r1.evaluation.spread import Figure
 from stream_r1.files import read_text
 from stream_r1.messages import shown, some
 
@@ -27,6 +28,19 @@ _Name = Annotated[str, AfterValidator(_within)]
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+
+class Number(_Part):
+    """A figure of some videos, as `evaluation.Figure`: its standard error, and it without each video."""
+
+    value: float
+    spread: float
+    without: list[float] = []
+
+    @classmethod
+    def of(cls, figure: Figure) -> Number:
+        """A figure, to be kept."""
+        return cls(value=figure.value, spread=figure.spread, without=list(figure.without))
 
 
 class Clip(_Part):
@@ -90,15 +104,17 @@ class Record(_Part):
     denoising_steps: int = 4
     teacher_steps: int | None = None
     axes: list[str] = []
+    """Of the reward that guides."""
+    judge_axes: list[str] = []
     clips: dict[str, list[Clip]] = {}
-    """By column: before, after, teacher, film."""
+    """By column: before, after, teacher, drawings."""
     steps: list[StepPoint] = []
     planned_steps: int | None = None
     step_seconds: float | None = None
     """One student step with its critic steps, as measured."""
     critic_steps: int = 0
-    evaluations: dict[str, dict[str, float]] = {}
-    """By column (before, after, teacher, film): figures of ``stream_r1.evaluation`` and ``reward/<axis>``."""
+    evaluations: dict[str, dict[str, Number]] = {}
+    """By column (before, after, teacher, drawings): figures of ``evaluate_videos``."""
     evaluated: str = ""
     """What the figures are means over, in words."""
     timing: Timing | None = None

@@ -17,12 +17,13 @@ from stream_r1 import maps
 from stream_r1.demo import figures, measures
 from stream_r1.demo.record import Record
 from stream_r1.disk.whole import write_text
+from stream_r1.drawn_world.measures import MEASURES as EXACT
 
 LABELS = {
     "before": "Student before",
     "after": "Student after distillation",
     "teacher": "Teacher, {steps} steps",
-    "film": "The film",
+    "drawings": "Drawn",
 }
 _STREAMED = ("before", "after")
 _WORDS = {1: "one", 2: "two", 3: "three", 4: "four"}
@@ -66,6 +67,7 @@ def _context(record: Record, folder: Path) -> dict[str, Any]:
         "measures": _measures(record),
         "measure_columns": [measures.COLUMNS[name] for name in measures.columns(record)],
         "measures_note": record.evaluated,
+        "unsure": _unsure(record),
         "timing": _timing(record),
         "facts": _facts(record),
         "settings": record.settings,
@@ -120,11 +122,13 @@ def _key_numbers(record: Record) -> list[dict[str, str]]:
                 "label": f"student steps in {_duration(record.stages.get('distilling', 0.0))}",
             }
         )
-    rewards = [row.values for row in measures.reward_rows(record)]
-    if rewards and all({"before", "after"} <= values.keys() for values in rewards):
-        before, after = (float(np.mean([values[k] for values in rewards])) for k in ("before", "after"))
-        shown = f"{before:+.2f} → {after:+.2f}".replace("-", "−")
-        out.append({"value": shown, "unit": "", "label": "reward, before → after"})
+    evaluations = [record.evaluations.get(name, {}) for name in _STREAMED]
+    if all(evaluation.keys() >= EXACT.keys() for evaluation in evaluations):
+        before, after = (
+            float(np.mean([evaluation[name].value for name in EXACT])) for evaluation in evaluations
+        )
+        label = "mean of the exact measures, before → after"
+        out.append({"value": f"{before:.2f} → {after:.2f}", "unit": "", "label": label})
     return out
 
 
@@ -172,7 +176,7 @@ def playable(path: Path) -> bytes:
 def _columns_note(columns: list[str]) -> str:
     notes = {
         "teacher": "The teacher sees all frames of its short clip at once",
-        "film": "the film's shot is what the caption was written for",
+        "drawings": "what is drawn shows the prompt as it is meant, from another start",
     }
     told = [notes[name] for name in columns if name in notes]
     text = "; ".join(told)
@@ -258,31 +262,42 @@ def _strip(name: str, note: str, picture: NDArray[np.uint8]) -> dict[str, str]:
 
 def _measures(record: Record) -> list[dict[str, Any]]:
     columns = measures.columns(record)
-    groups = {
-        "Independent: the distillation never sees these": measures.independent_rows(record),
-        "The reward that guides it": measures.reward_rows(record),
-    }
     return [
         {"title": title, "rows": [_measure_row(row, columns) for row in rows]}
-        for title, rows in groups.items()
-        if rows
+        for title, rows in measures.groups(record).items()
     ]
 
 
 def _measure_row(row: measures.Row, columns: list[str]) -> dict[str, Any]:
-    direction = "near the film's is better" if row.better == "near reference" else f"{row.better} is better"
-    change, shown = row.change, ""
-    if change is not None:
-        shown = f"{'▲' if change > 0 else '▼'} {_number(abs(change))}"
-        if not shown.strip("▲▼ 0."):
-            shown, change = "0", None  # nothing that the digits show
+    better = row.measure.better
+    direction = "near the drawings' is better" if better == "near reference" else f"{better} is better"
+    shown = ""
+    if row.change is not None:
+        change, spread = row.change
+        arrow = "▲" if change > 0 else "▼" if change < 0 else ""
+        shown = f"{arrow} {_number(abs(change))} ± {_number(spread)}".strip()
+    cells = [row.values.get(name) for name in columns]
     return {
         "name": row.name,
-        "meaning": f"{row.meaning}; {direction}",
-        "cells": [_number(row.values.get(name)) for name in columns],
+        "meaning": f"{row.measure.meaning}; {direction}",
+        "cells": [
+            {"value": _number(cell.value), "spread": f"± {_number(cell.spread)}"}
+            if cell
+            else {"value": "–", "spread": ""}
+            for cell in cells
+        ],
         "change": shown,
-        "verdict": row.verdict if change is not None else "",
+        "verdict": row.verdict,
     }
+
+
+def _unsure(record: Record) -> str:
+    """Which measures have not moved by more than their spread."""
+    rows = [row for rows in measures.groups(record).values() for row in rows if row.change is not None]
+    names = [row.name for row in rows if row.verdict == "unsure"]
+    if not rows or not names:
+        return "Every measure moved by more than twice its spread." if rows else ""
+    return f"Not moved by more than twice the spread: {', '.join(names)}."
 
 
 def _number(value: float | None) -> str:

@@ -26,14 +26,17 @@ from stream_r1.config import SettingsError
 from stream_r1.demo import stages
 from stream_r1.demo.baselines import load_baselines
 from stream_r1.demo.record import FILE as RECORD
-from stream_r1.demo.record import Record, StepPoint
+from stream_r1.demo.record import Number, Record, StepPoint
 from stream_r1.demo.report import LABELS
 from stream_r1.demo.settings import DemoSettings, seconds_to_distil, steps_in
 from stream_r1.distill.events import Event, StepDone
 from stream_r1.distill.trainer import DistillTrainer
-from stream_r1.evaluation import Reference
+from stream_r1.drawn_world import Scene
+from stream_r1.evaluation import Reference, evaluate_videos
+from stream_r1.messages import shown
 from stream_r1.models.checkpoints import load_student
 from stream_r1.recipe import Recipe, locate
+from stream_r1.rewards import load_reward
 from stream_r1.sampling.sampler import Sampler
 
 CHECKPOINTS = "checkpoints"
@@ -80,8 +83,12 @@ class Demo:
         source: str,
     ) -> None:
         require_models(recipe)
+        for prompt in (*settings.prompts, *stages.evaluated_prompts(recipe, settings)):
+            if not Scene.has(prompt):
+                raise SettingsError(f"prompts: expected those of the drawn world, got {shown(prompt)}")
         self.recipe, self.settings, self.folder, self.watcher = recipe, settings, folder, watcher
         self.reference = Reference.load(locate(settings.reference))
+        self.judge = load_reward(locate(settings.judge))
         self.stopped_by = int(signal.SIGINT)
         self._models: Models | None = None
         fingerprint = _fingerprint(recipe, settings)
@@ -140,9 +147,8 @@ class Demo:
             models = self.models
             with self._stage("sampling the teacher", "sampling the teacher"):
                 record.clips["teacher"] = stages.sample_teacher(models, self.recipe, settings, self.folder)
-        if "film" not in record.clips:
-            frames = 1 + 4 * (self.recipe.rollout.frames - 1)
-            record.clips["film"] = stages.film_clips(settings, self.folder, record.size, frames)
+        if "drawings" not in record.clips:
+            record.clips["drawings"] = stages.show_drawings(settings, self.folder)
 
     def _distil(self) -> bool:
         """Steps until the budget or the recipe's steps are used up; False if somebody stopped it earlier."""
@@ -242,17 +248,12 @@ class Demo:
         return stages.make_sampler(loaded.eval(), models, self.recipe)
 
     def _evaluate(self, name: str, sampler: Sampler) -> None:
-        figures = stages.evaluate(sampler, self.models, self.recipe, self.settings, self.reference)
-        film = {
-            key.removesuffix("_reference"): value
-            for key, value in figures.items()
-            if key.endswith("_reference")
-        }
+        videos, prompts = stages.sample(sampler, self.recipe, self.settings)
+        figures = evaluate_videos(videos, prompts, self.reference, self.judge)
         baselines = load_baselines(locate(self.settings.baselines))
-        self.record.evaluations["film"] = baselines.get("film", {}) | {"sharpness": 1.0, **film}
-        if "teacher" in baselines:
-            self.record.evaluations["teacher"] = baselines["teacher"]
-        self.record.evaluations[name] = {k: v for k, v in figures.items() if not k.endswith("_reference")}
+        for column in ("teacher", "drawings"):
+            self.record.evaluations[column] = baselines.get(column, {})
+        self.record.evaluations[name] = {key: Number.of(figure) for key, figure in figures.items()}
 
     def _describe(self, models: Models) -> None:
         record, shape, vae = self.record, self.recipe.rollout, models.vae
@@ -260,10 +261,12 @@ class Demo:
         record.size = (shape.height * vae.spatial_factor, shape.width * vae.spatial_factor)
         record.chunk_frames = models.student.config["frames_per_chunk"] * vae.temporal_factor
         frames = vae.frames(shape.frames)
+        record.judge_axes = list(self.judge.axes)
         record.evaluated = (
-            f"Means over {self.settings.evaluated_videos} videos of {frames} frames, captions and seeds the "
-            "same before and after. Teacher and film: samples of many steps and the film's own shots, "
-            "measured when the assets were made."
+            f"Means over {self.settings.evaluated_videos} videos of {frames} frames, prompts and noise the "
+            "same before and after, ± their standard error (jackknife over the videos; of the change, in "
+            "pairs). "
+            "Teacher and drawings were measured when the assets were made."
         )
 
     @contextmanager

@@ -18,9 +18,10 @@ class DemoSettings(Settings):
     prompts: of the videos in the report.
     chunks: chunks that are streamed for each prompt.
     seed: of the noise of all videos.
-    reference: statistics of the film that the independent measures compare with.
-    baselines: figures of the teacher and the film for the table, see `stream-r1 data baselines`; left out if
-        not there.
+    reference: statistics of drawings that KID compares with.
+    judge: folder of the reward that judges; it is not the one that guides.
+    baselines: figures of the teacher and of drawings for the table, see `stream-r1 data baselines`; left out
+        if not there.
     evaluated_videos: videos that the measures see, before and after.
     evaluated_batch: how many of them are made together.
     timed_chunks: chunks of the stream that is timed.
@@ -31,16 +32,17 @@ class DemoSettings(Settings):
 
     budget: Annotated[float, Field(ge=20, le=10**7)] = 330.0
     prompts: Annotated[tuple[str, ...], Field(min_length=1, max_length=256)] = (
-        "close up of a smiling fat rabbit under a tree",
-        "a flying squirrel glides through a blue sky",
-        "a purple bird sits on a tree branch at dawn",
-        "a fat rabbit in a sunny meadow holds a red apple",
+        "a red ball rolls to the left in a meadow at noon",
+        "a yellow star bounces by the sea at night",
+        "a blue box swings on a rope in the snow at dawn",
+        "a pink ball floats up in the desert at dusk",
     )
-    chunks: Count = 6
+    chunks: Count = 3
     seed: int = 0
     reference: str = "assets/tiny/reference/statistics.safetensors"
+    judge: str = "assets/tiny/judge"
     baselines: str = "assets/tiny/reference/baselines.json"
-    evaluated_videos: Annotated[int, Field(ge=2, le=10_000)] = 24
+    evaluated_videos: Annotated[int, Field(ge=2, le=10_000)] = 40
     evaluated_batch: Count = 8
     timed_chunks: Count = 8
     teacher_steps: Annotated[int, Field(ge=0, le=10_000)] = 24

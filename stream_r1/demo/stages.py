@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from stream_r1.assembly import Models
-from stream_r1.data.film import FPS, default_cache, load_shots
 from stream_r1.demo.record import Clip, Timing
 from stream_r1.demo.settings import DemoSettings
 from stream_r1.disk.whole import written
 from stream_r1.distill.ode import ode_pairs
 from stream_r1.distill.weighting import StreamR1Weights
-from stream_r1.evaluation import Reference, evaluate_videos
+from stream_r1.drawn_world import FPS, HELD_OUT, Scene, draw
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.recipe import Recipe, read_prompts
 from stream_r1.sampling.sampler import Sampler
@@ -105,17 +104,17 @@ def teacher_videos(
     return list(models.vae.decode(trajectories[:, -1]))
 
 
-def film_clips(settings: DemoSettings, folder: Path, size: tuple[int, int], frames: int) -> list[Clip]:
-    """The film's own shots of the prompts, if the film has been fetched; nothing is downloaded."""
-    path = default_cache() / f"frames_{size[0]}x{size[1]}.npy"
-    if not path.is_file():
-        return []
-    film = np.load(path, mmap_mode="r")
-    shots = {shot.caption: shot for shot in load_shots()}
-    prompts = [prompt for prompt in settings.prompts if prompt in shots and shots[prompt].frames >= frames]
-    starts = [shots[prompt].start + (shots[prompt].frames - frames) // 2 for prompt in prompts]
-    videos = [torch.from_numpy(film[s : s + frames].copy()).movedim(-1, 1).float() / 255 for s in starts]
-    return write_clips(folder, "film", prompts, videos)
+def drawings(prompts: Sequence[str], seed: int) -> list[Tensor]:
+    """What the prompts ask for, drawn by the seeds from `seed` on: [T, 3, H, W] in [0, 1] each."""
+    clips = [draw(Scene.of(prompt), seed + index).frames for index, prompt in enumerate(prompts)]
+    return [torch.from_numpy(clip).movedim(-1, 1).float() / 255 for clip in clips]
+
+
+def show_drawings(settings: DemoSettings, folder: Path) -> list[Clip]:
+    """Drawings of the shown prompts."""
+    return write_clips(
+        folder, "drawings", settings.prompts, drawings(settings.prompts, HELD_OUT + settings.seed)
+    )
 
 
 def evaluated_prompts(recipe: Recipe, settings: DemoSettings) -> list[str]:
@@ -123,10 +122,8 @@ def evaluated_prompts(recipe: Recipe, settings: DemoSettings) -> list[str]:
     return list(itertools.islice(itertools.cycle(read_prompts(recipe.prompts)), settings.evaluated_videos))
 
 
-def evaluate(
-    sampler: Sampler, models: Models, recipe: Recipe, settings: DemoSettings, reference: Reference
-) -> dict[str, float]:
-    """Independent figures, and the reward's scores, of fresh videos over the training prompts."""
+def sample(sampler: Sampler, recipe: Recipe, settings: DemoSettings) -> tuple[list[Tensor], list[str]]:
+    """Fresh videos over the training prompts, [T, 3, H, W] each, and their prompts."""
     prompts = evaluated_prompts(recipe, settings)
     chunks = _chunks(sampler.student, recipe.rollout.frames)
     videos: list[Tensor] = []
@@ -134,17 +131,7 @@ def evaluate(
         batch = prompts[start : start + settings.evaluated_batch]
         stream = sampler.stream(batch, seed=EVALUATION_SEED + settings.seed, chunks=chunks, first_index=start)
         videos += torch.cat([chunk.frames for chunk in stream if chunk.frames is not None], 1)
-    return figures(videos, prompts, models, reference)
-
-
-def figures(
-    videos: list[Tensor], prompts: list[str], models: Models, reference: Reference
-) -> dict[str, float]:
-    """Independent figures of videos [T, 3, H, W], and the mean of each of the reward's scores."""
-    with torch.no_grad():
-        scores = models.reward.score(torch.stack(videos), prompts).mean(0).tolist()
-    rewards = {f"reward/{axis}": score for axis, score in zip(models.reward.axes, scores, strict=True)}
-    return evaluate_videos(videos, reference, prompts) | rewards
+    return videos, prompts
 
 
 def time_stream(sampler: Sampler, settings: DemoSettings) -> Timing:

@@ -6,7 +6,7 @@ chance. Clips never end (a seed each), cost milliseconds, and carry their truth,
 measured without a learnt judge.
 """
 
-from stream_r1.drawn_world.drawing import Drawing, draw, draw_random
+from stream_r1.drawn_world.drawing import HELD_OUT, Drawing, draw, draw_random
 from stream_r1.drawn_world.scenes import (
     COLOURS,
     FPS,
@@ -25,6 +25,7 @@ __all__ = [
     "FPS",
     "FRAMES",
     "HEIGHT",
+    "HELD_OUT",
     "MOTIONS",
     "PLACES",
     "SHAPES",

@@ -14,6 +14,8 @@ from stream_r1.drawn_world.scenes import COLOURS, FRAMES, HEIGHT, PLACES, WIDTH,
 _ROW = np.arange(HEIGHT, dtype=np.float32)[:, None] + 0.5
 _COLUMN = np.arange(WIDTH, dtype=np.float32)[None] + 0.5
 SIZES = (9.5, 12.5)  # radius of a thing, pixels
+HELD_OUT = 1_000_000
+"""First seed of clips that no training draws."""
 
 
 @dataclass(frozen=True)

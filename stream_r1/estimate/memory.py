@@ -33,7 +33,7 @@ from stream_r1.estimate.networks import (
 from stream_r1.estimate.plan import Plan, Role, roles
 from stream_r1.estimate.run import Phase
 from stream_r1.estimate.work import fake_tensors
-from stream_r1.recipe import DRAWN_PROMPTS, FILM_PROMPTS, Recipe, locate, read_prompts
+from stream_r1.recipe import DRAWN_PROMPTS, Recipe, locate, read_prompts
 
 MACHINE = 8  # GPUs of one, taken for the default of `replicas`
 PROMPTS, PROMPT_TOKENS = 1024, 100  # remembered embeddings: the most; tokens that one is taken to have
@@ -148,7 +148,7 @@ def _text_dtype(plan: Plan) -> torch.dtype:
 def _embeddings(plan: Plan) -> int:
     """Bytes of the prompts' that are remembered."""
     config, prompts = plan.networks.student.config, PROMPTS
-    if plan.recipe.prompts in (FILM_PROMPTS, DRAWN_PROMPTS) or locate(plan.recipe.prompts).is_file():
+    if plan.recipe.prompts == DRAWN_PROMPTS or locate(plan.recipe.prompts).is_file():
         prompts = min(PROMPTS, len(read_prompts(plan.recipe.prompts)) + 1)
     tokens = min(PROMPT_TOKENS, config.get("text_len", 512))
     return int(prompts * tokens * config.get("text_dim", 4096) * _text_dtype(plan).itemsize)
@@ -165,7 +165,7 @@ def _before(plan: Plan) -> list[Moment]:
 @remembered()
 def _reward_bytes(config: Config, on_gpu: bool) -> int:
     layers = reward_layers(config)
-    if config["type"] == "film":  # of real weights
+    if config["type"] == "small":  # of real weights
         return _module_bytes(make_reward(config, layers, on_gpu)) + text_bytes(None)
     with fake_tensors():
         return _module_bytes(make_reward(config, layers, on_gpu))

@@ -184,7 +184,7 @@ def read_networks(recipe: Recipe | InitRecipe) -> Networks:
 def _reward(read: _Reader, path: str, settings: Config) -> Config:
     folder = locate(path)
     config = _read(folder / "config.json")
-    if config and config.get("type") == "film":
+    if config and config.get("type") == "small":
         return config | {"folder": str(folder)}
     judge = config if config and config.get("type") == "videoalign" else {}
     base = folder / str(judge.get("base_model") or "")
@@ -226,7 +226,7 @@ def text_bytes(config: Config | None, dtype: torch.dtype = torch.float32) -> int
 
 def reward_layers(config: Config) -> dict[str, int]:
     """Layers of the reward's stacks of equal ones."""
-    if config["type"] == "film":
+    if config["type"] == "small":
         return {}
     base = config["base"]
     text = base.get("text_config") or base
@@ -235,11 +235,11 @@ def reward_layers(config: Config) -> dict[str, int]:
 
 def make_reward(config: Config, layers: dict[str, int], on_gpu: bool) -> Reward:
     """The reward with so many layers. A judge's weights are fake: call it within fake tensors."""
-    if config["type"] == "film":
+    if config["type"] == "small":
         from stream_r1.models.text import MiniLMEncoder
-        from stream_r1.rewards.film import FilmReward
+        from stream_r1.rewards.small import SmallReward
 
-        return FilmReward.from_pretrained(config["folder"], text_encoder=MiniLMEncoder())
+        return SmallReward.from_pretrained(config["folder"], text_encoder=MiniLMEncoder())
     return _judge(config, layers, on_gpu)
 
 

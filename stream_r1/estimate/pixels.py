@@ -74,10 +74,10 @@ def _score_and_saliency(plan: Plan, layers: dict[str, int]) -> Phase:
     assert config is not None
     batch, frames, _, height, width = plan.latents
     with ExitStack() as stack:
-        if config["type"] == "film":  # of real weights
+        if config["type"] == "small":  # of real weights
             reward = make_reward(config, layers, plan.on_gpu)
         run = Run(plan, stack)
-        if config["type"] != "film":
+        if config["type"] != "small":
             reward = make_reward(config, layers, plan.on_gpu)
         vae = make_vae(plan.networks.vae or {})
         run.begin(reward)

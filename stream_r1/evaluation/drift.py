@@ -15,9 +15,9 @@ from torch import Tensor
 
 from stream_r1.drawn_world import HEIGHT, WIDTH, Scene
 from stream_r1.drawn_world.measures import measure
-from stream_r1.evaluation.naturalness import sharpness
 from stream_r1.evaluation.reference import some_frames
 from stream_r1.evaluation.report import Measure
+from stream_r1.evaluation.sharpness import sharpness
 from stream_r1.evaluation.single import saturation
 from stream_r1.evaluation.warp import motion_figures
 from stream_r1.rewards.base import Reward

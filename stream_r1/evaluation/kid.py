@@ -1,13 +1,11 @@
 """Kernel Inception Distance (Binkowski et al., arXiv 1801.01401) on features of EfficientNet-lite2.
 
-The film reward looks through lite0; this measure looks through another network, trained apart, so that a
-student that pleases the one does not please the other by construction. (Same family and same training
+The reward that guides looks through lite0; this measure looks through another network, trained apart, so that
+a student that pleases the one does not please the other by construction. (Same family and same training
 images, though: it is an independent pair of eyes of the same species.)
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +49,17 @@ def kernel_distance(features: Tensor, reference: Tensor) -> float:
     Returns:
         About 0 (and as often below as above) when both come from one distribution; larger the further apart.
     """
+    return kernel_distances(features, reference, len(features))[0]
+
+
+def kernel_distances(features: Tensor, reference: Tensor, group: int) -> list[float]:
+    """`kernel_distance`, of everything and then without each `group` rows that follow one another.
+
+    Args:
+        features: [N, d], groups of `group` rows (a video's frames).
+        reference: [M, d].
+        group: N itself: there is nothing to leave out.
+    """
     if features.ndim != 2 or reference.ndim != 2 or features.shape[1] != reference.shape[1]:
         raise ValueError(
             "kernel_distance: features: expected [N, d] and [M, d], "
@@ -62,9 +71,16 @@ def kernel_distance(features: Tensor, reference: Tensor) -> float:
         )
     mean, std = reference.double().mean(0), reference.double().std(0) + 1e-6
     x, y = (features.double() - mean) / std, (reference.double() - mean) / std
-    return (
-        _mean_off_diagonal(_kernel(x, x)) + _mean_off_diagonal(_kernel(y, y)) - 2 * _kernel(x, y).mean()
-    ).item()
+    own, across = _kernel(x, x).fill_diagonal_(0), _kernel(x, y).sum(1)
+    theirs = _mean_off_diagonal(_kernel(y, y).fill_diagonal_(0))
+    left = [torch.ones(len(x), dtype=torch.bool)]
+    for start in range(0, len(x) if group < len(x) else 0, group):
+        left.append(left[0].clone())
+        left[-1][start : start + group] = False
+    return [
+        (_mean_off_diagonal(own[rows][:, rows]) + theirs - 2 * across[rows].mean() / len(y)).item()
+        for rows in left
+    ]
 
 
 def _kernel(x: Tensor, y: Tensor) -> Tensor:
@@ -72,34 +88,5 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _mean_off_diagonal(k: Tensor) -> Tensor:
-    return (k.sum() - k.diagonal().sum()) / (len(k) * (len(k) - 1))
-
-
-def prompt_match(
-    features: Tensor, prompts: Sequence[str], reference: Tensor, reference_prompts: Sequence[str]
-) -> float | None:
-    """How often a video lies nearer to a reference video of its own prompt than to one of another prompt.
-
-    Args:
-        features: [N, d], one row a video. prompts: N strings.
-        reference: [M, d], one row a reference video. reference_prompts: M strings.
-
-    Returns:
-        A share in [0, 1], 0.5 by chance, averaged over the videos whose prompt the reference has; None if
-        there is none.
-    """
-    if len(features) != len(prompts) or len(reference) != len(reference_prompts):
-        raise ValueError(
-            f"prompt_match: prompts: expected {len(features)} and {len(reference)}, "
-            f"got {len(prompts)} and {len(reference_prompts)}"
-        )
-    mean, std = reference.double().mean(0), reference.double().std(0) + 1e-6
-    similarity = (
-        F.normalize((features - mean) / std, dim=1) @ F.normalize((reference - mean) / std, dim=1).T
-    )  # [N, M]
-    shares = []
-    for row, prompt in zip(similarity, prompts, strict=True):
-        own = torch.tensor([other == prompt for other in reference_prompts])
-        if own.any() and not own.all():
-            shares.append((row[own][:, None] > row[~own][None, :]).double().mean().item())
-    return sum(shares) / len(shares) if shares else None
+    """Of a square matrix with a diagonal of zeros."""
+    return k.sum() / (len(k) * (len(k) - 1))

@@ -108,7 +108,7 @@ class EvalSettings(Settings):
     """An evaluation: every model makes the same videos from the same noise, and they are compared in pairs.
 
     models: by name.
-    prompts: a text file, one prompt a line, a .parquet file, "film", "drawn" or "vbench": those of
+    prompts: a text file, one prompt a line, a .parquet file, "drawn" or "vbench": those of
         `vbench.full_info`.
     prompt_count: how many of them, evenly spread; null: all.
     videos: of each prompt.

@@ -8,9 +8,9 @@ from torch import Tensor
 from stream_r1.drawn_world import HEIGHT, WIDTH, Scene
 from stream_r1.drawn_world.measures import MEASURES as EXACT
 from stream_r1.drawn_world.measures import measure
-from stream_r1.evaluation.naturalness import sharpness
-from stream_r1.evaluation.reference import as_videos, some_frames
+from stream_r1.evaluation.reference import FRAMES, as_videos, some_frames
 from stream_r1.evaluation.report import Measure
+from stream_r1.evaluation.sharpness import sharpness
 from stream_r1.evaluation.warp import motion_figures
 
 FIGURES: dict[str, Measure] = {
@@ -38,7 +38,7 @@ def video_figures(video: Tensor, prompt: str) -> dict[str, float]:
     (video,) = as_videos([video], "video_figures: video")
     motion = motion_figures(video)
     figures = {
-        "sharpness": sharpness(some_frames(video, 4)),
+        "sharpness": sharpness(some_frames(video, FRAMES)),
         "saturation": saturation(video),
         "motion": motion.motion,
         "warp_error": motion.warp_error,

@@ -1,4 +1,4 @@
-"""Ways to spoil a clip, after what few-step generators get wrong; the film reward learns to mark them down.
+"""Ways to spoil a clip, after what few-step generators get wrong; the small reward learns to mark them down.
 
 A corruption is a function `(clip, strength, rng) -> clip`: clip [T, 3, H, W] float32 in [0, 1] (a clip of
 another range is refused), strength in (0, 1], all randomness from `rng`. With equally seeded `rng`s two

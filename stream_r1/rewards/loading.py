@@ -10,17 +10,17 @@ import torch
 from stream_r1.files import read_json
 from stream_r1.messages import shown
 from stream_r1.rewards.base import Reward
-from stream_r1.rewards.film import FilmReward
+from stream_r1.rewards.small import SmallReward
 
 
 def load_reward(spec: str | Path, *, device: str | torch.device = "cpu", **settings: Any) -> Reward:
     """Loads a reward from its folder.
 
-    What kind it is stands in the folder's `config.json` as "type": "film" or "videoalign". The published
+    What kind it is stands in the folder's `config.json` as "type": "small" or "videoalign". The published
     VideoReward folder is known by its `model_config.json`.
 
     Args:
-        settings: of `VideoAlignSettings`, over those of the folder; "film" has none.
+        settings: of `VideoAlignSettings`, over those of the folder; "small" has none.
 
     Raises:
         FileNotFoundError: no such folder, or no config in it.
@@ -36,13 +36,13 @@ def load_reward(spec: str | Path, *, device: str | torch.device = "cpu", **setti
             f"got {folder}"
         )
     kind = read_json(path).get("type") if path.is_file() else None
-    if kind == "film":
+    if kind == "small":
         if settings:
             raise ValueError(f"load_reward: settings: expected none for {path}, got {', '.join(settings)}")
-        return FilmReward.from_pretrained(folder).to(device)
+        return SmallReward.from_pretrained(folder).to(device)
     if kind == "videoalign" or (kind is None and published):
         # Here, because transformers' models take a second to import.
         from stream_r1.rewards.videoalign import VideoAlignReward
 
         return VideoAlignReward.from_pretrained(folder, device=device, **settings)
-    raise ValueError(f'load_reward: spec: expected type "film" or "videoalign" in {path}, got {shown(kind)}')
+    raise ValueError(f'load_reward: spec: expected type "small" or "videoalign" in {path}, got {shown(kind)}')

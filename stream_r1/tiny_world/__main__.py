@@ -1,6 +1,6 @@
-"""``python -m stream_r1.tiny_world vae|codec|teacher|student``: train a model of the tiny world by a recipe.
+"""``python -m stream_r1.tiny_world codec|teacher|student|reward``: train a model by a recipe.
 
-``plot`` draws how the drawn world's autoencoder compares with linear projections.
+``plot`` draws how the autoencoder compares with linear projections.
 """
 
 from __future__ import annotations
@@ -16,15 +16,6 @@ from stream_r1.config import load_recipe
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 Recipe = Annotated[Path, typer.Argument(help="Recipe file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value on top of the recipe.")]
-Cache = Annotated[Path | None, typer.Option(help="Where the film is kept.")]
-
-
-@app.command()
-def vae(recipe: Recipe, overrides: Overrides = None, cache: Cache = None) -> None:
-    """The autoencoder, from random crops of the film."""
-    from stream_r1.tiny_world.vae import VaeSettings, train_vae
-
-    train_vae(load_recipe(VaeSettings, recipe, overrides or []), cache)
 
 
 @app.command()
@@ -36,25 +27,33 @@ def codec(recipe: Recipe, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def teacher(recipe: Recipe, overrides: Overrides = None, cache: Cache = None) -> None:
+def teacher(recipe: Recipe, overrides: Overrides = None) -> None:
     """The bidirectional teacher, from clips and their prompts."""
     from stream_r1.tiny_world.teacher import TeacherSettings, train_teacher
 
-    train_teacher(load_recipe(TeacherSettings, recipe, overrides or []), cache)
+    train_teacher(load_recipe(TeacherSettings, recipe, overrides or []))
 
 
 @app.command()
-def student(recipe: Recipe, overrides: Overrides = None, cache: Cache = None) -> None:
+def student(recipe: Recipe, overrides: Overrides = None) -> None:
     """The causal student's start, from the teacher."""
     from stream_r1.tiny_world.student import StudentSettings, train_student
 
-    train_student(load_recipe(StudentSettings, recipe, overrides or []), cache)
+    train_student(load_recipe(StudentSettings, recipe, overrides or []))
+
+
+@app.command()
+def reward(recipe: Recipe, overrides: Overrides = None) -> None:
+    """The reward that guides, or the one that judges, from drawings that are spoilt."""
+    from stream_r1.tiny_world.reward import RewardTrainingSettings, train_reward
+
+    train_reward(load_recipe(RewardTrainingSettings, recipe, overrides or []))
 
 
 @app.command()
 def plot(
-    folder: Annotated[Path, typer.Argument(help="Of the autoencoder.")] = Path("assets/drawn/vae"),
-    out: Annotated[Path, typer.Option(help="The SVG to write.")] = Path("out/assets/drawn/codec.svg"),
+    folder: Annotated[Path, typer.Argument(help="Of the autoencoder.")] = Path("assets/tiny/vae"),
+    out: Annotated[Path, typer.Option(help="The SVG to write.")] = Path("out/assets/codec.svg"),
 ) -> None:
     """The autoencoder's PSNR beside that of linear projections."""
     from stream_r1.tiny_world.codec import plot_against_linear

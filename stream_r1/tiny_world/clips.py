@@ -1,115 +1,92 @@
-"""The film as the generators see it: latents of captioned clips, and the captions' embeddings."""
+"""The drawn world as the generators see it: latents of clips, drawn when first asked for and kept in a
+file.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from stream_r1.config import SettingsError
-from stream_r1.data.film import load_film, load_shots, spread_clip_starts
+from stream_r1.drawn_world import FRAMES, HEIGHT, WIDTH, all_scenes, draw
+from stream_r1.models.block_vae import BlockVAE
 from stream_r1.models.text import load_text_encoder
-from stream_r1.models.vae import VideoVAE
-
-log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class LatentClips:
-    """Clips of the shots with the given captions, encoded.
+class Clips:
+    """The clips of seeds 0 to ``count - 1``, encoded: row i shows one of the scenes, by its seed.
 
-    latents: float16 [N, F, C, h, w], normalised. caption: int64 [N], into text. text: float32 [P, L, D].
-    empty: [L, D], the embedding of the empty prompt.
+    Args:
+        vae_folder: of the autoencoder.
+        count: clips there are.
+        work: folder of the file that keeps the latents; a second run finds them there.
+
+    text: float32 [P, L, D], embeddings of the scenes' prompts. empty: [L, D], of the empty prompt.
     """
 
-    latents: Tensor
-    caption: Tensor
-    text: Tensor
-    empty: Tensor
+    def __init__(self, vae_folder: Path, count: int, work: Path) -> None:
+        self._vae = BlockVAE.from_pretrained(vae_folder)
+        self._scenes = all_scenes()
+        shape = (
+            count,
+            *[self._vae.latent_shape(FRAMES, HEIGHT, WIDTH)[0]],
+            self._vae.channels,
+            HEIGHT // 8,
+            WIDTH // 8,
+        )
+        work.mkdir(parents=True, exist_ok=True)
+        path = work / f"clips_{_fingerprint(vae_folder)}_{count}.f16"
+        self._latents = np.memmap(path, np.float16, "r+" if path.exists() else "w+", shape=shape)
+        text = load_text_encoder("minilm").encode([*(scene.prompt for scene in self._scenes), ""])
+        self.text, self.empty = text[:-1].clone(), text[-1].clone()
+        self.channels = self._vae.channels
 
-    def draw(self, batch: int, generator: torch.Generator, among: int | None = None) -> list[int]:
-        """Rows of a batch: every caption equally often, then any of its clips."""
-        chosen = torch.randint(len(self.text), (batch,), generator=generator)
-        rows = []
-        for caption in chosen.tolist():
-            own = (self.caption == caption).nonzero().flatten()
-            rows.append(int(own[torch.randint(len(own), (1,), generator=generator)]))
-        return rows
+    def __len__(self) -> int:
+        return len(self._latents)
 
-    @property
-    def channels(self) -> int:
-        """Of a latent."""
-        return self.latents.shape[2]
+    def scene(self, row: int) -> int:
+        """Index of the scene that a row shows."""
+        return int(np.random.default_rng([row, 1]).integers(len(self._scenes)))
 
-    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Latents [B, F, C, h, w] in float32 of rows as `draw` gives them, and their embeddings [B, L, D]."""
-        rows = self.draw(size, generator)
-        return self.latents[rows].float(), self.text[self.caption[rows]]
+    def latents(self, rows: Sequence[int]) -> Tensor:
+        """float32 [N, F, C, h, w], normalised."""
+        missing = [row for row in rows if not self._latents[row, 0].any()]  # a file starts as zeros
+        if missing:
+            frames = [
+                torch.from_numpy(draw(self._scenes[self.scene(row)], [row, 2]).frames) for row in missing
+            ]
+            with torch.no_grad():
+                self._latents[missing] = (
+                    self._vae.encode(torch.stack(frames).movedim(-1, 2).float() / 255).half().numpy()
+                )
+        return torch.from_numpy(self._latents[list(rows)]).float()
 
     def some(self, count: int) -> tuple[Tensor, Tensor]:
-        """All latents, however few are asked for, and which text each has."""
-        return self.latents, self.caption
+        """The latents of the first `count` rows and which text each has."""
+        rows = range(min(count, len(self)))
+        return self.latents(rows), torch.tensor([self.scene(row) for row in rows])
+
+    def draw(self, batch: int, generator: torch.Generator, among: int | None = None) -> list[int]:
+        """Rows of a batch, of all or of the first `among`."""
+        return torch.randint(among or len(self), (batch,), generator=generator).tolist()
+
+    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Random clips: latents [B, F, C, h, w] and their embeddings [B, L, D]."""
+        rows = self.draw(size, generator)
+        return self.latents(rows), self.text[[self.scene(row) for row in rows]]
 
 
-def encode_clips(
-    vae_folder: Path,
-    prompts: Sequence[str],
-    frames: int,
-    most_per_shot: int,
-    work: Path,
-    cache: Path | None = None,
-) -> LatentClips:
-    """Encode the training shots that carry ``prompts``; kept in ``work``, so that the second call is quick.
+def _fingerprint(vae_folder: Path) -> str:
+    """Of what the latents depend on: the encoder's weights, whatever the decoder's are."""
+    from safetensors.torch import load_file
 
-    Raises:
-        SettingsError: a prompt is no caption of a training shot long enough for one clip.
-    """
-    shots = [shot for shot in load_shots() if not shot.held_out and shot.caption in set(prompts)]
-    starts = [
-        (start, prompts.index(shot.caption))
-        for shot in shots
-        for start in spread_clip_starts(shot, frames, most_per_shot)
-    ]
-    missing = [
-        prompt for index, prompt in enumerate(prompts) if index not in {caption for _, caption in starts}
-    ]
-    if missing:
-        raise SettingsError(
-            f"prompts: expected captions of training shots of {frames} frames or more, got {missing[0]!r}"
-        )
-    kept = work / f"clips_{_fingerprint(vae_folder, frames, starts)}.pt"
-    if kept.exists():
-        latents = torch.load(kept, weights_only=True)
-    else:
-        vae, film, parts = VideoVAE.from_pretrained(vae_folder), load_film(cache), []
-        for index in range(0, len(starts), 4):
-            clips = torch.stack(
-                [
-                    torch.from_numpy(film[start : start + frames].copy())
-                    for start, _ in starts[index : index + 4]
-                ]
-            )
-            with torch.no_grad():
-                parts.append(vae.encode(clips.movedim(-1, 2).float() / 255).half())
-            if index % 80 == 0:
-                log.info("encoded %d of %d clips", index, len(starts))
-        latents = torch.cat(parts)
-        work.mkdir(parents=True, exist_ok=True)
-        torch.save(latents, kept)
-    text = load_text_encoder("minilm").encode([*prompts, ""])
-    return LatentClips(
-        latents, torch.tensor([caption for _, caption in starts]), text[:-1].clone(), text[-1].clone()
-    )
-
-
-def _fingerprint(vae_folder: Path, frames: int, starts: list[tuple[int, int]]) -> str:
-    """Of everything that the encoded clips depend on."""
-    digest = hashlib.sha256(repr((frames, [start for start, _ in starts])).encode())
-    for path in sorted(vae_folder.glob("*.safetensors")) + sorted(vae_folder.glob("config.json")):
-        digest.update(path.read_bytes())
+    state = load_file(vae_folder / "diffusion_pytorch_model.safetensors")
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        if name.startswith(("project.", "encoder.")) or name in ("mean", "std"):
+            digest.update(state[name].contiguous().numpy().tobytes())
     return digest.hexdigest()[:12]

@@ -20,13 +20,11 @@ from torch import Tensor
 
 from stream_r1.config import Settings
 from stream_r1.disk.whole import written
-from stream_r1.drawn_world import HEIGHT, WIDTH, Scene, all_scenes, draw_random
+from stream_r1.drawn_world import HEIGHT, HELD_OUT, WIDTH, Scene, all_scenes, draw_random
 from stream_r1.models.block_vae import BlockVAE, as_blocks
 from stream_r1.tiny_world.loop import Loop, LoopSettings
 
 log = logging.getLogger(__name__)
-
-HELD_OUT = 1_000_000  # first seed of clips that no training draws
 
 
 class CodecSettings(Settings):

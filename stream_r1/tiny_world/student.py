@@ -20,10 +20,9 @@ from stream_r1.distill.noise import SampleNoise
 from stream_r1.distill.teacher_forcing import TeacherForcing
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.schedule import FlowSchedule
-from stream_r1.tiny_world.clips import LatentClips
-from stream_r1.tiny_world.drawn_clips import DrawnClips
+from stream_r1.tiny_world.clips import Clips
 from stream_r1.tiny_world.loop import Loop
-from stream_r1.tiny_world.teacher import TeacherSettings, is_hidden_matrix, load_clips
+from stream_r1.tiny_world.teacher import TeacherSettings, is_hidden_matrix
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +52,7 @@ class StudentSettings(TeacherSettings):
     step_shift: float = Field(default=5.0, gt=0)
 
 
-def new_student(settings: StudentSettings, clips: LatentClips | DrawnClips) -> CausalWanTransformer:
+def new_student(settings: StudentSettings, clips: Clips) -> CausalWanTransformer:
     """The student with the teacher's weights."""
     teacher = WanTransformer3DModel.from_pretrained(settings.teacher, torch_dtype=torch.float32)
     config = {key: value for key, value in teacher.config.items() if not key.startswith("_")}
@@ -70,9 +69,9 @@ def new_student(settings: StudentSettings, clips: LatentClips | DrawnClips) -> C
     return student
 
 
-def train_student(settings: StudentSettings, cache: Path | None = None) -> None:
+def train_student(settings: StudentSettings) -> None:
     """Train, or go on training, and write the averaged student to ``settings.out`` as float16."""
-    clips = load_clips(settings, cache)
+    clips = Clips(Path(settings.vae), settings.clips, Path(settings.work))
     torch.manual_seed(settings.training.seed)
     model = new_student(settings, clips).train()
     loop = Loop(model, settings.training, Path(settings.work) / "student.pt", is_hidden_matrix)

@@ -138,7 +138,7 @@ def test_a_full_disk_is_told_with_the_path(kind: str, tmp_path: Path) -> None:
 def test_those_that_write_tell_the_path_and_leave_what_was_there(tmp_path: Path) -> None:
     """A checkpoint, an embedding and statistics on a full disk."""
     cache = PromptCache(tmp_path / "prompts", "model")
-    reference = Reference.fit([torch.rand(3, 3, 32, 32)], frames_per_video=2)
+    reference = Reference.fit([torch.rand(3, 3, 32, 32)])
     tensors = {"a": {"x": torch.zeros(5000)}}
     cases: list[tuple[Path, Callable[[], object]]] = [
         (tmp_path / "step-00000002.safetensors", lambda: save_checkpoint(tmp_path, 2, tensors, {})),

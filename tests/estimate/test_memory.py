@@ -26,7 +26,7 @@ from stream_r1.estimate.run import Phase
 from stream_r1.estimate.work import total_flops
 from stream_r1.models.transformer import CausalWanTransformer
 
-SIZES = {"num_attention_heads": 3, "attention_head_dim": 32, "in_channels": 48, "out_channels": 48}
+SIZES = {"num_attention_heads": 3, "attention_head_dim": 32, "in_channels": 32, "out_channels": 32}
 SIZES |= {"text_dim": 384, "freq_dim": 64, "ffn_dim": 320, "num_layers": 3}
 STREAM = {"text_len": 32, "window_frames": 9, "sink_frames": 3, "positions": "window", "sink_ema": 0.99}
 TOLERANCE = 0.15

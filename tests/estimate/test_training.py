@@ -8,7 +8,7 @@ import pytest
 
 from stream_r1 import recipe
 from stream_r1.cli import main
-from stream_r1.estimate.advice import Change, advise, changed, larger
+from stream_r1.estimate.advice import Change, _settings, advise, changed, larger
 from stream_r1.estimate.devices import DEVICES, Device
 from stream_r1.estimate.training import Estimate, estimate
 
@@ -89,15 +89,15 @@ def test_a_text_encoder_that_does_not_fit_beside_the_rest_is_freed_and_nothing_e
     assert change.result.worst.parts == {"text encoder": pytest.approx(2 * ENCODER, rel=0.01)}
 
 
-def test_a_shorter_window_is_advised_where_keys_and_values_are_too_much() -> None:
+def test_a_shorter_window_is_offered_and_saves_its_keys_and_values() -> None:
     size = "rollout={frames: 12, height: 64, width: 64, gradient_checkpointing: true}"
-    settings = recipe.load("recipes/tiny/uniform.yaml", ["batch=1", size, "stream.window_frames=12"])
-    before, (change,) = advised(settings, replace(DEVICES["H100"], memory=2.8e9))
-    assert change.overrides == ("stream.window_frames=6",)  # sink and chunk
-    assert change.result.fits
-    caches = [each.moments[0].parts["cache"] for each in (before, change.result)]
-    a_frame = 4 * 2 * 32 * 32 * 320 * 2  # layers, keys and values, tokens, width, bytes
-    assert caches == [12 * a_frame, 6 * a_frame]
+    wide = recipe.load("recipes/tiny/uniform.yaml", ["batch=1", size, "stream.window_frames=12"])
+    offered = [overrides for overrides, _ in _settings(wide, 1)]
+    assert ("stream.window_frames=6",) in offered  # sink and chunk
+    narrow = changed(wide, ("stream.window_frames=6",))
+    rollouts = [estimate(each, DEVICES["H100"], 1).moments[0] for each in (wide, narrow)]
+    a_frame = 5 * 2 * 32 * 32 * 256 * 2  # layers, keys and values, tokens, width, bytes
+    assert [moment.parts["cache"] for moment in rollouts] == [12 * a_frame, 6 * a_frame]
 
 
 def test_a_change_that_is_named_can_be_made() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stream_r1.evaluation.kid import FrameFeatures, kernel_distance, prompt_match
+from stream_r1.evaluation.kid import FrameFeatures, kernel_distance
 
 
 def normal(count, dim=6, seed=0, shift=0.0):
@@ -57,18 +57,3 @@ def test_frame_features_do_not_depend_on_the_batch():
     features = extract(frames)
     assert features.shape == (3, 352)
     assert torch.allclose(extract(frames, batch=1), features, atol=1e-4)
-
-
-class TestPromptMatch:
-    reference = torch.tensor([[1.0, 0.1], [0.9, -0.1], [-1.0, 0.1], [-0.8, 0.0]])
-    names = ("rabbit", "rabbit", "bird", "bird")
-
-    def test_right_wrong_and_unknown(self):
-        right = prompt_match(torch.tensor([[1.0, 0.0]]), ["rabbit"], self.reference, self.names)
-        wrong = prompt_match(torch.tensor([[1.0, 0.0]]), ["bird"], self.reference, self.names)
-        assert (right, wrong) == (1.0, 0.0)
-        assert prompt_match(torch.tensor([[1.0, 0.0]]), ["whale"], self.reference, self.names) is None
-
-    def test_needs_one_prompt_a_video(self):
-        with pytest.raises(ValueError, match="prompts"):
-            prompt_match(torch.zeros(1, 2), [], self.reference, self.names)

@@ -10,7 +10,8 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from stream_r1.evaluation import Reference
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.rewards.base import ScoreNormalizer
-from stream_r1.rewards.film import FilmHeads, FilmReward
+from stream_r1.rewards.small import SmallHeads, SmallReward
+from stream_r1.rewards.small_features import FeatureExtractor
 
 CHANNELS = 4
 SIZES = {
@@ -25,7 +26,7 @@ SIZES = {
     "num_layers": 1,
     "rope_max_seq_len": 32,
 }
-PROMPTS = ("a rabbit in a meadow", "a red apple")
+PROMPTS = ("a red ball bounces in a meadow at noon", "a blue star floats up by the sea at night")
 
 
 def vae():
@@ -49,9 +50,11 @@ def world(tmp_path_factory) -> Path:
     CausalWanTransformer(**SIZES, **stream).save_pretrained(root / "student")
     WanTransformer3DModel(**SIZES).save_pretrained(root / "teacher")
     vae().save_pretrained(root / "vae")
-    FilmReward(FilmHeads(), ScoreNormalizer([0.0] * 3, [1.0] * 3)).save_pretrained(root / "reward")
+    features = FeatureExtractor()
+    reward = SmallReward(features, SmallHeads(features.sizes), ScoreNormalizer([0.0] * 3, [1.0] * 3))
+    reward.save_pretrained(root / "reward")
     videos = [torch.rand(5, 3, 32, 48) for _ in PROMPTS]
-    Reference.fit(videos, PROMPTS).save(root / "reference.safetensors")
+    Reference.fit(videos).save(root / "reference.safetensors")
     (root / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
     recipe = {
         "models": {name: str(root / name) for name in ("student", "teacher", "vae", "reward")},

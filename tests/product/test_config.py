@@ -127,14 +127,11 @@ def test_the_tiny_recipe_refuses_what_cannot_work(override, told, tmp_path):
         recipe.load(ROOT / "recipes/tiny/stream-r1.yaml", [override])
 
 
-def test_prompts_come_from_a_file_or_the_film(tmp_path):
+def test_prompts_come_from_a_file_or_the_drawn_world(tmp_path):
     (tmp_path / "p.txt").write_text("one\n\n  two \n", encoding="utf-8")
     assert recipe.read_prompts(str(tmp_path / "p.txt")) == ["one", "two"]
     drawn = recipe.read_prompts("drawn")
     assert drawn == [scene.prompt for scene in all_scenes()]
-    film = recipe.read_prompts("film")
-    assert len(film) > 50
-    assert len(set(film)) == len(film)
     (tmp_path / "p.txt").write_text("\n")
     with pytest.raises(SettingsError, match="at least one prompt"):
         recipe.read_prompts(str(tmp_path / "p.txt"))

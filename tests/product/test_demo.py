@@ -8,7 +8,7 @@ import pytest
 from stream_r1 import recipe
 from stream_r1.config import SettingsError
 from stream_r1.demo.baselines import save_baselines
-from stream_r1.demo.record import Record
+from stream_r1.demo.record import Number, Record
 from stream_r1.demo.report import write_report
 from stream_r1.demo.run import Demo
 from stream_r1.demo.settings import DemoSettings, seconds_to_distil, steps_in
@@ -44,21 +44,22 @@ class Watcher:
 
 @pytest.fixture(scope="module")
 def settings(world):
-    save_baselines(world / "baselines.json", {"teacher": {"kid": 0.5}, "film": {"reward/VQ": 0.25}})
+    kid, sharpness = Number(value=0.5, spread=0.1), Number(value=8.0, spread=0.25)
+    save_baselines(world / "baselines.json", {"teacher": {"kid": kid}, "drawings": {"sharpness": sharpness}})
     return DemoSettings(
-        prompts=("a red apple",),
+        prompts=("a red ball bounces in a meadow at noon",),
         chunks=1,
         evaluated_videos=2,
         timed_chunks=2,
         teacher_steps=1,
         least_distillation=3600.0,  # the recipe's steps end it, not the time
         reference=str(world / "reference.safetensors"),
+        judge=str(world / "reward"),
         baselines=str(world / "baselines.json"),
     )
 
 
-def test_stopped_and_gone_on_with(world, settings, tmp_path, monkeypatch):
-    monkeypatch.setenv("STREAM_R1_CACHE", str(tmp_path / "no film here"))
+def test_stopped_and_gone_on_with(world, settings, tmp_path):
     loaded = recipe.load(world / "recipe.yaml", ["rollout.frames=3"])
     out = tmp_path / "demo"
     first = Watcher(stop_at=1)
@@ -67,11 +68,10 @@ def test_stopped_and_gone_on_with(world, settings, tmp_path, monkeypatch):
     assert record.stopped
     assert not record.finished
     assert [point.step for point in record.steps] == [1]
-    assert set(record.clips) == {"before", "after", "teacher", "film"}
-    assert record.clips["film"] == []
-    assert set(record.evaluations) == {"before", "teacher", "film"}
-    assert record.evaluations["teacher"] == {"kid": 0.5}
-    assert record.evaluations["film"]["reward/VQ"] == 0.25
+    assert set(record.clips) == {"before", "after", "teacher", "drawings"}
+    assert set(record.evaluations) == {"before", "teacher", "drawings"}
+    assert record.evaluations["teacher"] == {"kid": Number(value=0.5, spread=0.1)}
+    assert record.evaluations["drawings"]["sharpness"].spread == 0.25
     assert "This run was stopped after 1 student step" in write_report(record, out).read_text(
         encoding="utf-8"
     )
@@ -84,7 +84,7 @@ def test_stopped_and_gone_on_with(world, settings, tmp_path, monkeypatch):
     assert not record.stopped
     assert [point.step for point in record.steps] == [1, 3]  # every second step is one of the student
     assert record.critic_steps == 4
-    assert {"kid", "warp_error", "reward/VQ"} <= record.evaluations["after"].keys() & record.evaluations[
+    assert {"kid", "warp_error", "judge/VQ"} <= record.evaluations["after"].keys() & record.evaluations[
         "before"
     ].keys()
     assert record.evaluations["after"] != record.evaluations["before"]
@@ -92,7 +92,7 @@ def test_stopped_and_gone_on_with(world, settings, tmp_path, monkeypatch):
     assert record.timing.total >= record.timing.denoise + record.timing.decode
     assert Record.load(out) == record
     page = write_report(record, out).read_text(encoding="utf-8")
-    assert page.count("data:video/mp4") == 3  # before, after, teacher
+    assert page.count("data:video/mp4") == 4  # before, after, teacher, drawings
 
     again = Watcher()
     assert Demo(loaded, settings, out, again, source="it").run() == record  # nothing left to do
@@ -108,6 +108,11 @@ def test_what_is_missing_is_said_before_any_work(world, settings, tmp_path):
     broken = recipe.load(world / "recipe.yaml", ["models.reward=nowhere"])
     with pytest.raises(SettingsError, match=r"models\.reward: nowhere"):
         Demo(broken, settings, tmp_path / "demo", Watcher(), source="it")
+    other = settings.model_copy(update={"prompts": ("a fat rabbit",)})
+    with pytest.raises(
+        SettingsError, match=r"prompts: expected those of the drawn world, got 'a fat rabbit'"
+    ):
+        Demo(recipe.load(world / "recipe.yaml"), other, tmp_path / "demo", Watcher(), source="it")
     assert not (tmp_path / "demo").exists()
 
 

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from stream_r1.cli import main
-from stream_r1.evaluation.naturalness import luma
+from stream_r1.evaluation.sharpness import luma
 from stream_r1.evaluation.single import video_figures
 from stream_r1.models.checkpoints import load_student
 from stream_r1.rewards import load_reward

@@ -26,7 +26,6 @@ def no_models(monkeypatch):
     monkeypatch.setattr("stream_r1.sampling.pipeline.StreamR1Pipeline.from_pretrained", loaded)
     for name in ("load_models", "make_trainer", "make_init_trainer", "write_ode_pairs"):
         monkeypatch.setattr(f"stream_r1.assembly.{name}", loaded)
-    monkeypatch.setattr("stream_r1.data.film.load_film", loaded)
 
 
 def _itself(path: Path, tmp_path: Path) -> Path:
@@ -94,7 +93,7 @@ def test_what_cannot_be_written_is_refused(world, tmp_path, capsys, no_models, c
         "reference": ("data", "reference", "--prompts", world / "prompts.txt"),
         "baselines": ("data", "baselines", world / "recipe.yaml"),
     }[command]
-    assert run(*arguments, "--out", out, *(("--cache", tmp_path) if command != "sample" else ())) == 2
+    assert run(*arguments, "--out", out) == 2
     told = capsys.readouterr().err
     assert "--out" in told
     assert out.name in told
@@ -120,7 +119,8 @@ def test_a_demo_removes_nothing_that_is_not_a_demos(world, tmp_path, capsys):
     (tmp_path / "holidays.mp4").touch()
     for more in ((), ("--fresh",)):
         asked = ("demo", "--recipe", world / "recipe.yaml", "--out", tmp_path, *more)
-        assert run(*asked, "--set", f"reference={world}/reference.safetensors") == 2
+        named = (f"reference={world}/reference.safetensors", f"judge={world}/reward")
+        assert run(*asked, "--set", named[0], "--set", named[1]) == 2
         assert "earlier demo, got one with checkpoints" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "holidays.mp4"}
 

@@ -13,12 +13,18 @@ from PIL import Image
 
 from stream_r1 import maps
 from stream_r1.demo import figures, measures
-from stream_r1.demo.record import Clip, Record, StepPoint, Timing
+from stream_r1.demo.record import Clip, Number, Record, StepPoint, Timing
 from stream_r1.demo.report import write_report
+from stream_r1.drawn_world.measures import MEASURES as EXACT
+from stream_r1.evaluation import Figure
 from stream_r1.sampling.video import VideoWriter
 
 PROMPT = 'a <rabbit> & an "apple"'
 SIZE = (32, 48)
+
+
+def number(*values) -> Number:
+    return Number.of(Figure.mean(values))
 
 
 def record(**changes) -> Record:
@@ -32,6 +38,7 @@ def record(**changes) -> Record:
             "prompts": [PROMPT],
             "size": SIZE,
             "axes": ["VQ", "MQ", "TA"],
+            "judge_axes": ["VQ", "MQ"],
             **changes,
         }
     )
@@ -61,9 +68,21 @@ def full(tmp_path):
         for i in range(1, 9)
     ]
     evaluations = {
-        "before": {"kid": 0.5, "motion": 3.0, "reward/VQ": -1.0, "reward/MQ": 0.0, "reward/TA": 0.0},
-        "after": {"kid": 0.2, "motion": 1.5, "reward/VQ": 1.0, "reward/MQ": 0.5, "reward/TA": -0.5},
-        "film": {"motion": 1.0},
+        "before": {
+            **{name: number(0.2, 0.4) for name in EXACT},
+            "kid": number(0.4, 0.6),
+            "sharpness": number(3.0, 3.2),
+            "judge/VQ": number(-1.0, 1.0),
+            "judge/MQ": number(0.0, 1.0),
+        },
+        "after": {
+            **{name: number(0.4, 0.6) for name in EXACT},
+            "kid": number(0.1, 0.4),
+            "sharpness": number(1.5, 1.6),
+            "judge/VQ": number(1.0, -1.0),
+            "judge/MQ": number(-0.5, 0.5),
+        },
+        "drawings": {"sharpness": Number(value=1.0, spread=0.1)},
     }
     timing = Timing(
         text=0.1, denoise=1.0, cache=0.2, decode=0.5, first_frame=0.25, total=2.0, chunks=4, frames=45
@@ -121,7 +140,8 @@ def test_a_full_page_holds_everything_itself(full):
     assert "<rabbit>" not in text
     assert text.count("<svg") == 4  # rewards, two losses, the temporal profile
     assert "22" in page.text  # 45 frames in 2 s
-    assert "−0.33 → +0.33" in page.text
+    assert "0.30 → 0.50" in page.text
+    assert "Not moved by more than twice the spread: VQ." in page.text
 
 
 def test_videos_in_the_page_have_an_index(full):
@@ -133,10 +153,15 @@ def test_videos_in_the_page_have_an_index(full):
     assert b"moof" not in playable(full / "before.mp4")
 
 
-def test_verdicts_follow_what_is_better(full):
+def test_verdicts_follow_what_is_better_and_how_sure_it_is(full):
     made = Record.load(full)
-    verdicts = {row.name: row.verdict for row in measures.independent_rows(made) + measures.reward_rows(made)}
-    assert verdicts == {"KID": "better", "Motion": "better", "VQ": "better", "MQ": "better", "TA": "worse"}
+    rows = {row.name: row for group in measures.groups(made).values() for row in group}
+    wanted = dict.fromkeys((name.capitalize() for name in EXACT), "better")
+    wanted |= {"KID": "better", "Sharpness": "better", "VQ": "unsure", "MQ": "worse"}
+    assert {name: row.verdict for name, row in rows.items()} == wanted
+    # of the pairs: deviation of -0.3 and -0.2 over the root of 2
+    assert rows["KID"].change == pytest.approx((-0.25, 0.05))
+    assert rows["VQ"].change == pytest.approx((0.0, 2.0))
 
 
 @pytest.mark.parametrize("stopped", [True, False])

@@ -74,7 +74,7 @@ def test_check_shows_a_recipe_and_trains_nothing(world, tmp_path, capsys):
         ("stream.sink_frames=6", "at least 9"),
         ("stream.sink_ema=0.99 stream.sink_frames=0", "sink_frames equal to a chunk"),
         ("prompts=nowhere.txt", "nowhere.txt: no such file"),
-        ("reward.fps=all", "expected no settings for the film's reward, got {'fps': 'all'}"),
+        ("reward.fps=all", "expected no settings for the small reward, got {'fps': 'all'}"),
         ("models.student={world}/vae", "models.student: expected WanTransformer3DModel or Causal"),
         ("models.vae={world}/student", "models.vae: expected AutoencoderKLWan or "),
         ("seed=-1", "seed: expected greater than or equal to 0, got -1"),

@@ -1,4 +1,4 @@
-"""Three clean clips of the film (Big Buck Bunny, (c) Blender Foundation, CC-BY 3.0) from held-out shots.
+"""Three clean drawings that no training has seen.
 
 Also lets this folder's tests import what they share (importlib mode leaves sys.path alone).
 """
@@ -6,26 +6,27 @@ Also lets this folder's tests import what they share (importlib mode leaves sys.
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+
+from stream_r1.drawn_world import HELD_OUT, Scene, draw
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-CAPTIONS = (
-    "a pink butterfly flies around a rabbit seen from above",
-    "a squirrel throws a stone at a pink butterfly",
-    "a happy rabbit in the meadow with a pink butterfly",
+PROMPTS = (
+    "a red ball rolls to the left in a meadow at noon",
+    "a yellow star bounces in the snow at dawn",
+    "a blue box swings on a rope by the sea at night",
 )
 
 
 @pytest.fixture(scope="session")
 def clean_clips():
-    """[3, 21, 3, 64, 112] in [0, 1], and a caption each; the picture has a clip a row, a frame a column."""
-    picture = np.asarray(Image.open(Path(__file__).with_name("clips.png")))
-    frames = picture.reshape(3, 64, 21, 112, 3).transpose(0, 2, 4, 1, 3)
-    return torch.from_numpy(frames.copy()).float() / 255, list(CAPTIONS)
+    """[3, 21, 3, 64, 112] in [0, 1], and a prompt each."""
+    clips = [
+        draw(Scene.of(prompt), HELD_OUT + 1000 + index, 21).frames for index, prompt in enumerate(PROMPTS)
+    ]
+    return torch.stack([torch.from_numpy(clip).movedim(-1, 1).float() / 255 for clip in clips]), list(PROMPTS)
 
 
 @pytest.fixture(scope="session")

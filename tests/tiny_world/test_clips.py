@@ -1,64 +1,45 @@
-"""Encoded clips: the right frames under the right caption, and kept only as long as they are the same."""
+"""Encoded clips: the right drawing under the right prompt, kept while the encoder is the same."""
 
-import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
 
-from stream_r1.config import SettingsError
-from stream_r1.data.film import load_shots
-from stream_r1.models.vae import VideoVAE
-from stream_r1.tiny_world import clips
-
-SHOTS = [shot for shot in load_shots() if not shot.held_out and 40 <= shot.frames < 60][:3]
-
-
-def save_vae(folder, seed):
-    torch.manual_seed(seed)
-    AutoencoderKLWan(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    ).save_pretrained(folder)
-    return folder
+from stream_r1.drawn_world import all_scenes, draw
+from stream_r1.models.block_vae import BlockVAE
+from stream_r1.tiny_world.clips import Clips
 
 
 @pytest.fixture
-def film(monkeypatch):
-    frames = np.random.default_rng(0).integers(0, 256, (max(s.end for s in SHOTS), 16, 24, 3), np.uint8)
-    monkeypatch.setattr(clips, "load_film", lambda cache: frames)
-    return frames
+def folder(tmp_path):
+    torch.manual_seed(0)
+    BlockVAE(4, width=8, depth=1, fine_width=8).save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
 
 
-def test_clips_hold_the_frames_of_their_captions_shots(film, tmp_path):
-    folder = save_vae(tmp_path / "vae", 0)
-    prompts = [shot.caption for shot in SHOTS[:2]]
-    found = clips.encode_clips(folder, prompts, 5, 2, tmp_path / "work")
-    assert found.latents.shape == (4, 2, 4, 2, 3)
-    assert found.caption.tolist() == [0, 0, 1, 1]
-    start = SHOTS[1].start
-    pixels = torch.from_numpy(film[start : start + 5]).movedim(-1, 1).float()[None] / 255
-    with torch.no_grad():
-        expected = VideoVAE.from_pretrained(folder).encode(pixels)[0]
-    assert torch.allclose(found.latents[2].float(), expected, atol=2e-3)
+def test_rows_are_the_latents_of_their_scenes(folder, tmp_path):
+    clips = Clips(folder, 50, tmp_path / "work")
+    x0 = clips.latents([7, 3])
+    assert x0.shape == (2, 9, 4, 8, 14)
+    frames = torch.from_numpy(draw(all_scenes()[clips.scene(7)], [7, 2]).frames).movedim(-1, 1).float() / 255
+    expected = BlockVAE.from_pretrained(folder).encode(frames[None])[0]
+    assert torch.allclose(x0[0], expected, atol=2e-3)
+    x0, text = clips.batch(3, torch.Generator().manual_seed(0))
+    rows = torch.randint(50, (3,), generator=torch.Generator().manual_seed(0)).tolist()
+    assert torch.equal(x0, clips.latents(rows))
+    assert torch.equal(text, clips.text[[clips.scene(row) for row in rows]])
+    latents, index = clips.some(2)
+    assert torch.equal(latents, clips.latents([0, 1]))
+    assert index.tolist() == [clips.scene(0), clips.scene(1)]
+    assert len({clips.scene(row) for row in range(50)}) > 30
 
 
-def test_what_is_kept_serves_the_same_call_and_no_other(film, tmp_path, monkeypatch):
-    vaes = [save_vae(tmp_path / f"vae{seed}", seed) for seed in range(2)]
-    work = tmp_path / "work"
-    first, second = ([shot.caption] for shot in SHOTS[:2])
-    made = clips.encode_clips(vaes[0], first, 5, 2, work)
-    others = [clips.encode_clips(vaes[0], second, 5, 2, work), clips.encode_clips(vaes[1], first, 5, 2, work)]
-    assert all(not torch.equal(made.latents, other.latents) for other in others)
-
-    monkeypatch.delattr(clips, "load_film")  # the same call again needs no film
-    assert torch.equal(clips.encode_clips(vaes[0], first, 5, 2, work).latents, made.latents)
-
-
-def test_a_caption_of_no_shot_is_refused(tmp_path):
-    with pytest.raises(SettingsError, match="a red apple"):
-        clips.encode_clips(tmp_path, ["a red apple"], 5, 2, tmp_path)
+def test_what_is_kept_serves_the_same_encoder_and_no_other(folder, tmp_path, monkeypatch):
+    made = Clips(folder, 10, tmp_path / "work").latents([1])
+    decoder = BlockVAE.from_pretrained(folder)
+    torch.nn.init.ones_(decoder.to_block.weight)
+    decoder.save_pretrained(folder)  # the same encoder
+    with monkeypatch.context() as patch:
+        patch.delattr("stream_r1.tiny_world.clips.draw")  # nothing has to be drawn again
+        assert torch.equal(Clips(folder, 10, tmp_path / "work").latents([1]), made)
+    torch.nn.init.ones_(decoder.project.weight)
+    decoder.save_pretrained(folder)
+    assert not torch.equal(Clips(folder, 10, tmp_path / "work").latents([1]), made)

@@ -1,7 +1,7 @@
-"""The small video reward: a frozen ImageNet network, MiniLM sentence vectors, three heads trained on a film.
+"""The small video reward: a frozen ImageNet network, MiniLM sentence vectors, three heads.
 
 It judges visual quality (VQ), motion quality (MQ) and text alignment (TA) as VideoAlign does, at a size that
-two CPU cores differentiate in well under a second. `film_training.py` makes the heads.
+two CPU cores differentiate in well under a second. `stream_r1/tiny_world/reward.py` trains the heads.
 """
 
 from __future__ import annotations
@@ -21,31 +21,33 @@ from stream_r1.models.checkpoints import check_fit
 from stream_r1.models.tensor_files import read_file, require_finite
 from stream_r1.models.text import MiniLMEncoder, TextEncoder
 from stream_r1.rewards.base import ScoreNormalizer, check_video
-from stream_r1.rewards.film_features import FilmFeatureExtractor, FilmFeatures
+from stream_r1.rewards.small_features import NETWORKS, FeatureExtractor, Features
 
 AXES = ("VQ", "MQ", "TA")
-_APPEARANCE, _MOTION, _CONTENT, _SENTENCE = 392, 335, 432, 384
+_SENTENCE = 384
 
 
-class FilmHeads(nn.Module):
+class SmallHeads(nn.Module):
     """Features -> raw scores. A hundred thousand parameters, the only ones that are trained.
 
     Args:
+        sizes: numbers in appearance, motion and content, as `FeatureExtractor.sizes`.
         hidden: width of the two perceptrons.
         shared: width of the space in which content and sentence meet.
     """
 
-    def __init__(self, hidden: int = 64, shared: int = 64):
+    def __init__(self, sizes: tuple[int, int, int], hidden: int = 64, shared: int = 64):
         super().__init__()
-        self.appearance_scale = _Standardize(_APPEARANCE)
-        self.motion_scale = _Standardize(_MOTION)
-        self.content_scale = _Standardize(_CONTENT)
-        self.visual = _perceptron(_APPEARANCE, hidden)
-        self.motion = _perceptron(_MOTION, hidden)
-        self.content_projection = nn.Sequential(nn.Dropout(0.3), nn.Linear(_CONTENT, shared))
+        appearance, motion, content = sizes
+        self.appearance_scale = _Standardize(appearance)
+        self.motion_scale = _Standardize(motion)
+        self.content_scale = _Standardize(content)
+        self.visual = _perceptron(appearance, hidden)
+        self.motion = _perceptron(motion, hidden)
+        self.content_projection = nn.Sequential(nn.Dropout(0.3), nn.Linear(content, shared))
         self.sentence_projection = nn.Sequential(nn.Dropout(0.1), nn.Linear(_SENTENCE, shared))
 
-    def forward(self, features: FilmFeatures, sentences: Tensor) -> Tensor:
+    def forward(self, features: Features, sentences: Tensor) -> Tensor:
         """features of B videos, sentences [B, 384] -> raw scores [B, 3]."""
         content, text = self.meet(features.content, sentences)
         return torch.stack(
@@ -58,20 +60,20 @@ class FilmHeads(nn.Module):
         )
 
     def visual_score(self, appearance: Tensor) -> Tensor:
-        """[B, T, 392] -> [B]: every frame is judged, then averaged."""
+        """[B, T, a] -> [B]: every frame is judged, then averaged."""
         return self.visual(self.appearance_scale(appearance)).squeeze(-1).mean(1)
 
     def motion_score(self, motion: Tensor) -> Tensor:
-        """[B, 335] -> [B]."""
+        """[B, m] -> [B]."""
         return self.motion(self.motion_scale(motion)).squeeze(-1)
 
     def meet(self, content: Tensor, sentences: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, 432] and [N, 384] -> unit vectors [B, shared] and [N, shared]."""
+        """[B, c] and [N, 384] -> unit vectors [B, shared] and [N, shared]."""
         projected = self.content_projection(self.content_scale(content))
         return F.normalize(projected, dim=-1), F.normalize(self.sentence_projection(sentences), dim=-1)
 
 
-class FilmReward(nn.Module):
+class SmallReward(nn.Module):
     """A `Reward` with the axes VQ, MQ and TA, for small videos (the heads are trained at 64 x 112, 24 fps).
 
     Scores are normalised over clean and corrupted clips together, half each: a clean clip with its own
@@ -79,7 +81,8 @@ class FilmReward(nn.Module):
     a few powers of e.
 
     Args:
-        heads: trained heads.
+        features: what it sees.
+        heads: trained heads for these features.
         normalizer: one mean and deviation an axis.
         max_frames: longer videos are scored as the mean over windows of `window_frames` spread evenly over
             them, at most `max_frames` in all; frames between the windows then have no gradient.
@@ -92,7 +95,8 @@ class FilmReward(nn.Module):
 
     def __init__(
         self,
-        heads: FilmHeads,
+        features: FeatureExtractor,
+        heads: SmallHeads,
         normalizer: ScoreNormalizer,
         *,
         max_frames: int = 84,
@@ -102,12 +106,12 @@ class FilmReward(nn.Module):
         super().__init__()
         if not 3 <= window_frames <= max_frames:
             raise ValueError(
-                "FilmReward: window_frames: expected 3 <= window_frames <= max_frames, "
+                "SmallReward: window_frames: expected 3 <= window_frames <= max_frames, "
                 f"got {window_frames} and {max_frames}"
             )
         self.heads = heads.eval().requires_grad_(False)
         self.normalizer = normalizer
-        self.features = FilmFeatureExtractor()
+        self.features = features
         self.max_frames = max_frames
         self.window_frames = window_frames
         self._text_encoder = text_encoder
@@ -122,7 +126,7 @@ class FilmReward(nn.Module):
         Returns:
             [B, 3] float32, differentiable in `video`.
         """
-        check_video(video, prompts, name="FilmReward.score")
+        check_video(video, prompts, name="SmallReward.score")
         if video.shape[0] == 0:
             return video.new_zeros(0, len(self.axes), dtype=torch.float32)
         windows = self._windows(video)  # [B, n, t, 3, H, W]
@@ -148,7 +152,8 @@ class FilmReward(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` and `heads.safetensors`."""
         config = {
-            "type": "film",
+            "type": "small",
+            "network": self.features.network,
             "axes": list(self.axes),
             "mean": self.normalizer.mean.tolist(),
             "std": self.normalizer.std.tolist(),
@@ -164,7 +169,7 @@ class FilmReward(nn.Module):
             save_file(heads, place / "heads.safetensors")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, text_encoder: TextEncoder | None = None) -> FilmReward:
+    def from_pretrained(cls, folder: str | Path, *, text_encoder: TextEncoder | None = None) -> SmallReward:
         """Reads what `save_pretrained` wrote.
 
         Raises:
@@ -173,23 +178,28 @@ class FilmReward(nn.Module):
         """
         folder = Path(folder)
         config = read_json(folder / "config.json")
-        if config.get("type") != "film" or config.get("axes") != list(AXES):
+        if config.get("type") != "small" or config.get("axes") != list(AXES):
             raise ValueError(
-                f'FilmReward.from_pretrained: folder: expected type "film", axes {list(AXES)} in {folder}, '
+                f'SmallReward.from_pretrained: folder: expected type "small", axes {list(AXES)} in {folder}, '
                 f"got {shown(config.get('type'))} with {shown(config.get('axes'))}"
             )
+        network = config.get("network")
+        if network not in NETWORKS:
+            told = f"network: expected one of {', '.join(NETWORKS)}, got {shown(network)}"
+            raise FileError(f"{folder / 'config.json'}: {told}")
+        features = FeatureExtractor(network)
         try:
-            heads = FilmHeads(config["hidden"], config["shared"])
+            heads = SmallHeads(features.sizes, config["hidden"], config["shared"])
             normalizer = ScoreNormalizer(config["mean"], config["std"])
             frames = {name: config[name] for name in ("max_frames", "window_frames")}
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             told = f"no {error}" if isinstance(error, KeyError) else first_line(error)
-            raise FileError(f"{folder / 'config.json'}: not a film reward's settings: {told}") from None
+            raise FileError(f"{folder / 'config.json'}: not a small reward's settings: {told}") from None
         weights = read_file(folder / "heads.safetensors")
         check_fit(heads, weights, str(folder / "heads.safetensors"))
         require_finite(weights.items(), str(folder / "heads.safetensors"))
         heads.load_state_dict(weights)
-        return cls(heads, normalizer, text_encoder=text_encoder, **frames)
+        return cls(features, heads, normalizer, text_encoder=text_encoder, **frames)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What the film reward sees of a video: per-frame appearance, statistics of change, and content.
+"""What the small reward sees of a video: per-frame appearance, statistics of change, and content.
 
 Everything is differentiable in the pixels and made of one pass of a frozen network over the frames.
 """
@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from stream_r1.rewards.efficientnet import EfficientNetLite
 
 SIZE = (64, 112)  # height, width that the heads are trained at
-_TAPS = (0, 2, 4, 10, 15)  # blocks of lite0: 16, 24, 40, 112, 320 channels at 1/2, 1/4, 1/8, 1/16, 1/32
+NETWORKS = {"lite0": (0, 2, 4, 10, 15), "lite2": (0, 3, 6, 14, 20)}
+"""What it may look through: an EfficientNet's name and the blocks after which it is read: at 1/2, 1/4, 1/8,
+1/16 and 1/32 of the pixels a side.
+"""
 _EPS = 0.02  # change below this (features: O(1), pixels: x 10) counts as none
 _FRAMES_AT_ONCE = (
     32  # keeps every buffer below 32 MiB, which glibc gives again instead of mapping fresh pages
@@ -22,36 +25,47 @@ _FRAMES_AT_ONCE = (
 _GRID = 8  # pixels of the block grid that decoders and codecs leave visible
 
 
-class FilmFeatures(NamedTuple):
-    """Features of a batch of videos; float32."""
+class Features(NamedTuple):
+    """Features of a batch of videos; float32. How many numbers each has: `FeatureExtractor.sizes`."""
 
-    appearance: Tensor  # [B, T, 392] for VQ
-    motion: Tensor  # [B, 335] for MQ
-    content: Tensor  # [B, 432] for TA
+    appearance: Tensor  # [B, T, a] for VQ
+    motion: Tensor  # [B, m] for MQ
+    content: Tensor  # [B, c] for TA
 
 
-class FilmFeatureExtractor(nn.Module):
-    """[B, T, 3, H, W] in [0, 1], any T and size -> FilmFeatures. Frozen, without state of its own to save."""
+class FeatureExtractor(nn.Module):
+    """[B, T, 3, H, W] in [0, 1], any T and size -> Features. Frozen, without state of its own to save.
 
-    def __init__(self, trunk: EfficientNetLite | None = None):
+    Args:
+        network: a key of `NETWORKS`.
+
+    sizes: numbers in appearance (of a frame), motion and content.
+    """
+
+    def __init__(self, network: str = "lite0"):
         super().__init__()
-        self.trunk = trunk or EfficientNetLite.from_package("lite0", _TAPS)
+        self.network = network
+        self.trunk = EfficientNetLite.from_package(network, NETWORKS[network])
+        c = self.trunk.channels
+        moments = 2 * sum(c[:4])
+        self.sizes = (moments + 8, 5 * (3 + c[1] + c[2]), moments + c[4] + 12)
 
-    def forward(self, video: Tensor) -> FilmFeatures:
+    def forward(self, video: Tensor) -> Features:
         batch, frames = video.shape[:2]
         images = video.flatten(0, 1).float()  # [B*T, 3, H, W]
         if images.shape[-2:] != SIZE:
             images = F.interpolate(images, SIZE, mode="bilinear", antialias=True, align_corners=False)
         parts = [self.trunk(part) for part in images.split(_FRAMES_AT_ONCE)]
         maps = [torch.cat(tap) for tap in zip(*parts, strict=True)]
-        appearance = torch.cat([*map(_pooled_moments, maps[:4]), _pixel_statistics(images)], 1)
-        content = torch.cat([maps[3].mean((2, 3)), maps[4].mean((2, 3))], 1)
+        moments = torch.cat([*map(_pooled_moments, maps[:4])], 1)
+        appearance = torch.cat([moments, _pixel_statistics(images)], 1)
+        content = torch.cat([moments, maps[4].mean((2, 3))], 1)
         thumbnails = 10 * F.avg_pool2d(images, 4)  # [B*T, 3, 16, 28]
         moving = [x.unflatten(0, (batch, frames)) for x in (thumbnails, maps[1], maps[2])]
-        return FilmFeatures(
+        return Features(
             appearance.unflatten(0, (batch, frames)),
             torch.cat([_change_statistics(x) for x in moving], 1),
-            content.unflatten(0, (batch, frames)).mean(1),
+            torch.cat([content.unflatten(0, (batch, frames)).mean(1), _directions(moving[0])], 1),
         )
 
 
@@ -101,6 +115,25 @@ def _change_statistics(x: Tensor) -> Tensor:
     return torch.cat(
         [step.mean(1), _deviation(step), roughness.mean(1), _deviation(roughness), progress.mean(1)], 1
     )
+
+
+def _directions(x: Tensor) -> Tensor:
+    """Which way things move: [B, T, 3, h, w] -> [B, 12].
+
+    Mean and deviation over time of each channel's motion sideways and down.
+
+    The motion is the least-squares one of the whole picture (Lucas and Kanade, 1981), pixels of x a frame.
+    """
+    if x.shape[1] < 2:
+        return x.new_zeros(len(x), 12)
+    middle, change = (x[:, 1:] + x[:, :-1]) / 2, x[:, 1:] - x[:, :-1]
+    motions = []
+    for axis in (4, 3):
+        slope = (middle.roll(-1, axis) - middle.roll(1, axis)).narrow(axis, 1, x.shape[axis] - 2) / 2
+        changed = change.narrow(axis, 1, x.shape[axis] - 2)
+        motions.append(-(changed * slope).sum((3, 4)) / (slope.square().sum((3, 4)) + 1))
+    motion = torch.cat(motions, 2)  # [B, T-1, 6]
+    return torch.cat([motion.mean(1), _deviation(motion)], 1)
 
 
 def _log_change(x: Tensor) -> Tensor:
