@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from stream_r1.commands.console import make_console
 from stream_r1.commands.outputs import check_folder
 from stream_r1.commands.progress import duration
-from stream_r1.commands.sample import Models
+from stream_r1.commands.sample import ModelChoice
 from stream_r1.disk.lock import folder_lock
 from stream_r1.evaluation import work
 from stream_r1.evaluation.page import write_report
@@ -64,7 +64,7 @@ def _pipeline(evaluation: Evaluation, name: str) -> StreamR1Pipeline:
     settings = evaluation.settings
     model = settings.models[name]
     cache = settings.text_cache
-    return Models(
+    return ModelChoice(
         **model.model_dump(exclude={"checkpoint", "adapter"}),
         checkpoint=None if model.checkpoint is None else locate(model.checkpoint),
         adapter=None if model.adapter is None else locate(model.adapter),
