@@ -54,7 +54,7 @@ Think first if you like. End with one line for each axis, its name, a colon and 
 }
 _AGAIN = "\nYour last answer lacked a number. Write each axis with one whole number from 1 to 5.\n"
 _PIECE = 32  # frames that are decoded at a time
-_NUMBER = r"(?<![\d.])[1-5](?![\d.]\d|\d)"
+_NUMBER = r"(?<![\d.])[1-5](?![\d.]\d|\d|\s*[-–]\s*\d)"
 
 Size = Callable[[int, int], tuple[int, int]]
 
@@ -155,8 +155,8 @@ class Judge:
 def find_digit(text: str, axis: str) -> int | None:
     """Where an answer has the number of an axis: the last place where its name is followed by one.
 
-    A number from 1 to 5 by itself, at most 12 characters that are no digits behind the name; 10, 4.5 and 45
-    are none.
+    A number from 1 to 5 by itself, at most 12 characters that are no digits behind the name; 10, 4.5, 45
+    and 1-5 are none.
     """
     found = list(re.finditer(re.escape(axis) + r"[^\d\n]{0,12}?" + _NUMBER, text, re.IGNORECASE))
     return found[-1].end() - 1 if found else None

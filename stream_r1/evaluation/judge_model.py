@@ -73,6 +73,8 @@ class JudgeModel:
                 f"JudgeModel: tokenizer: expected one token for each digit from 1 to 5, got {rows}"
             )
         self.digits: list[int] = [row[0] for row in rows]
+        added = tokenizer.added_tokens_decoder
+        self._special: dict[str, int] = {str(token): n for n, token in added.items() if token.special}
 
     @classmethod
     def from_folder(cls, folder: Path, *, dtype: str = "auto", device: str = "auto") -> JudgeModel:
@@ -166,8 +168,8 @@ class JudgeModel:
                 **drawn,
             )
         written: list[int] = made.sequences[0, len(tokens) :].tolist()
-        special = set(self.tokenizer.all_special_ids)
-        length = next((n for n, token in enumerate(written) if token in special), len(written))
+        ends = set(self._special.values())
+        length = next((n for n, token in enumerate(written) if token in ends), len(written))
         logits = (
             torch.stack([step[0].float().cpu() for step in made.logits[:length]])
             if length
@@ -177,7 +179,7 @@ class JudgeModel:
 
     def tokens(self, seen: Seen, question: str) -> list[int]:
         """Token numbers of frames and question, up to where the model answers."""
-        held = [token for token in self.tokenizer.all_special_tokens if token in question]
+        held = [token for token in self._special if token in question]
         if held:
             raise ValueError(
                 f"JudgeModel: question: expected none of the model's own tokens, got {', '.join(held)}"

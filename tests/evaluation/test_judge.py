@@ -54,6 +54,10 @@ def frames(count=4, side=64):
     return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
+def seen(model):
+    return frames(4, 2 * model.multiple)
+
+
 def test_patches_are_those_of_the_model_s_own_processor(model):
     """A still picture, which its processor of pictures repeats in time."""
     side, patch = 2 * model.multiple, model.model.config.vision_config.patch_size
@@ -63,14 +67,14 @@ def test_patches_are_those_of_the_model_s_own_processor(model):
         image_mean=model._mean.flatten().tolist(), image_std=model._std.flatten().tolist(),
     )  # fmt: skip
     wanted = own(Image.fromarray(picture.movedim(0, -1).numpy()), return_tensors="pt")
-    seen = model.see((picture / 255)[None].expand(2, -1, -1, -1), [0.0, 0.1])
-    assert [list(seen.grid)] == wanted["image_grid_thw"].tolist()
-    assert torch.allclose(seen.patches, wanted["pixel_values"], atol=1e-5)
+    shown = model.see((picture / 255)[None].expand(2, -1, -1, -1), [0.0, 0.1])
+    assert [list(shown.grid)] == wanted["image_grid_thw"].tolist()
+    assert torch.allclose(shown.patches, wanted["pixel_values"], atol=1e-5)
 
 
 def test_the_text_has_the_frames_where_the_model_was_trained_to_find_them(model):
     seconds = [0.0, 1.0, 2.0, 4.0]
-    text = model.tokenizer.decode(model.tokens(model.see(frames(4, 2 * model.multiple), seconds), "which?"))
+    text = model.tokenizer.decode(model.tokens(model.see(seen(model), seconds), "which?"))
     each = "<|video_pad|>" * 4
     if model.model.config.model_type == "qwen3_vl":
         times = Qwen3VLProcessor._calculate_timestamps(None, [0, 1, 2, 4], 1.0, 2)
@@ -84,23 +88,21 @@ def test_the_text_has_the_frames_where_the_model_was_trained_to_find_them(model)
 
 def test_an_answer_is_the_likeliest_next_token_of_the_whole_model(model):
     """Token by token without a cache, from the logits of a plain forward pass."""
-    seen = model.see(frames(4, 2 * model.multiple), [0, 1, 2, 3])
-    found = model.answer(seen, "how good?", max_tokens=3)
-    row = model.tokens(seen, "how good?")
+    shown = model.see(seen(model), [0, 1, 2, 3])
+    found = model.answer(shown, "how good?", max_tokens=3)
+    row = model.tokens(shown, "how good?")
     extra = {"second_per_grid_ts": torch.tensor([2.0])} if "2_5" in model.model.config.model_type else {}
     for n, token in enumerate(found.tokens):
         ids = torch.tensor([row])
         with torch.no_grad():
             logits = model.model(
                 input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=2 * (ids == 262).int(),
-                pixel_values_videos=seen.patches, video_grid_thw=torch.tensor([seen.grid]), **extra,
+                pixel_values_videos=shown.patches, video_grid_thw=torch.tensor([shown.grid]), **extra,
             ).logits[0, -1]  # fmt: skip
         assert torch.allclose(found.logits[n], logits, atol=1e-3)
         assert token == int(logits.argmax())
         row = [*row, token]
-    changed = model.answer(
-        model.see(1 - frames(4, 2 * model.multiple), [0, 1, 2, 3]), "how good?", max_tokens=1
-    )
+    changed = model.answer(model.see(1 - seen(model), [0, 1, 2, 3]), "how good?", max_tokens=1)
     assert (changed.logits[0] - found.logits[0]).abs().max() > 1e-3  # it sees the frames
 
 
@@ -118,7 +120,7 @@ def test_random_weights_give_ratings_or_none_and_never_end_in_an_error(model, tm
 def test_digits_and_their_probabilities_are_read_where_they_stand(model):
     answer = "visual quality: 4\nmotion dynamics: 3\ntext alignment: 5\n"
     scripted = Scripted(model, [answer])
-    found = Judge(scripted, JudgeSettings(folder="x")).rate_frames(frames(), [0, 1, 2, 3], "a red apple")
+    found = Judge(scripted, JudgeSettings(folder="x")).rate_frames(seen(model), [0, 1, 2, 3], "a red apple")
     assert [rating.digit for rating in found.values()] == [4, 3, 5]
     for rating in found.values():
         assert rating.expected == pytest.approx((0.1 + 0.2 + 0.6 + 0.8 + 1.0) / 0.8)
@@ -132,7 +134,7 @@ def test_a_refusal_is_asked_again_and_stays_one(model):
     sorry = "I can not rate this video.\n"
     partly = "visual quality: 2\nmotion dynamics: n/a\ntext alignment: 45"
     scripted = Scripted(model, [sorry, partly, "motion dynamics: 10, visual quality: 5"])
-    found = Judge(scripted, JudgeSettings(folder="x", retries=2)).rate_frames(frames(), [0, 1, 2, 3], "a")
+    found = Judge(scripted, JudgeSettings(folder="x", retries=2)).rate_frames(seen(model), [0, 1, 2, 3], "a")
     assert [rating.digit for rating in found.values()] == [2, None, None]
     assert [rating.expected is None for rating in found.values()] == [False, True, True]
     assert [rating.tries for rating in found.values()] == [2, 3, 3]
