@@ -11,7 +11,7 @@ from typing import Any
 
 from stream_r1.config import Settings
 from stream_r1.demo.settings import DemoSettings
-from stream_r1.evaluation.plan import EvalSettings, JudgeSettings, ModelSettings
+from stream_r1.evaluation.plan import EvalSettings
 from stream_r1.recipe import InitRecipe, Recipe
 from stream_r1.rewards.videoalign import VideoAlignSettings
 from stream_r1.study.plan import StudySettings
@@ -51,8 +51,6 @@ SECTIONS: list[tuple[str, str, type[Settings]]] = [
         "`stream-r1 eval RECIPE [key=value ...]`: see [its page](evaluation.md).",
         EvalSettings,
     ),
-    ("Settings of a model in an evaluation", "Each of `models`.", ModelSettings),
-    ("Settings of a judge in an evaluation", "Each of `judges`.", JudgeSettings),
     (
         "Settings of the VideoAlign reward",
         "The `config.json` in the folder that `models.reward` names: see "
@@ -184,6 +182,7 @@ _NAMES = {
     "null": "null",
     "integer": "whole number",
     "number": "number",
+    "object": "keys and values",
 }
 _BOUNDS = {"exclusiveMinimum": "> {}", "minimum": "≥ {}", "exclusiveMaximum": "< {}", "maximum": "≤ {}"}
 
