@@ -153,26 +153,17 @@ def test_chunk_attention(
     """The first rival is a loop of torch's attention over the chunks, each against the keys that it sees."""
     benchmark.group = f"chunk_attention {'forward + backward' if train else 'forward'} {size} {dtype}"  # type: ignore[attr-defined]
     batch, frames, heads, width, mask = SEQUENCES[size]
-    visible = mask.visible(frames).repeat_interleave(mask.tokens_per_frame, 1)  # [query frames, keys]
-    chunks = mask.chunks(frames)
-    if mask.teacher_forcing:
-        chunks += [(start + frames, end + frames) for start, end in chunks]
-    inputs = [
-        x.detach().requires_grad_(train)
-        for x in projected(batch, visible.shape[1], heads, width, DTYPES[dtype])
-    ]
+    tokens = frames * mask.tokens_per_frame * (2 if mask.teacher_forcing else 1)
+    inputs = [x.detach().requires_grad_(train) for x in projected(batch, tokens, heads, width, DTYPES[dtype])]
     q, k, v = (heads_together(x) for x in inputs)
 
-    def seen(keys: Tensor, frame: int) -> Tensor:
-        edges = visible[frame].int().diff(prepend=torch.zeros(1), append=torch.zeros(1)).nonzero().flatten()
-        ranges = [keys[:, begin:end] for begin, end in edges.view(-1, 2).tolist()]
-        return ranges[0] if len(ranges) == 1 else torch.cat(ranges, 1)
+    def seen(keys: Tensor, ranges: list[tuple[int, int]]) -> Tensor:
+        parts = [keys[:, first:last] for first, last in ranges]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def of_each_chunk() -> Tensor:
-        per = mask.tokens_per_frame
         return torch.cat(
-            [sdpa(q[:, start * per : end * per], seen(k, start), seen(v, start)) for start, end in chunks],
-            1,
+            [sdpa(q[:, a:b], seen(k, ranges), seen(v, ranges)) for a, b, ranges in mask.blocks(tokens)], 1
         )
 
     timed = {
@@ -182,9 +173,9 @@ def test_chunk_attention(
         "sdpa of each chunk": lambda: with_grads(of_each_chunk(), [q, k, v]) if train else of_each_chunk(),
     }
     if implementation == "sdpa with a mask":
-        every = visible.repeat_interleave(mask.tokens_per_frame, 0)
-        timed[implementation] = partial(sdpa, q, k, v, attn_mask=every)
+        timed[implementation] = partial(sdpa, q, k, v, attn_mask=mask.visible(tokens))
     if implementation == "compiled flex_attention":
-        timed[implementation] = compiled_flex(q, k, v, visible, mask.tokens_per_frame)
+        per = mask.tokens_per_frame
+        timed[implementation] = compiled_flex(q, k, v, mask.visible(tokens)[::per], per)
     plain = timed["sdpa of each chunk"]
     check_and_time(benchmark, timed["ours"], plain, timed[implementation], q)

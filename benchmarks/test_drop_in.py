@@ -34,7 +34,7 @@ def block_causal(dtype: torch.dtype) -> Callable[[], dict[str, Run]]:
         )
         x = torch.randn(1, frames * per_frame, HEADS * WIDTH).to(dtype).requires_grad_()
         mask = ChunkMask(per_frame, CHUNK)
-        visible = mask.visible(frames).repeat_interleave(per_frame, 0).repeat_interleave(per_frame, 1)
+        visible = mask.visible(frames * per_frame)
         leaves = [x, *attn.parameters()]
 
         def ours() -> Tensor:

@@ -2,6 +2,7 @@
 
 Attention (`[B, T, H, D]`):
     ChunkMask, chunk_attention             all chunks at once, block-causal; window, sink, teacher forcing
+    RangeMask                              a mask of your own: which ranges of keys a block of queries sees
     Past, cached_chunk_attention           one chunk against what came before it
     ChunkCache, LayerCache                 sink and ring of past frames, one buffer a layer
     RotaryGrid, qk_norm_rotary             positions without a table; norm, head split and rotary in one
@@ -18,7 +19,7 @@ Every op takes `backend="auto" | "cpu" | "cuda" | "triton" | "sdpa" | "reference
 own); `python -m stream_r1_kernels.info` says what can run here, `backends.explain` what auto takes and why.
 """
 
-from .attention import ChunkMask, Past, cached_chunk_attention, chunk_attention
+from .attention import ChunkMask, Past, RangeMask, cached_chunk_attention, chunk_attention
 from .cache import ChunkCache, LayerCache
 from .dmd import dmd_gradient_, dmd_loss
 from .linear import fused_linear
@@ -31,6 +32,7 @@ __all__ = [
     "ChunkMask",
     "LayerCache",
     "Past",
+    "RangeMask",
     "RotaryGrid",
     "apply_rotary",
     "cached_chunk_attention",

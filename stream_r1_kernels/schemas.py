@@ -20,13 +20,11 @@ SCHEMAS = (
     # [D / 2]. CUDA alone: elsewhere the cache does it in torch.
     "renew_sink_(Tensor(a!) storage, Tensor(b!) sink_k, Tensor(c!)? sink_v, int slot, float? ema, bool "
     "first, Tensor evicted_cos, Tensor evicted_sin, Tensor? window_cos, Tensor? window_sin) -> ()",
-    # Attention over all chunks at once; work outside the visible blocks is skipped.
-    "chunk_attention(Tensor q, Tensor k, Tensor v, int tokens_per_frame, int frames_per_chunk, int? "
-    "window_frames, int sink_frames, int? first_chunk_frames, bool teacher_forcing, float scale) -> "
-    "(Tensor out, Tensor lse)",
+    # Attention over all chunks at once; work outside the visible blocks is skipped. table: of a mask, as
+    # `RangeMask.table` has it.
+    "chunk_attention(Tensor q, Tensor k, Tensor v, int[] table, float scale) -> (Tensor out, Tensor lse)",
     "chunk_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "int tokens_per_frame, int frames_per_chunk, int? window_frames, int sink_frames, int? "
-    "first_chunk_frames, bool teacher_forcing, float scale) -> (Tensor, Tensor, Tensor)",
+    "int[] table, float scale) -> (Tensor, Tensor, Tensor)",
     # RMSNorm over the full width, head split and rotary: [B, T, H * D] -> [B, T, H, D].
     "qk_norm_rotary(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, int "
     "num_heads, float eps) -> (Tensor, Tensor)",

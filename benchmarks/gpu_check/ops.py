@@ -129,8 +129,7 @@ def ops(s: Sizes) -> Iterator[OpAtSize]:
         right=_dense_with_past,
     )
     mask = ChunkMask(s.frame, s.chunk, window_frames=s.window - s.sink, sink_frames=s.sink)
-    visible = mask.visible(s.video)
-    pairs = int(visible.sum()) * s.frame**2
+    pairs = mask.visible_pairs(s.video * s.frame)
     for grads in (0, 3):
         yield OpAtSize(
             f"chunk_attention, {'forward and backward' if grads else 'forward'}, {video} tokens",
@@ -139,7 +138,7 @@ def ops(s: Sizes) -> Iterator[OpAtSize]:
             partial(_masked, mask=mask),
             (half * s.width * (12 if grads else 4) * video, (14 if grads else 4) * pairs * s.width),
             grads=grads,
-            right=partial(_blocks, visible=visible, frame=s.frame),
+            right=partial(_blocks, mask=mask),
         )
     x, modulation = (1, tokens, s.width), (1, s.chunk, s.width)
     moved = half * tokens * s.width
@@ -213,16 +212,12 @@ def _dense_with_past(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Te
     return _dense(q, torch.cat((past_k, k), 1), torch.cat((past_v, v), 1))
 
 
-def _blocks(q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor, frame: int) -> Tensor:
-    """Chunk by chunk: the queries of frames that see the same keys, and those keys alone."""
-    out, begin = [], 0
-    while begin < len(visible):
-        end = begin + 1
-        while end < len(visible) and torch.equal(visible[end], visible[begin]):
-            end += 1
-        seen = visible[begin].repeat_interleave(frame).to(q.device)
-        out.append(_dense(q[:, begin * frame : end * frame], k[:, seen], v[:, seen]))
-        begin = end
+def _blocks(q: Tensor, k: Tensor, v: Tensor, *, mask: ChunkMask) -> Tensor:
+    """Block by block, each with the keys that it sees alone."""
+    out = []
+    for begin, end, ranges in mask.blocks(q.shape[1]):
+        keys, values = (torch.cat([x[:, first:last] for first, last in ranges], 1) for x in (k, v))
+        out.append(_dense(q[:, begin:end], keys, values))
     return torch.cat(out, 1)
 
 

@@ -5,7 +5,6 @@
 
 #include <optional>
 
-#include "common/chunk_mask.h"
 #include "common/tensors.h"
 
 namespace stream_r1 {
@@ -80,29 +79,6 @@ inline void check_segments(const char* op, const OptionalTensor& k, const Option
   STREAM_R1_CHECK(past_k.has_value() == past_v.has_value(), op, ": past: expected both k and v or neither");
   STREAM_R1_CHECK(k.has_value() || past_k.has_value(), op,
                   ": expected keys: fresh ones, a past, or both; got neither");
-}
-
-inline ChunkMask checked_mask(int64_t tokens_per_frame, int64_t frames_per_chunk,
-                              std::optional<int64_t> window_frames, int64_t sink_frames,
-                              std::optional<int64_t> first_chunk_frames, bool teacher_forcing) {
-  const ChunkMask mask{tokens_per_frame,
-                       frames_per_chunk,
-                       window_frames.value_or(0),
-                       sink_frames,
-                       first_chunk_frames.value_or(frames_per_chunk),
-                       teacher_forcing};
-  STREAM_R1_CHECK(mask.tokens_per_frame > 0 && mask.frames_per_chunk > 0 && mask.first_chunk_frames > 0 &&
-                      mask.window_frames >= 0 && mask.sink_frames >= 0,
-                  "chunk_attention: mask: expected positive sizes");
-  return mask;
-}
-
-// Frames of q, of a half of it when the mask is teacher forcing.
-inline int64_t checked_frames(const ChunkMask& mask, const Tensor& q) {
-  const int64_t unit = mask.tokens_per_frame * (mask.teacher_forcing ? 2 : 1);
-  STREAM_R1_CHECK(q.size(1) % unit == 0, "chunk_attention: q: expected a multiple of ", unit, " tokens, got ",
-                  q.size(1));
-  return q.size(1) / unit;
 }
 
 // --- row ops: x [B, T, D] ---

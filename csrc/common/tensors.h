@@ -28,7 +28,7 @@ struct Dtype {
 };
 
 inline const Dtype kFloat{aoti_torch_dtype_float32()}, kBFloat16{aoti_torch_dtype_bfloat16()},
-    kHalf{aoti_torch_dtype_float16()}, kDouble{aoti_torch_dtype_float64()};
+    kHalf{aoti_torch_dtype_float16()}, kDouble{aoti_torch_dtype_float64()}, kInt{aoti_torch_dtype_int32()};
 
 inline Dtype dtype_of(const Tensor& tensor) {
   Dtype dtype{};

@@ -5,6 +5,7 @@
 #include <set>
 
 #include "common/checks.h"
+#include "common/mask_table.h"
 #include "cpu/attention_kernel.h"
 #include "cpu/tensors.h"
 
@@ -14,6 +15,12 @@ namespace {
 constexpr int64_t kSmallWork = 1 << 17;  // multiply-adds that one thread does faster alone than with help
 
 Strides strides_of(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2)}; }
+
+// Blocks of queries, and the ranges that they point into.
+struct Visible {
+  std::vector<KeyRange> ranges;
+  std::vector<QueryBlock> blocks;
+};
 
 // The same blocks, none longer than the kernel takes, and short enough that every thread finds some.
 std::vector<QueryBlock> split(const std::vector<QueryBlock>& blocks, int64_t heads_in_all, int64_t queries) {
@@ -37,7 +44,7 @@ std::vector<QueryBlock> split(const std::vector<QueryBlock>& blocks, int64_t hea
 
 int64_t pairs(const QueryBlock& block) {
   int64_t keys = 0;
-  for (int r = 0; r < block.num_ranges; ++r) keys += block.ranges[r].end - block.ranges[r].begin;
+  for (int64_t r = 0; r < block.num_ranges; ++r) keys += block.ranges[r].end - block.ranges[r].begin;
   return (block.end - block.begin) * keys;
 }
 
@@ -99,7 +106,8 @@ Prepared prepare(const char* op, const Tensor& q, double scale) {
   return p;
 }
 
-std::tuple<Tensor, Tensor> forward(Prepared& p, const std::vector<QueryBlock>& blocks) {
+std::tuple<Tensor, Tensor> forward(Prepared& p, const Visible& visible) {
+  const std::vector<QueryBlock>& blocks = visible.blocks;
   const Tensor& q = p.q;
   Tensor out = allocate(q.sizes(), q);
   Tensor lse = allocate({q.size(0), q.size(2), q.size(1)}, kDouble, q);
@@ -128,7 +136,7 @@ std::vector<KeyTile> key_tiles(const std::vector<QueryBlock>& blocks, int64_t fr
   for (int source : {0, 1}) {
     std::set<int64_t> cuts;
     for (const QueryBlock& block : blocks)
-      for (int r = 0; r < block.num_ranges; ++r)
+      for (int64_t r = 0; r < block.num_ranges; ++r)
         if (block.ranges[r].source == source) cuts.insert({block.ranges[r].begin, block.ranges[r].end});
     if (source == 1) cuts.insert({0, fresh});  // every fresh key has a gradient, be it zero
     for (auto cut = cuts.begin(); cut != cuts.end() && std::next(cut) != cuts.end(); ++cut) {
@@ -141,9 +149,10 @@ std::vector<KeyTile> key_tiles(const std::vector<QueryBlock>& blocks, int64_t fr
   return tiles;
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(Prepared& p, const std::vector<QueryBlock>& blocks,
-                                            const Tensor& grad_any, const OptionalTensor& grad_lse_any,
-                                            const Tensor& out_any, const Tensor& lse_any) {
+std::tuple<Tensor, Tensor, Tensor> backward(Prepared& p, const Visible& visible, const Tensor& grad_any,
+                                            const OptionalTensor& grad_lse_any, const Tensor& out_any,
+                                            const Tensor& lse_any) {
+  const std::vector<QueryBlock>& blocks = visible.blocks;
   const Tensor &q = p.q, &k = *p.k[1];
   check_shape("attention backward", "grad_out", grad_any, "q", q);
   check_shape("attention backward", "out", out_any, "q", q);
@@ -197,11 +206,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(Prepared& p, const std::vector<Query
 }
 
 // All queries see all keys: [past | fresh].
-std::vector<QueryBlock> dense_block(const Prepared& p) {
-  QueryBlock block{0, p.q.size(1), {}, 0};
+Visible dense_block(const Prepared& p) {
+  Visible visible;
   for (int i = 0; i < 2; ++i)
-    if (p.k[i].has_value() && p.k[i]->size(1) > 0) block.ranges[block.num_ranges++] = {i, 0, p.k[i]->size(1)};
-  return {block};
+    if (p.k[i].has_value() && p.k[i]->size(1) > 0) visible.ranges.push_back({i, 0, p.k[i]->size(1)});
+  visible.blocks.push_back(
+      {0, p.q.size(1), visible.ranges.data(), static_cast<int64_t>(visible.ranges.size())});
+  return visible;
 }
 
 Prepared prepare_cached(const Tensor& q, const OptionalTensor& k, const OptionalTensor& v,
@@ -229,15 +240,18 @@ std::tuple<Tensor, Tensor, Tensor> cached_chunk_attention_backward(
   return backward(p, dense_block(p), grad_out, grad_lse, out, lse);
 }
 
-std::vector<QueryBlock> masked_blocks(const Tensor& q, const ChunkMask& mask) {
-  std::vector<QueryBlock> blocks;
-  for (const VisibleBlock& visible : visible_blocks(mask, checked_frames(mask, q))) {
-    QueryBlock block{visible.begin, visible.end, {}, visible.num_ranges};
-    for (int r = 0; r < visible.num_ranges; ++r)
-      block.ranges[r] = {1, visible.ranges[r].begin, visible.ranges[r].end};
-    blocks.push_back(block);
+Visible masked_blocks(const std::vector<int64_t>& table, const Tensor& q) {
+  const MaskTable mask = checked_table(table, q.size(1));
+  Visible visible;
+  visible.ranges.reserve(mask.blocks * mask.ranges);  // so that what points into it stays
+  visible.blocks.reserve(mask.blocks);
+  for (int64_t block = 0; block < mask.blocks; ++block) {
+    const int64_t* row = mask.row(block);
+    const KeyRange* first = visible.ranges.data() + visible.ranges.size();
+    for_ranges(mask, row, [&](int64_t begin, int64_t end) { visible.ranges.push_back({1, begin, end}); });
+    visible.blocks.push_back({row[0], row[1], first, visible.ranges.data() + visible.ranges.size() - first});
   }
-  return blocks;
+  return visible;
 }
 
 Prepared prepare_chunks(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
@@ -249,25 +263,17 @@ Prepared prepare_chunks(const Tensor& q, const Tensor& k, const Tensor& v, doubl
 }
 
 std::tuple<Tensor, Tensor> chunk_attention(const Tensor& q, const Tensor& k, const Tensor& v,
-                                           int64_t tokens_per_frame, int64_t frames_per_chunk,
-                                           std::optional<int64_t> window_frames, int64_t sink_frames,
-                                           std::optional<int64_t> first_chunk_frames, bool teacher_forcing,
-                                           double scale) {
+                                           std::vector<int64_t> table, double scale) {
   Prepared p = prepare_chunks(q, k, v, scale);
-  return forward(p, masked_blocks(q, checked_mask(tokens_per_frame, frames_per_chunk, window_frames,
-                                                  sink_frames, first_chunk_frames, teacher_forcing)));
+  return forward(p, masked_blocks(table, q));
 }
 
-std::tuple<Tensor, Tensor, Tensor> chunk_attention_backward(
-    const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-    const Tensor& lse, int64_t tokens_per_frame, int64_t frames_per_chunk,
-    std::optional<int64_t> window_frames, int64_t sink_frames, std::optional<int64_t> first_chunk_frames,
-    bool teacher_forcing, double scale) {
+std::tuple<Tensor, Tensor, Tensor> chunk_attention_backward(const Tensor& grad_out, const Tensor& q,
+                                                            const Tensor& k, const Tensor& v,
+                                                            const Tensor& out, const Tensor& lse,
+                                                            std::vector<int64_t> table, double scale) {
   Prepared p = prepare_chunks(q, k, v, scale);
-  return backward(p,
-                  masked_blocks(q, checked_mask(tokens_per_frame, frames_per_chunk, window_frames,
-                                                sink_frames, first_chunk_frames, teacher_forcing)),
-                  grad_out, std::nullopt, out, lse);
+  return backward(p, masked_blocks(table, q), grad_out, std::nullopt, out, lse);
 }
 
 }  // namespace

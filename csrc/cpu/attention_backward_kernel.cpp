@@ -155,7 +155,7 @@ class BackwardHead {
   }
 
   bool sees(const QueryBlock& block, const KeyTile& keys) const {
-    for (int r = 0; r < block.num_ranges; ++r)
+    for (int64_t r = 0; r < block.num_ranges; ++r)
       if (block.ranges[r].source == keys.source && block.ranges[r].begin <= keys.begin &&
           keys.end <= block.ranges[r].end)
         return true;

@@ -121,7 +121,7 @@ class ForwardItem {
 
   void run() {
     for (int64_t tile = 0; tile < tiles_; ++tile) start(tile);
-    for (int r = 0; r < block_.num_ranges; ++r) {
+    for (int64_t r = 0; r < block_.num_ranges; ++r) {
       const KeyRange& range = block_.ranges[r];
       // Tiles about as long as each other.
       const int64_t length = range.end - range.begin, count = (length + kKeys - 1) / kKeys;
@@ -200,7 +200,7 @@ void forward(const AttentionArgs& args, int64_t begin, int64_t end) {
   for (int64_t i = 0; i < args.num_blocks; ++i) {
     const QueryBlock& block = args.blocks[i];
     queries = std::max(queries, block.end - block.begin);
-    for (int r = 0; r < block.num_ranges; ++r)
+    for (int64_t r = 0; r < block.num_ranges; ++r)
       keys = std::max(keys, block.ranges[r].end - block.ranges[r].begin);
   }
   ForwardMemory<Math> memory(sizes, queries, std::min(kKeys, keys));

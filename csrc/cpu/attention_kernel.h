@@ -29,8 +29,8 @@ struct KeyRange {
 // Queries [begin, end) see the keys of ranges[0 .. num_ranges).
 struct QueryBlock {
   int64_t begin, end;
-  KeyRange ranges[3];
-  int num_ranges;
+  const KeyRange* ranges;
+  int64_t num_ranges;
 };
 
 struct AttentionArgs {

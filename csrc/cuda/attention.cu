@@ -34,13 +34,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 namespace {
 
 int64_t query_blocks(const AttentionArgs& args) {
-  if (!args.chunked) return blocks_for(args.queries, kQueries);
-  const ChunkMask& mask = args.mask;
-  const int64_t chunks = num_chunks(mask, args.frames);
-  if (chunks == 0) return 0;
-  const int64_t in_half = blocks_for(mask.first_chunk_frames * mask.tokens_per_frame, kQueries) +
-                          (chunks - 1) * blocks_for(mask.frames_per_chunk * mask.tokens_per_frame, kQueries);
-  return mask.teacher_forcing ? 2 * in_half : in_half;
+  return args.table == nullptr ? blocks_for(args.queries, kQueries) : args.blocks;
 }
 
 }  // namespace
@@ -48,7 +42,7 @@ int64_t query_blocks(const AttentionArgs& args) {
 int32_t attention_splits(const AttentionArgs& args, int32_t processors) {
   const int64_t blocks = query_blocks(args) * args.batch * args.heads;
   const int64_t tiles = (args.segments[0].tokens + args.segments[1].tokens + kKeys - 1) / kKeys;
-  if (args.chunked || blocks == 0 || 2 * blocks > processors) return 1;
+  if (args.table != nullptr || blocks == 0 || 2 * blocks > processors) return 1;
   // A part of less than four tiles costs more to combine than it saves.
   const int64_t wanted = processors / blocks, most = tiles / 4;
   return static_cast<int32_t>(wanted < most ? (wanted < 1 ? 1 : wanted) : (most < 1 ? 1 : most));

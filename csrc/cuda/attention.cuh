@@ -17,7 +17,7 @@
 
 namespace stream_r1::cuda {
 
-constexpr int kQueries = 128, kKeys = 64, kThreads = 256;
+constexpr int kQueries = kBlockQueries, kKeys = kTileKeys, kThreads = 256;
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 template <int kHeadDim>
@@ -46,59 +46,64 @@ __device__ __forceinline__ void start_tile(unsigned char* tile, const uint16_t* 
   }
 }
 
-// Writes what the queries of block `index` see to `visible`. Without a mask range 0 is all of segment 0 and
-// range 1 all of segment 1; with one, all ranges are of segment 1.
-__device__ inline void find_visible_to_block(const AttentionArgs& args, int64_t index,
-                                             VisibleBlock& visible) {
-  if (!args.chunked) {
-    visible.begin = index * kQueries;
-    visible.end = args.queries;
-    visible.ranges[0] = {0, args.segments[0].tokens};
-    visible.ranges[1] = {0, args.segments[1].tokens};
-    visible.num_ranges = 2;
-    return;
-  }
-  // Blocks go chunk by chunk; those past the end of a short last chunk have no queries.
-  const ChunkMask& mask = args.mask;
-  const int64_t in_first = (mask.first_chunk_frames * mask.tokens_per_frame + kQueries - 1) / kQueries;
-  const int64_t in_later = (mask.frames_per_chunk * mask.tokens_per_frame + kQueries - 1) / kQueries;
-  const int64_t in_half = in_first + (num_chunks(mask, args.frames) - 1) * in_later;
-  const bool noisy = index >= in_half;
-  if (noisy) index -= in_half;
-  const int64_t chunk = index < in_first ? 0 : 1 + (index - in_first) / in_later;
-  find_visible(mask, args.frames, chunk, noisy, visible);
-  visible.begin += kQueries * (chunk == 0 ? index : (index - in_first) % in_later);
-}
-
 // What is subtracted from scores whose maximum is given. A finite number, so that a score of -inf weighs
 // nothing, also where a query has no other, and one of +inf makes a sum of +inf.
 __device__ __forceinline__ float shift_for(float maximum) {
   return fminf(fmaxf(maximum, -largest_finite()), largest_finite());
 }
 
-__device__ __forceinline__ int num_queries(const VisibleBlock& visible) {
-  const int64_t left = visible.end - visible.begin;
-  return static_cast<int>(left < kQueries ? left : kQueries);
-}
+__device__ __forceinline__ int tiles_of(int keys) { return (keys + kKeys - 1) / kKeys; }
 
-__device__ __forceinline__ int tiles_of(const TokenRange& range) {
-  return static_cast<int>((range.end - range.begin + kKeys - 1) / kKeys);
-}
-
-// Rows [begin, begin + keys) of a segment.
+// Keys [begin, begin + keys()) of a range that ends at `end`.
 struct Tile {
-  int segment;
-  int64_t begin;
-  int keys;
+  int range, begin, end;
+
+  __device__ __forceinline__ int keys() const { return end - begin < kKeys ? end - begin : kKeys; }
 };
 
-__device__ __forceinline__ Tile tile_at(const AttentionArgs& args, const VisibleBlock& visible, int index) {
-  int r = 0;
-  for (; index >= tiles_of(visible.ranges[r]); ++r) index -= tiles_of(visible.ranges[r]);
-  const TokenRange range = visible.ranges[r];
-  const int64_t begin = range.begin + int64_t(index) * kKeys, left = range.end - begin;
-  return {args.chunked ? 1 : r, begin, static_cast<int>(left < kKeys ? left : kKeys)};
-}
+// What a block of queries sees. Without a table range 0 is all of segment 0 and range 1 all of segment 1;
+// with one, all ranges are of segment 1.
+struct Visible {
+  const AttentionArgs& args;
+  const int32_t* row;
+
+  __device__ __forceinline__ Visible(const AttentionArgs& args, int block)
+      : args(args),
+        row(args.table == nullptr ? nullptr : args.table + int64_t(block) * (3 + 2 * args.ranges)) {}
+
+  __device__ __forceinline__ int begin(int block) const { return row == nullptr ? block * kQueries : row[0]; }
+  __device__ __forceinline__ int end(int begin) const {
+    if (row != nullptr) return row[1];
+    return args.queries - begin < kQueries ? args.queries : begin + kQueries;
+  }
+  __device__ __forceinline__ int tiles() const {
+    return row == nullptr ? tiles_of(args.segments[0].tokens) + tiles_of(args.segments[1].tokens) : row[2];
+  }
+  __device__ __forceinline__ int segment(const Tile& tile) const { return row == nullptr ? tile.range : 1; }
+
+  __device__ __forceinline__ void enter(Tile& tile) const {
+    tile.begin = row == nullptr ? 0 : row[3 + 2 * tile.range];
+    tile.end = row == nullptr ? args.segments[tile.range].tokens : row[4 + 2 * tile.range];
+  }
+  __device__ __forceinline__ Tile at(int index) const {
+    Tile tile{0, 0, 0};
+    for (enter(tile); index >= tiles_of(tile.end - tile.begin); enter(tile)) {
+      index -= tiles_of(tile.end - tile.begin);
+      ++tile.range;
+    }
+    tile.begin += index * kKeys;
+    return tile;
+  }
+  // The tile after one that is not the last.
+  __device__ __forceinline__ Tile after(Tile tile) const {
+    tile.begin += kKeys;
+    while (tile.begin >= tile.end) {
+      ++tile.range;
+      enter(tile);
+    }
+    return tile;
+  }
+};
 
 // One warp's 16 queries. With g = lane / 4 and t = lane % 4, a lane holds rows g and g + 8 (index r = 0, 1),
 // columns 8 n + 2 t and 8 n + 2 t + 1, at [n][2 r] and [n][2 r + 1].
@@ -238,32 +243,30 @@ __device__ __forceinline__ void attention_block(const AttentionArgs& args) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int b = blockIdx.y / args.heads, h = blockIdx.y % args.heads;
 
-  __shared__ VisibleBlock visible;
-  if (threadIdx.x == 0) find_visible_to_block(args, blockIdx.x, visible);
-  __syncthreads();
-  if (visible.begin >= visible.end) return;
-  int64_t tiles = 0;
-  for (int r = 0; r < visible.num_ranges; ++r) tiles += tiles_of(visible.ranges[r]);
+  const Visible visible(args, blockIdx.x);
+  const int begin = visible.begin(blockIdx.x), present = visible.end(begin) - begin;
+  const int64_t tiles = visible.tiles();
   const int first = static_cast<int>(tiles * blockIdx.z / args.splits),
             last = static_cast<int>(tiles * (blockIdx.z + 1) / args.splits);
 
   const auto start = [&](unsigned char* to, const void* data, const HeadStrides& strides, const Tile& tile) {
     const uint16_t* head = static_cast<const uint16_t*>(data) + b * strides.batch + h * strides.head;
-    start_tile<kHeadDim, kKeys>(to, head + tile.begin * strides.token, strides.token, tile.keys);
+    start_tile<kHeadDim, kKeys>(to, head + tile.begin * strides.token, strides.token, tile.keys());
   };
-  const auto start_keys = [&](int index) {
-    const Tile tile = tile_at(args, visible, index);
-    start(key_tile, args.segments[tile.segment].k, args.segments[tile.segment].k_strides, tile);
+  const auto start_keys = [&](const Tile& tile) {
+    const KeySegment& from = args.segments[visible.segment(tile)];
+    start(key_tile, from.k, from.k_strides, tile);
   };
-  const auto start_values = [&](int index) {
-    const Tile tile = tile_at(args, visible, index);
-    start(value_tile, args.segments[tile.segment].v, args.segments[tile.segment].v_strides, tile);
+  const auto start_values = [&](const Tile& tile) {
+    const KeySegment& from = args.segments[visible.segment(tile)];
+    start(value_tile, from.v, from.v_strides, tile);
   };
 
   const uint16_t* q = static_cast<const uint16_t*>(args.q) + b * args.q_strides.batch +
-                      h * args.q_strides.head + visible.begin * args.q_strides.token;
-  start_tile<kHeadDim, kQueries>(query_tile, q, args.q_strides.token, num_queries(visible));
-  if (first < last) start_keys(first);
+                      h * args.q_strides.head + begin * args.q_strides.token;
+  start_tile<kHeadDim, kQueries>(query_tile, q, args.q_strides.token, present);
+  Tile tile{};
+  if (first < last) start_keys(tile = visible.at(first));
   prim::commit_copies();
 
   WarpAttention<T, kHeadDim> own;
@@ -274,14 +277,15 @@ __device__ __forceinline__ void attention_block(const AttentionArgs& args) {
   const float scale = args.scale * kLog2E;
 #pragma unroll 1
   for (int index = first; index < last; ++index) {
-    start_values(index);
+    start_values(tile);
     prim::commit_copies();
     own.multiply_keys(key_tile, lane);
     prim::wait_for_copies<0>();
     __syncthreads();  // the values are there, and nobody reads the keys any more
-    if (index + 1 < last) start_keys(index + 1);
+    const int keys = tile.keys();
+    if (index + 1 < last) start_keys(tile = visible.after(tile));
     prim::commit_copies();
-    own.softmax(tile_at(args, visible, index).keys, scale, lane);
+    own.softmax(keys, scale, lane);
     own.add_values(value_tile, lane);
     prim::wait_for_copies<0>();
     __syncthreads();  // the next keys are there, and nobody reads the values any more
@@ -290,16 +294,15 @@ __device__ __forceinline__ void attention_block(const AttentionArgs& args) {
   own.finish_sums();
   float lse[2];
   if (args.splits == 1) own.divide_by_sums(lse);
-  const int queries = num_queries(visible);
   const int64_t part = args.splits == 1 ? 0 : blockIdx.z;
-  const int64_t of_rows = ((part * args.batch + b) * args.heads + h) * args.queries + visible.begin;
-  const int64_t out_row = ((part * args.batch + b) * args.queries + visible.begin) * args.heads + h;
+  const int64_t of_rows = ((part * args.batch + b) * args.heads + h) * args.queries + begin;
+  const int64_t out_row = ((part * args.batch + b) * args.queries + begin) * args.heads + h;
   const int g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = warp * 16 + g + 8 * r;
     if (args.splits > 1) {
-      if (row >= queries) continue;
+      if (row >= present) continue;
       if (t == 0) {
         args.partial_maximum[of_rows + row] = own.maximum[r];
         args.partial_sum[of_rows + row] = own.sum[r];
@@ -309,7 +312,7 @@ __device__ __forceinline__ void attention_block(const AttentionArgs& args) {
       for (int n = 0; n < kHeadDim / 8; ++n)
         *reinterpret_cast<float2*>(to + 8 * n) = make_float2(own.out[n][2 * r], own.out[n][2 * r + 1]);
     } else {
-      if (t == 0 && row < queries) args.lse[of_rows + row] = lse[r];
+      if (t == 0 && row < present) args.lse[of_rows + row] = lse[r];
       // Through the query tile, whose rows of this warp nobody else reads, so that whole pieces go to memory.
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; ++n)
@@ -323,7 +326,7 @@ __device__ __forceinline__ void attention_block(const AttentionArgs& args) {
 #pragma unroll
   for (int i = 0; i < 16 * kPieces / 32; ++i) {
     const int index = lane + i * 32, row = warp * 16 + index / kPieces, piece = index % kPieces;
-    if (row >= queries) continue;
+    if (row >= present) continue;
     uint16_t* to = static_cast<uint16_t*>(args.out) + (out_row + int64_t(row) * args.heads) * kHeadDim;
     prim::store16(to + 8 * piece, *reinterpret_cast<uint4*>(place<kHeadDim>(query_tile, row, piece)));
   }

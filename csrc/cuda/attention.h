@@ -4,7 +4,6 @@
 
 #include <cstdint>
 
-#include "common/chunk_mask.h"
 #include "cuda/launch.h"
 
 namespace stream_r1::cuda {
@@ -30,13 +29,16 @@ struct AttentionArgs {
   float* partial_out;      // [splits, B, T, H, D], where splits > 1; not yet divided by the sums
   float *partial_maximum, *partial_sum;  // [splits, B, H, T], of the scores times log2 e, and of their exp2
   int32_t batch, heads, queries, head_dim;
-  int32_t splits;    // parts of the keys, summed by separate blocks and combined in a second kernel
-  float scale;       // of the scores
-  bool chunked;      // the mask says what is visible in segments[1]; else all of both segments is
-  ChunkMask mask;    // where chunked
-  int64_t frames;    // where chunked: of the sequence (of one half of it, when teacher forcing)
+  int32_t splits;  // parts of the keys, summed by separate blocks and combined in a second kernel
+  float scale;     // of the scores
+  // Who sees what in segments[1]: [blocks, 3 + 2 * ranges] of begin and end of at most kBlockQueries queries,
+  // tiles of their keys, and begin and end of each range of keys. Null: all queries see all of both segments.
+  const int32_t* table;
+  int32_t blocks, ranges;
   bool is_bfloat16;  // else float16
 };
+
+constexpr int kBlockQueries = 128, kTileKeys = 64;
 
 // Head widths that there are kernels for; rows of other widths are padded with zeros.
 constexpr int64_t kHeadDims[] = {64, 128};

@@ -1,7 +1,11 @@
 // The attention ops on CUDA: checks, allocation and registration. Their backward is torch's matrix products,
 // in Python (stream_r1_kernels/attention/cuda_backward.py).
 
+#include <map>
+#include <mutex>
+
 #include "common/checks.h"
+#include "common/mask_table.h"
 #include "cuda/attention.h"
 #include "cuda/tensors.h"
 
@@ -94,20 +98,50 @@ std::tuple<Tensor, Tensor> cached_chunk_attention(const Tensor& q, const Optiona
   return run(op, p, q.size(3));
 }
 
+// The rows that the kernels take (AttentionArgs::table), [blocks, 3 + 2 * ranges], on a tensor's device:
+// copied there at the first call and never freed, as captured graphs and other streams may read them.
+Tensor device_table(const std::vector<int64_t>& numbers, const Tensor& q) {
+  using Kept = std::map<std::pair<int32_t, std::vector<int64_t>>, Tensor>;
+  static std::mutex mutex;
+  static Kept& kept = *new Kept;  // which outlives the runtime that it would be freed by
+  const std::lock_guard lock(mutex);
+  const auto key = std::make_pair(q.get_device_index(), numbers);
+  if (const auto found = kept.find(key); found != kept.end()) return found->second;
+
+  const MaskTable mask = checked_table(numbers, q.size(1));
+  std::vector<int32_t> rows;
+  for (int64_t block = 0; block < mask.blocks; ++block) {
+    const int64_t* row = mask.row(block);
+    int64_t tiles = 0;
+    for_ranges(mask, row,
+               [&](int64_t begin, int64_t end) { tiles += (end - begin + kTileKeys - 1) / kTileKeys; });
+    for (int64_t begin = row[0]; begin < row[1]; begin += kBlockQueries) {
+      for (int64_t number : {begin, std::min(begin + kBlockQueries, row[1]), tiles})
+        rows.push_back(static_cast<int32_t>(number));
+      for (int64_t i = 0; i < 2 * mask.ranges; ++i) rows.push_back(static_cast<int32_t>(row[2 + i]));
+    }
+  }
+  const int64_t width = 3 + 2 * mask.ranges, sizes[] = {static_cast<int64_t>(rows.size()) / width, width},
+                strides[] = {width, 1};
+  AtenTensorHandle host = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
+      rows.data(), 2, sizes, strides, 0, kInt.code, aoti_torch_device_type_cpu(), 0, &host));
+  Tensor table = allocate(sizes, kInt, q);
+  torch::stable::copy_(table, Tensor(host));
+  return kept.emplace(key, table).first->second;
+}
+
 std::tuple<Tensor, Tensor> chunk_attention(const Tensor& q, const Tensor& k, const Tensor& v,
-                                           int64_t tokens_per_frame, int64_t frames_per_chunk,
-                                           std::optional<int64_t> window_frames, int64_t sink_frames,
-                                           std::optional<int64_t> first_chunk_frames, bool teacher_forcing,
-                                           double scale) {
+                                           std::vector<int64_t> numbers, double scale) {
   const char* op = "chunk_attention";
   Prepared p = prepare(op, q, scale);
   check_keys(op, q, k, v);
   check_shape(op, "k", k, "q", q);
   set_keys(p, 1, k, v);
-  p.args.chunked = true;
-  p.args.mask = checked_mask(tokens_per_frame, frames_per_chunk, window_frames, sink_frames,
-                             first_chunk_frames, teacher_forcing);
-  p.args.frames = checked_frames(p.args.mask, q);
+  const Tensor table = device_table(numbers, q);
+  p.args.table = table.const_data_ptr<int32_t>();
+  p.args.blocks = static_cast<int32_t>(table.size(0));
+  p.args.ranges = static_cast<int32_t>((table.size(1) - 3) / 2);
   return run(op, p, q.size(3));
 }
 

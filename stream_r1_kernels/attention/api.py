@@ -11,21 +11,22 @@ from ..arguments import without_autocast
 from ..backends import resolve
 from ..registration import kernels
 from . import reference, sdpa
-from .mask import ChunkMask
+from .mask import RangeMask
 from .past import Past
 from .validation import check_cached, check_chunks, check_lent
 
 
 def chunk_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: ChunkMask, *, scale: float | None = None, backend: str = "auto"
+    q: Tensor, k: Tensor, v: Tensor, mask: RangeMask, *, scale: float | None = None, backend: str = "auto"
 ) -> Tensor:
     """Attention of all chunks of a sequence at once, each to what `mask` lets it see. Forward and backward.
 
-    Only visible blocks are computed. A query that sees nothing can't occur: a chunk always sees itself.
+    Only visible blocks are computed. A query that sees nothing gives zeros (in a `ChunkMask` there is none).
 
     Args:
-        q, k, v: `[B, T, H, D]`, T a whole number of frames (2 halves of them when the mask is teacher
-            forcing); any strides.
+        q, k, v: `[B, T, H, D]`, any strides; for a `ChunkMask` T is a whole number of frames (2 halves of
+            them when it is teacher forcing).
+        mask: a `ChunkMask`, or another `RangeMask`.
         scale: factor of the scores, default 1 / sqrt(D).
         backend: "auto", "cpu", "cuda", "triton", "sdpa" or "reference"; an explicit choice never falls back.
 
@@ -39,30 +40,20 @@ def chunk_attention(
     """
     op = "chunk_attention"
     check_chunks(op, q, k, v, mask, scale)
+    table = mask.table(q.shape[1])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = resolve(backend, op, q, k, v)
     if chosen == "reference":
         with without_autocast(q):
-            return reference.chunk_attention(q, k, v, mask, scale)
+            return reference.chunk_attention(q, k, v, table, scale)
     if chosen == "sdpa":
         with without_autocast(q):
-            return sdpa.chunk_attention(q, k, v, mask, scale)
+            return sdpa.chunk_attention(q, k, v, table, scale)
     if chosen == "triton":
         from . import triton_attention  # needs Triton, which is imported for this alone
 
-        return triton_attention.chunk_attention(q, k, v, mask, scale)
-    out, _ = kernels(q, k, v).chunk_attention.default(
-        q,
-        k,
-        v,
-        mask.tokens_per_frame,
-        mask.frames_per_chunk,
-        mask.window_frames,
-        mask.sink_frames,
-        mask.first_chunk_frames,
-        mask.teacher_forcing,
-        scale,
-    )
+        return triton_attention.chunk_attention(q, k, v, table, scale)
+    out, _ = kernels(q, k, v).chunk_attention.default(q, k, v, table, scale)
     return out
 
 

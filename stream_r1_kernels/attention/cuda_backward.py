@@ -8,12 +8,9 @@ import torch
 from torch import Tensor
 
 from ..schemas import LIBRARIES
-from .mask import ChunkMask
+from .mask import Block, blocks_of
 
 _QUERIES = 512  # at a time: bounds the memory of the scores
-
-# Queries [begin, end), and the ranges of fresh keys that they see.
-Block = tuple[int, int, list[tuple[int, int]]]
 
 
 def _heads_first(x: Tensor) -> Tensor:
@@ -96,26 +93,10 @@ def chunk_attention_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    tokens_per_frame: int,
-    frames_per_chunk: int,
-    window_frames: int | None,
-    sink_frames: int,
-    first_chunk_frames: int | None,
-    teacher_forcing: bool,
+    table: Sequence[int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mask = ChunkMask(
-        tokens_per_frame, frames_per_chunk, window_frames, sink_frames, first_chunk_frames, teacher_forcing
-    )
-    blocks = [
-        (
-            begin * tokens_per_frame,
-            end * tokens_per_frame,
-            [(a * tokens_per_frame, b * tokens_per_frame) for a, b in seen],
-        )
-        for begin, end, seen in mask.blocks(mask.frames(q.shape[1]))
-    ]
-    return _backward(blocks, grad_out, None, (q, k, v), None, scale)
+    return _backward(blocks_of(table), grad_out, None, (q, k, v), None, scale)
 
 
 BACKWARDS = {f.__name__: f for f in (cached_chunk_attention_backward, chunk_attention_backward)}

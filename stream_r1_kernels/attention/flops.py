@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from .mask import ChunkMask
+from .mask import count_pairs
 
 _Shape = Sequence[int]
 
@@ -39,12 +39,12 @@ def cached_backward(
 
 
 @register_flop_formula(torch.ops.stream_r1.chunk_attention)
-def chunked(q: _Shape, k: Any, v: Any, *mask: Any, **__: Any) -> int:
-    return _flops(q, ChunkMask(*mask[:6]).visible_pairs(q[1]), 2)
+def chunked(q: _Shape, k: Any, v: Any, table: Sequence[int], *_: Any, **__: Any) -> int:
+    return _flops(q, count_pairs(table), 2)
 
 
 @register_flop_formula(torch.ops.stream_r1.chunk_attention_backward)
 def chunked_backward(
-    grad_out: Any, q: _Shape, k: Any, v: Any, out: Any, lse: Any, *mask: Any, **__: Any
+    grad_out: Any, q: _Shape, k: Any, v: Any, out: Any, lse: Any, table: Sequence[int], *_: Any, **__: Any
 ) -> int:
-    return _flops(q, ChunkMask(*mask[:6]).visible_pairs(q[1]), 5)
+    return _flops(q, count_pairs(table), 5)

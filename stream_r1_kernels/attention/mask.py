@@ -1,17 +1,142 @@
-"""Which frames a query sees."""
+"""Which keys a query sees, as ranges: the base of all masks, and the one of chunk-wise causal models."""
 
 from __future__ import annotations
 
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
 
 from ..arguments import check_integer
 
+# Queries [begin, end), and the ranges [first, last) of keys that all of them see.
+Block = tuple[int, int, Sequence[tuple[int, int]]]
+
+
+class RangeMask(ABC):
+    """Which keys a query sees, given as ranges. A mask is a subclass with one method, `blocks`.
+
+    Every backend computes what the ranges hold and reads nothing else, forward and backward. Write the
+    subclass as a frozen dataclass: masks are compared by value, and what one gives for a length is kept.
+    `torch.compile` traces `blocks`: arithmetic, loops and lists are what it follows, also where numbers vary.
+    """
+
+    @abstractmethod
+    def blocks(self, tokens: int) -> Sequence[Block]:
+        """(begin, end, [(first, last), ...]) of every block of queries in a sequence of `tokens`.
+
+        Queries [begin, end) see the keys [first, last) of each range. Blocks are in order and leave no query
+        out; the ranges of one are in order and don't overlap. A block without a range sees nothing: its
+        result is zeros, without gradients. Blocks and ranges of 64 tokens and more are fast.
+        """
+
+    def table(self, tokens: int) -> tuple[int, ...]:
+        """The blocks as the ops take them: n, then for each block its begin, its end and n ranges.
+
+        n is the most ranges that a block has; others are filled up with (0, 0).
+
+        Raises:
+            ValueError: blocks that are not as `blocks` says.
+            TypeError: a mask that is no frozen dataclass.
+        """
+        tokens = len(range(tokens))  # which makes a length that varies a constant of a compiled graph
+        if torch.compiler.is_compiling():
+            return _encode(self, tokens)
+        if not getattr(getattr(type(self), "__dataclass_params__", None), "frozen", False):
+            raise TypeError(f"{type(self).__name__}: expected a mask that is a frozen dataclass")
+        return _kept_table(self, tokens)
+
+    def visible(self, tokens: int) -> Tensor:
+        """The mask as a picture: True where a query (row) sees a key (column), `[T, T]`."""
+        seen = torch.zeros(tokens, tokens, dtype=torch.bool)
+        for begin, end, ranges in blocks_of(self.table(tokens)):
+            for first, last in ranges:
+                seen[begin:end, first:last] = True
+        return seen
+
+    def visible_pairs(self, tokens: int) -> int:
+        """(query, key) pairs that see each other in a sequence of `tokens`."""
+        return count_pairs(self.table(tokens))
+
+
+def _encode(mask: RangeMask, tokens: int) -> tuple[int, ...]:
+    name, blocks = f"{type(mask).__name__}.blocks", mask.blocks(tokens)
+    most = max([0, *[len(ranges) for _, _, ranges in blocks]])
+    table, place = [most], 0
+    for begin, end, ranges in blocks:
+        row = [begin, end, *chain.from_iterable(ranges)]
+        for number in row:
+            check_integer(name, "blocks and ranges", number)
+        if not place == begin < end:
+            raise ValueError(f"{name}: expected a block that begins at query {place}, got [{begin}, {end})")
+        place, before = end, 0
+        for first, last in ranges:
+            if not before <= first < last <= tokens:
+                raise ValueError(
+                    f"{name}: expected ranges in order, each with a key, within [{before}, {tokens}), got "
+                    f"[{first}, {last}) for queries [{begin}, {end})"
+                )
+            before = last
+        table += [operator.index(number) for number in row] + [0, 0] * (most - len(ranges))
+    if place != tokens:
+        raise ValueError(f"{name}: expected blocks up to query {tokens}, got them up to {place}")
+    return tuple(table)
+
+
+_kept_table = lru_cache(maxsize=64)(_encode)
+
+
+def blocks_of(table: Sequence[int]) -> list[Block]:
+    """What a table holds, without the ranges that fill it up."""
+    step = 2 + 2 * table[0]
+    blocks: list[Block] = []
+    for at in range(1, len(table), step):
+        begin, end, *row = table[at : at + step]
+        ranges = [(first, last) for first, last in zip(row[::2], row[1::2], strict=True) if first < last]
+        blocks.append((begin, end, ranges))
+    return blocks
+
+
+def count_pairs(table: Sequence[int]) -> int:
+    """(query, key) pairs that see each other."""
+    return sum(
+        (end - begin) * sum(last - first for first, last in ranges) for begin, end, ranges in blocks_of(table)
+    )
+
+
+def transposed(blocks: Sequence[Block]) -> list[Block]:
+    """The same from the keys: pieces of keys, in order, and the ranges of queries that see all of a piece.
+
+    Other queries see none of it. Keys that nobody sees are in pieces without a range.
+    """
+    tokens = blocks[-1][1] if blocks else 0
+    starts: dict[int, list[int]] = {0: []}  # first key -> blocks that see from there on
+    stops: dict[int, list[int]] = {tokens: []}
+    for index, (_, _, ranges) in enumerate(blocks):
+        for first, last in ranges:
+            starts.setdefault(first, []).append(index)
+            stops.setdefault(last, []).append(index)
+    pieces: list[Block] = []
+    seeing: set[int] = set()
+    cuts = sorted({*starts, *stops})
+    for first, last in pairwise(cuts):
+        seeing.difference_update(stops.get(first, ()))
+        seeing.update(starts.get(first, ()))
+        queries: list[tuple[int, int]] = []
+        for begin, end, _ in (blocks[index] for index in sorted(seeing)):
+            before = queries.pop() if queries and queries[-1][1] == begin else (begin, begin)
+            queries.append((before[0], end))
+        pieces.append((first, last, queries))
+    return pieces
+
 
 @dataclass(frozen=True)
-class ChunkMask:
+class ChunkMask(RangeMask):
     """Visibility between whole frames, block-causal by chunks.
 
     A query in chunk c sees every frame up to the end of its chunk. With `window_frames` = W it sees the last
@@ -85,40 +210,21 @@ class ChunkMask:
             ends.append(num_frames)
         return [(start, end) for start, end in zip([0, *ends], ends, strict=False) if end > start]
 
-    def visible(self, num_frames: int) -> Tensor:
-        """True where a query frame (row) sees a key frame (column): `[F, F]`; teacher forcing `[2F, 2F]`."""
-        seen = torch.zeros(num_frames, num_frames, dtype=torch.bool)
-        own = torch.zeros_like(seen)
-        for start, end in self.chunks(num_frames):
-            window_start = 0 if self.window_frames is None else max(0, end - self.window_frames)
-            seen[start:end, window_start:end] = True
-            seen[start:end, : min(self.sink_frames, end)] = True
-            own[start:end, start:end] = True
-        if not self.teacher_forcing:
-            return seen
-        clean_only = torch.zeros_like(seen)
-        return torch.cat([torch.cat([seen, clean_only], 1), torch.cat([seen & ~own, own], 1)])
-
-    def visible_pairs(self, tokens: int) -> int:
-        """(query, key) pairs of tokens that see each other in a sequence of `tokens`."""
-        frames = sum(
-            (end - start) * sum(last - first for first, last in ranges)
-            for start, end, ranges in self.blocks(self.frames(tokens))
-        )
-        return frames * self.tokens_per_frame**2
-
-    def blocks(self, num_frames: int) -> list[tuple[int, int, list[tuple[int, int]]]]:
-        """The same as blocks of queries: (first frame, end frame, ranges of frames that they see) of each.
-
-        With teacher forcing the noisy half's frames count on from `num_frames`.
-        """
+    def blocks(self, tokens: int) -> list[Block]:
+        """One block a chunk: the clean ones, then, with teacher forcing, the noisy ones."""
+        frames, each = self.frames(tokens), self.tokens_per_frame
         clean, noisy = [], []
-        for start, end in self.chunks(num_frames):
+        for start, end in self.chunks(frames):
             before = 0 if self.window_frames is None else max(0, end - self.window_frames)
-            sink = min(self.sink_frames, before)
-            seen = [(0, end)] if sink == before else [(0, sink), (before, end)]
-            clean.append((start, end, [r for r in seen if r[0] < r[1]]))
-            past = [(first, min(last, start)) for first, last in seen]
-            own = (num_frames + start, num_frames + end)
-            noisy.append((*own, [*(r for r in past if r[0] < r[1]), own]))
-        return clean + noisy if self.teacher_forcing else clean
+            seen = [(0, min(self.sink_frames, before)), (before, end)]
+            clean.append((start, end, seen))
+            own = (frames + start, frames + end)
+            noisy.append((*own, [*((first, min(last, start)) for first, last in seen), own]))
+        return [
+            (
+                start * each,
+                end * each,
+                [(first * each, last * each) for first, last in seen if first < last],
+            )
+            for start, end, seen in (clean + noisy if self.teacher_forcing else clean)
+        ]

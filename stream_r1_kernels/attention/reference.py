@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from .mask import ChunkMask
+from .mask import blocks_of
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -29,22 +29,30 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tens
 
 
 def block_by_block(
-    q: Tensor, k: Tensor, v: Tensor, mask: ChunkMask, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Sequence[int],
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
     """`attend` on each block of queries and the keys and values that it sees, in one piece.
 
+    Args:
+        table: of `RangeMask.table`.
+
     What a block does not see is never read: a NaN there stays there, forward and backward.
     """
-    tokens, parts = mask.tokens_per_frame, []
-    for start, end, ranges in mask.blocks(mask.frames(q.shape[1])):
-        seen = [slice(first * tokens, last * tokens) for first, last in ranges]
-        keys, values = (torch.cat([x[:, part] for part in seen], 1) for x in (k, v))
-        parts.append(attend(q[:, start * tokens : end * tokens], keys, values))
+    parts = []
+    for begin, end, ranges in blocks_of(table):
+        keys, values = (
+            torch.cat([x[:, first:last] for first, last in ranges or [(0, 0)]], 1) for x in (k, v)
+        )
+        parts.append(attend(q[:, begin:end], keys, values))
     return torch.cat(parts, 1) if parts else q * k * v  # without tokens
 
 
-def chunk_attention(q: Tensor, k: Tensor, v: Tensor, mask: ChunkMask, scale: float) -> Tensor:
-    return block_by_block(q, k, v, mask, lambda q, k, v: dense_attention(q, k, v, scale)[0])
+def chunk_attention(q: Tensor, k: Tensor, v: Tensor, table: Sequence[int], scale: float) -> Tensor:
+    return block_by_block(q, k, v, table, lambda q, k, v: dense_attention(q, k, v, scale)[0])
 
 
 def cached_chunk_attention(

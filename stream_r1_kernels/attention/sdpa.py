@@ -6,21 +6,21 @@ fits, and is what `backend="auto"` takes where torch's kernel is likely the fast
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .mask import ChunkMask
 from .reference import block_by_block, dense_attention
 
 _QUERIES = 512  # whose scores are in memory at a time, for a log-sum-exp
 _FEWEST_KEYS = 16  # torch's kernel for CPUs gives zeros for a NaN query that sees less than a vector of keys
 
 
-def chunk_attention(q: Tensor, k: Tensor, v: Tensor, mask: ChunkMask, scale: float) -> Tensor:
-    return block_by_block(q, k, v, mask, lambda q, k, v: _attend(q, k, v, scale))
+def chunk_attention(q: Tensor, k: Tensor, v: Tensor, table: Sequence[int], scale: float) -> Tensor:
+    return block_by_block(q, k, v, table, lambda q, k, v: _attend(q, k, v, scale))
 
 
 def cached_chunk_attention(

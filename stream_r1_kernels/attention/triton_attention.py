@@ -7,6 +7,8 @@ ops; `torch.compile` takes it as one node.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +17,8 @@ from torch.nn import functional
 
 from . import shapes
 from . import triton_kernels as kernels
-from .mask import ChunkMask
-from .triton_kernels import Mask, Rows
+from .mask import blocks_of, transposed
+from .triton_kernels import Rows
 
 
 class Config(NamedTuple):
@@ -34,9 +36,9 @@ class Config(NamedTuple):
 CONFIGS: dict[tuple[str, int], dict[int, Config]] = {
     ("forward", 64): {8: Config(128, 64, 8, 3), 9: Config(128, 64, 8, 3), 10: Config(128, 64, 4, 3)},
     ("forward", 128): {8: Config(128, 64, 8, 3), 9: Config(128, 64, 8, 3), 10: Config(128, 64, 8, 3)},
-    ("grad_queries", 64): {8: Config(128, 64, 8, 2), 9: Config(128, 64, 8, 2), 10: Config(128, 64, 4, 2)},
-    ("grad_queries", 128): {8: Config(128, 32, 8, 2), 9: Config(128, 64, 8, 2), 10: Config(128, 64, 8, 2)},
-    ("grad_keys", 64): {8: Config(64, 64, 4, 2), 9: Config(32, 64, 4, 2), 10: Config(64, 64, 4, 2)},
+    ("grad_queries", 64): {8: Config(128, 64, 8, 2), 9: Config(128, 64, 8, 2), 10: Config(128, 64, 8, 2)},
+    ("grad_queries", 128): {8: Config(128, 64, 8, 2), 9: Config(128, 64, 8, 2), 10: Config(128, 64, 8, 2)},
+    ("grad_keys", 64): {8: Config(64, 64, 4, 2), 9: Config(64, 64, 4, 2), 10: Config(64, 64, 4, 2)},
     ("grad_keys", 128): {8: Config(64, 64, 8, 2), 9: Config(32, 128, 8, 2), 10: Config(64, 64, 8, 2)},
 }
 
@@ -47,19 +49,8 @@ def generation(device: torch.device) -> int:
     return major if major in (9, 10) else 8
 
 
-_WHOLE = (1, 1, 1, 0, 0, 1)  # the mask in which all queries see all keys: frames, first, chunk, ...
-
-
-def chunk_attention(q: Tensor, k: Tensor, v: Tensor, mask: ChunkMask, scale: float) -> Tensor:
-    numbers = (
-        mask.frames(q.shape[1]),
-        mask.first_chunk_frames or mask.frames_per_chunk,
-        mask.frames_per_chunk,
-        mask.window_frames or 0,
-        mask.sink_frames,
-        2 if mask.teacher_forcing else 1,
-    )
-    return torch.ops.stream_r1.triton_attention(q, k, v, None, None, numbers, scale)[0]
+def chunk_attention(q: Tensor, k: Tensor, v: Tensor, table: Sequence[int], scale: float) -> Tensor:
+    return torch.ops.stream_r1.triton_attention(q, k, v, None, None, table, scale)[0]
 
 
 def cached_chunk_attention(
@@ -67,7 +58,7 @@ def cached_chunk_attention(
 ) -> tuple[Tensor, Tensor]:
     if k is None or v is None:  # fresh keys lie inside the past
         k, v, past_k, past_v = past_k, past_v, None, None
-    return torch.ops.stream_r1.triton_attention(q, k, v, past_k, past_v, _WHOLE, scale)
+    return torch.ops.stream_r1.triton_attention(q, k, v, past_k, past_v, (), scale)
 
 
 @torch.library.custom_op("stream_r1::triton_attention", mutates_args=())
@@ -77,11 +68,11 @@ def attention(
     v: Tensor,
     past_k: Tensor | None,
     past_v: Tensor | None,
-    numbers: Sequence[int],
+    table: Sequence[int],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """out [B, T, H, D] and lse [B, H, T]; `numbers` are `Mask`'s from `frames` on."""
-    call = _Call(q, k, v, past_k, past_v, numbers, scale)
+    """out [B, T, H, D] and lse [B, H, T]. table: of `RangeMask.table`; empty: all queries see all keys."""
+    call = _Call(q, k, v, past_k, past_v, table, scale)
     out, lse = call.new(q), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
     call.launch("forward", "q", *call.all_rows, call.rows(out), lse)
     return call.narrow(out), lse
@@ -98,11 +89,11 @@ def attention_backward(
     past_v: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    numbers: Sequence[int],
+    table: Sequence[int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v; the past has none."""
-    call = _Call(q, k, v, past_k, past_v, numbers, scale)
+    call = _Call(q, k, v, past_k, past_v, table, scale)
     of_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.float().contiguous()
     upstream, delta, inverse = call.rows(grad_out.to(q.dtype)), torch.empty_like(lse), torch.empty_like(lse)
     grad_q, grad_k, grad_v = call.new(q), call.new(k), call.new(v)
@@ -119,25 +110,43 @@ attention_backward.register_fake(shapes.gradients)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.numbers, ctx.scale = inputs
+    *tensors, ctx.table, ctx.scale = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    grads = attention_backward(grad_out, grad_lse, *ctx.saved_tensors, ctx.numbers, ctx.scale)
+    grads = attention_backward(grad_out, grad_lse, *ctx.saved_tensors, ctx.table, ctx.scale)
     return *grads, None, None, None, None
 
 
 attention.register_autograd(_backward, setup_context=_save)
 
 
-def _blocks(mask: Mask, tokens: int, block: int) -> int:
-    """Blocks of `block` tokens, `tokens` a frame, that go chunk by chunk, as the kernels' `_block` counts."""
-    if mask.frames == 0:
-        return 0
-    chunks = -(-max(mask.frames - mask.first, 0) // mask.chunk)  # after the first
-    in_half = -(-mask.first * tokens // block) + chunks * -(-mask.chunk * tokens // block)
-    return mask.halves * in_half
+@lru_cache(maxsize=64)
+def _on_device(
+    table: tuple[int, ...], of: str, longest: int, tile: int, device: torch.device
+) -> tuple[Tensor, int]:
+    """The rows that programs take, begin, end and ranges of each, int32; and the ranges of one.
+
+    Args:
+        of: "q": blocks of queries and the ranges of keys that they see; "k": pieces of keys and the ranges of
+            queries that see them.
+        longest: tokens of a block at most.
+    """
+    blocks = blocks_of(table) if of == "q" else transposed(blocks_of(table))
+    most = max((len(ranges) for _, _, ranges in blocks), default=0)
+    rows = [
+        [
+            at,
+            min(at + longest, end),
+            sum(-(-(last - first) // tile) for first, last in ranges),
+            *chain.from_iterable(ranges),
+            *[0, 0] * (most - len(ranges)),
+        ]
+        for begin, end, ranges in blocks
+        for at in range(begin, end, longest)
+    ]
+    return torch.tensor(rows, dtype=torch.int32, device=device), most
 
 
 class _Call:
@@ -154,17 +163,14 @@ class _Call:
         v: Tensor,
         past_k: Tensor | None,
         past_v: Tensor | None,
-        numbers: Sequence[int],
+        table: Sequence[int],
         scale: float,
     ) -> None:
         self._device, self._scale = q.device, scale
         self._batch, _, self._heads, self._head_dim = q.shape
         self._width = 64 if self._head_dim <= 64 else 128
-        frames, first, chunk, window, sink, halves = numbers
-        all_frames = halves * frames
-        queries, keys = (x.shape[1] // all_frames if all_frames else 0 for x in (q, k))
-        past = 0 if past_k is None else past_k.shape[1]
-        self._mask = Mask(queries, keys, past, frames, first, chunk, window, sink, halves)
+        self._table, self._queries, self._keys = tuple(table), q.shape[1], k.shape[1]
+        self._past = 0 if past_k is None else past_k.shape[1]
         own = [self.rows(x) for x in (q, k, v)]
         old = own[1:] if past_k is None or past_v is None else [self.rows(past_k), self.rows(past_v)]
         self.all_rows = [*own, *old]
@@ -188,16 +194,22 @@ class _Call:
     def launch(self, name: str, blocks_of: str, *arguments: Any) -> None:
         """Runs a kernel with a program a block of "q" or "k" and head."""
         config = CONFIGS[name, self._width][generation(self._device)]
-        if blocks_of == "q":
-            blocks = _blocks(self._mask, self._mask.queries, config.block_q)
+        longest, tile, tokens = config.block_q, config.block_k, self._queries
+        if blocks_of == "k":
+            longest, tile, tokens = config.block_k, config.block_q, self._keys
+        if self._table and tokens:
+            table, ranges = _on_device(self._table, blocks_of, longest, tile, self._device)
+            blocks = len(table)
         else:
-            blocks = _blocks(self._mask, self._mask.keys, config.block_k)
+            table, ranges = torch.empty(1, dtype=torch.int32, device=self._device), -1
+            blocks = -(-tokens // longest)
         grid = (blocks, self._batch * self._heads)
         if 0 in grid:
             return
-        kernel, numbers = getattr(kernels, name), (self._heads, *self._mask, self._scale)
+        kernel = getattr(kernels, name)
+        numbers = (self._heads, self._queries, self._keys, self._past, ranges, self._scale)
         with torch.cuda.device_of(arguments[0].data):
-            run(kernel, grid, config, (*arguments, *numbers), self._width)
+            run(kernel, grid, config, (*arguments, table, *numbers), self._width)
 
 
 def run(

@@ -1,12 +1,10 @@
 """Attention for GPUs in Triton: forward, the gradient of the queries, and those of the keys and values.
 
-One set of kernels serves both ops. Queries and keys are counted in frames, and the mask of `chunk_attention`
-is arithmetic on frames, as in `ChunkMask`. To `cached_chunk_attention` all queries are one frame, which sees
-one frame, that of the fresh keys, and before them the past, a segment of memory of its own.
-
-A block of queries lies in one chunk, so that what it sees is at most three ranges of keys; the loop runs over
-the tiles of these ranges, one after the other, and no other tile is loaded. A block of keys lies in one chunk
-too, and loops over the ranges of queries that see any of it.
+One set of kernels serves both ops. In `chunk_attention` a program has a row of a table: the queries of its
+block and the ranges of keys that they see; it loops over the tiles of these ranges, and no other tile is
+loaded. For the gradients of keys the table is the other way round: pieces of keys, and the ranges of queries
+that see all of a piece. In `cached_chunk_attention`, without a table, all queries see all keys: those of the
+past, a segment of memory of its own, and the fresh ones.
 
 Sums are in float32 and without atomics: the same input gives the same bits. Method: FlashAttention-2
 (https://arxiv.org/abs/2307.08691).
@@ -20,8 +18,6 @@ import triton.language as tl
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 _LARGEST, _SMALLEST = tl.constexpr(3.4028234663852886e38), tl.constexpr(1e-30)
-_NO_QUERY = tl.constexpr(2**31 - 1)  # sees no key
-_SEEN_BY_ALL = tl.constexpr(2**31 - 2)
 
 
 class Rows(NamedTuple):
@@ -33,101 +29,54 @@ class Rows(NamedTuple):
     head: int
 
 
-class Mask(NamedTuple):
-    """Who sees whom; see `ChunkMask`.
-
-    Attributes:
-        queries, keys: tokens of a frame.
-        past: tokens of the past, which all queries see. With a past there is no sink.
-        frames: of a sequence, or of half of one when teacher forcing.
-        first, chunk: frames of the first chunk, and of the others.
-        window: frames of it; 0: no window.
-        sink: frames of it.
-        halves: 2 when teacher forcing, else 1.
-    """
-
-    queries: int
-    keys: int
-    past: int
-    frames: int
-    first: int
-    chunk: int
-    window: int
-    sink: int
-    halves: int
-
-
 # These change from call to call: a kernel must not be compiled for their values.
-_NUMBERS = (
-    *("heads", "queries", "keys", "past", "frames", "first", "chunk", "window", "sink", "halves"),
-    "scale",
-)
+_NUMBERS = ("heads", "queries", "keys", "past", "ranges", "scale")
 
 
 @triton.jit
-def _block(index, BLOCK: tl.constexpr, tokens, mask):
-    """Where block `index` of BLOCK tokens lies, `tokens` a frame: blocks go chunk by chunk, the noisy half's
-    last.
+def _block(table, ranges, tokens, tiles, BLOCK: tl.constexpr):
+    """This program's row, before its first range; where its block begins and ends; and its ranges' tiles.
 
-    Returns its first token, its chunk's end token, the first and the end frame of the chunk within its half,
-    and whether that is the noisy one. Blocks past the end of a short last chunk begin past its end.
+    Without a table `ranges`, the ranges of a row, is -1: blocks follow one another up to `tokens`, and each
+    has `tiles`.
     """
-    in_first = tl.cdiv(mask.first * tokens, BLOCK)
-    in_later = tl.cdiv(mask.chunk * tokens, BLOCK)
-    in_half = in_first + tl.cdiv(tl.maximum(mask.frames - mask.first, 0), mask.chunk) * in_later
-    noisy = index >= in_half
-    index = tl.where(noisy, index - in_half, index)
-    later = tl.maximum(index - in_first, 0)
-    chunk = tl.where(index < in_first, 0, 1 + later // in_later)
-    start = tl.where(chunk == 0, 0, mask.first + (chunk - 1) * mask.chunk)
-    end = tl.minimum(mask.first + chunk * mask.chunk, mask.frames)
-    half = tl.where(noisy, mask.frames, 0)
-    begin = (half + start) * tokens + tl.where(chunk == 0, index, later % in_later) * BLOCK
-    return begin, (half + end) * tokens, start, end, noisy
+    row, here = table + tl.program_id(0).to(tl.int64) * (3 + 2 * ranges), ranges >= 0
+    begin = tl.load(row, mask=here, other=tl.program_id(0) * BLOCK)
+    end = tl.load(row + 1, mask=here, other=tokens)
+    return row + 1, begin, end, tl.load(row + 2, mask=here, other=tiles)
 
 
 @triton.jit
-def _window_start(end, mask):
-    """The first frame that a chunk up to frame `end` sees, apart from the sink."""
-    return tl.where(mask.window > 0, tl.maximum(end - mask.window, 0), 0)
+def _next(tile, at, last, row, BLOCK: tl.constexpr, ranges, tiles, past_tiles, past, tokens):
+    """From one tile to tile `tile`: where it begins, where its range ends, and the row from that range on.
+
+    Without a table there are two ranges, the past, of `past_tiles`, and [0, tokens).
+    """
+    over = at + BLOCK >= last
+    here = over & (ranges >= 0) & (tile < tiles)
+    row += 2 * over.to(tl.int32)
+    first = tl.load(row, mask=here, other=0)
+    end = tl.load(row + 1, mask=here, other=tl.where(tile < past_tiles, past, tokens))
+    return tl.where(over, first, at + BLOCK), tl.where(over, end, last), row
 
 
 @triton.jit
-def _visible(start, end, noisy, mask):
-    """What a chunk sees: keys [0, end0), of the past if there is one, [begin1, end1) and [begin2, end2)."""
-    window = _window_start(end, mask)
-    last = tl.where(noisy, start, end)
-    end0 = tl.maximum(tl.minimum(tl.minimum(mask.sink, window), last) * mask.keys, mask.past)
-    begin1, end1 = tl.minimum(window, last) * mask.keys, last * mask.keys
-    begin2 = tl.where(noisy, mask.frames + start, 0) * mask.keys
-    end2 = tl.where(noisy, mask.frames + end, 0) * mask.keys
-    return end0, begin1, end1, begin2, end2
+def _either(first, a, b):
+    return Rows(tl.where(first, a.data, b.data), b.batch, tl.where(first, a.token, b.token), b.head)
 
 
 @triton.jit
-def _tiles(BLOCK: tl.constexpr, ranges):
-    end0, begin1, end1, begin2, end2 = ranges
-    return tl.cdiv(end0, BLOCK) + tl.cdiv(end1 - begin1, BLOCK) + tl.cdiv(end2 - begin2, BLOCK)
+def _rows(x, begin, there, BLOCK: tl.constexpr, D: tl.constexpr):
+    """BLOCK rows of x from `begin` on, zeros where none is."""
+    return tl.load(x.data + _offsets(begin, x.token, BLOCK, D), mask=there[:, None], other=0.0)
 
 
 @triton.jit
-def _tile(index, BLOCK: tl.constexpr, ranges, k, v, past_k, past_v, mask, D: tl.constexpr):
-    """The keys and values of tile `index` of what is visible, zeros past its end, and which are there."""
-    end0, begin1, end1, begin2, end2 = ranges
-    tiles0 = tl.cdiv(end0, BLOCK)
-    tiles1 = tl.cdiv(end1 - begin1, BLOCK)
-    in_0 = index < tiles0
-    in_1 = index < tiles0 + tiles1
-    begin = tl.where(in_1, begin1 + (index - tiles0) * BLOCK, begin2 + (index - tiles0 - tiles1) * BLOCK)
-    begin = tl.where(in_0, index * BLOCK, begin)
-    end = tl.where(in_0, end0, tl.where(in_1, end1, end2))
-    in_past = in_0 & (mask.past > 0)
-    seen = begin + tl.arange(0, BLOCK) < end
-    keys, key_step = tl.where(in_past, past_k.data, k.data), tl.where(in_past, past_k.token, k.token)
-    values, value_step = tl.where(in_past, past_v.data, v.data), tl.where(in_past, past_v.token, v.token)
-    keys = tl.load(keys + _offsets(begin, key_step, BLOCK, D), mask=seen[:, None], other=0.0)
-    values = tl.load(values + _offsets(begin, value_step, BLOCK, D), mask=seen[:, None], other=0.0)
-    return keys, values, seen
+def _tile(at, last, in_past, k, v, past_k, past_v, BLOCK: tl.constexpr, D: tl.constexpr):
+    """The keys and values of the tile at `at` of a range that ends at `last`, and which are there."""
+    seen = at + tl.arange(0, BLOCK) < last
+    keys = _rows(_either(in_past, past_k, k), at, seen, BLOCK, D)
+    return keys, _rows(_either(in_past, past_v, v), at, seen, BLOCK, D), seen
 
 
 @triton.jit
@@ -162,26 +111,25 @@ def _add_slope(slope, unit, x, sums, FLOAT16: tl.constexpr):
 
 @triton.jit(do_not_specialize=_NUMBERS)
 def forward(
-    q, k, v, past_k, past_v, out, lse,
-    heads, queries, keys, past, frames, first, chunk, window, sink, halves, scale,
+    q, k, v, past_k, past_v, out, lse, table,
+    heads, queries, keys, past, ranges, scale,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out and lse [B, H, tokens] of one block of queries of one head: a softmax that runs over the tiles."""
-    mask = Mask(queries, keys, past, frames, first, chunk, window, sink, halves)
     q, k, v, out = _of_head(q, heads), _of_head(k, heads), _of_head(v, heads), _of_head(out, heads)
     past_k, past_v = _of_head(past_k, heads), _of_head(past_v, heads)
-    begin, last, start, end, noisy = _block(tl.program_id(0), BLOCK_Q, queries, mask)
-    rows = begin + tl.arange(0, BLOCK_Q)
-    own = rows < last
-    queries_here = tl.load(q.data + _offsets(begin, q.token, BLOCK_Q, D), mask=own[:, None], other=0.0)
-    ranges = _visible(start, end, noisy, mask)
-    tiles = tl.where(begin < last, _tiles(BLOCK_K, ranges), 0)
+    past_tiles = tl.cdiv(past, BLOCK_K)
+    row, begin, end, tiles = _block(table, ranges, queries, past_tiles + tl.cdiv(keys, BLOCK_K), BLOCK_Q)
+    own = begin + tl.arange(0, BLOCK_Q) < end
+    queries_here = _rows(q, begin, own, BLOCK_Q, D)
 
     highest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
     sums = tl.zeros((BLOCK_Q, D), tl.float32)
-    for index in range(tiles):
-        keys_here, values_here, seen = _tile(index, BLOCK_K, ranges, k, v, past_k, past_v, mask, D)
+    at, last, row = _next(0, -BLOCK_K, 0, row, BLOCK_K, ranges, tiles, past_tiles, past, keys)
+    for tile in range(tiles):
+        in_past = tile < past_tiles
+        keys_here, values_here, seen = _tile(at, last, in_past, k, v, past_k, past_v, BLOCK_K, D)
         scores = tl.dot(queries_here, tl.trans(keys_here)) * (scale * _LOG2_E)
         scores = tl.where(seen[None, :], scores, float("-inf"))
         above = tl.maximum(highest, tl.max(scores, 1))
@@ -192,19 +140,20 @@ def forward(
         total = total * shrink + tl.sum(weights, 1)
         sums = tl.dot(weights.to(values_here.dtype), values_here, sums * shrink[:, None])
         highest = above
+        at, last, row = _next(tile + 1, at, last, row, BLOCK_K, ranges, tiles, past_tiles, past, keys)
 
     sums = sums / tl.where(total == 0, 1.0, total)[:, None]  # without any key: zeros
     tl.store(
         out.data + _offsets(begin, out.token, BLOCK_Q, D), sums.to(queries_here.dtype), mask=own[:, None]
     )
-    lse += tl.program_id(1).to(tl.int64) * (halves * frames * queries)
-    tl.store(lse + rows, (highest + tl.log2(total)) * _LN_2, mask=own)
+    lse += tl.program_id(1).to(tl.int64) * queries
+    tl.store(lse + begin + tl.arange(0, BLOCK_Q), (highest + tl.log2(total)) * _LN_2, mask=own)
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
 def grad_queries(
-    q, k, v, past_k, past_v, out, lse, grad_out, grad_lse, grad_q, delta, inverse,
-    heads, queries, keys, past, frames, first, chunk, window, sink, halves, scale,
+    q, k, v, past_k, past_v, out, lse, grad_out, grad_lse, grad_q, delta, inverse, table,
+    heads, queries, keys, past, ranges, scale,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """grad_q of one block of queries; and delta = sum(out grad_out) - grad_lse, which `grad_keys` reads.
@@ -213,40 +162,37 @@ def grad_queries(
     its sum, whose `inverse` `grad_keys` reads too: at scores of 1e4 lse is known to 5e-4 alone.
     """
     FLOAT16: tl.constexpr = q.data.dtype.element_ty == tl.float16
-    mask = Mask(queries, keys, past, frames, first, chunk, window, sink, halves)
     q, k, v, out = _of_head(q, heads), _of_head(k, heads), _of_head(v, heads), _of_head(out, heads)
     past_k, past_v = _of_head(past_k, heads), _of_head(past_v, heads)
     grad_out, grad_q = _of_head(grad_out, heads), _of_head(grad_q, heads)
-    begin, last, start, end, noisy = _block(tl.program_id(0), BLOCK_Q, queries, mask)
-    rows = begin + tl.arange(0, BLOCK_Q)
-    own = rows < last
-    queries_here = tl.load(q.data + _offsets(begin, q.token, BLOCK_Q, D), mask=own[:, None], other=0.0)
-    upstream = tl.load(
-        grad_out.data + _offsets(begin, grad_out.token, BLOCK_Q, D), mask=own[:, None], other=0.0
-    )
-    result = tl.load(out.data + _offsets(begin, out.token, BLOCK_Q, D), mask=own[:, None], other=0.0)
-    of_head = tl.program_id(1).to(tl.int64) * (halves * frames * queries)
-    lse += of_head
-    shift = tl.load(lse + rows, mask=own, other=0.0) * _LOG2_E
+    past_tiles = tl.cdiv(past, BLOCK_K)
+    row, begin, end, tiles = _block(table, ranges, queries, past_tiles + tl.cdiv(keys, BLOCK_K), BLOCK_Q)
+    own = begin + tl.arange(0, BLOCK_Q) < end
+    queries_here = _rows(q, begin, own, BLOCK_Q, D)
+    upstream, result = _rows(grad_out, begin, own, BLOCK_Q, D), _rows(out, begin, own, BLOCK_Q, D)
+    rows = tl.arange(0, BLOCK_Q)
+    first = tl.program_id(1).to(tl.int64) * queries + begin
+    shift = tl.load(lse + first + rows, mask=own, other=0.0) * _LOG2_E
     of_row = tl.sum(result.to(tl.float32) * upstream.to(tl.float32), 1)
-    of_row -= tl.load(grad_lse + of_head + rows, mask=own, other=0.0)
-    tl.store(delta + of_head + rows, of_row, mask=own)
-    ranges = _visible(start, end, noisy, mask)
-    tiles = tl.where(begin < last, _tiles(BLOCK_K, ranges), 0)
+    of_row -= tl.load(grad_lse + first + rows, mask=own, other=0.0)
+    tl.store(delta + first + rows, of_row, mask=own)
 
-    shift = tl.where(shift == float("-inf"), _LARGEST, shift)  # no key has a weight
+    shift = tl.where(shift == float("-inf"), 0.0, shift)  # no key has a weight
     total = tl.zeros((BLOCK_Q,), tl.float32)
     unit = tl.full((BLOCK_Q,), _SMALLEST if FLOAT16 else 1.0, tl.float32)
     sums = tl.zeros((BLOCK_Q, D), tl.float32)
-    for index in range(tiles):
-        keys_here, values_here, seen = _tile(index, BLOCK_K, ranges, k, v, past_k, past_v, mask, D)
+    at, last, row = _next(0, -BLOCK_K, 0, row, BLOCK_K, ranges, tiles, past_tiles, past, keys)
+    for tile in range(tiles):
+        in_past = tile < past_tiles
+        keys_here, values_here, seen = _tile(at, last, in_past, k, v, past_k, past_v, BLOCK_K, D)
         scores = tl.dot(queries_here, tl.trans(keys_here)) * (scale * _LOG2_E) - shift[:, None]
         weights = tl.exp2(tl.where(seen[None, :], scores, float("-inf")))
         total += tl.sum(weights, 1)
         slope = weights * (tl.dot(upstream, tl.trans(values_here)) - of_row[:, None])
         sums, unit = _add_slope(slope, unit, keys_here, sums, FLOAT16)
-    whole = 1.0 / tl.where(shift == _LARGEST, 1.0, total)
-    tl.store(inverse + of_head + rows, whole, mask=own)
+        at, last, row = _next(tile + 1, at, last, row, BLOCK_K, ranges, tiles, past_tiles, past, keys)
+    whole = 1.0 / tl.where(total == 0, 1.0, total)
+    tl.store(inverse + first + rows, whole, mask=own)
     sums *= (scale * unit * whole)[:, None]
     tl.store(
         grad_q.data + _offsets(begin, grad_q.token, BLOCK_Q, D),
@@ -255,84 +201,42 @@ def grad_queries(
     )
 
 
-@triton.jit
-def _seen_until(begin, last, end, noisy, BLOCK: tl.constexpr, mask):
-    """The end frame of the queries that see any of the keys [begin, begin + BLOCK) of a chunk.
-
-    Noisy keys are seen by their own chunk, those of the sink by all chunks, others until the window has
-    passed the last of their frames.
-    """
-    reach = (tl.minimum(begin + BLOCK, last) - 1) // mask.keys + mask.window
-    always = (mask.window == 0) | (begin < mask.sink * mask.keys) | (reach >= mask.frames)
-    whole = mask.first + tl.maximum(reach - mask.first, 0) // mask.chunk * mask.chunk
-    return tl.where(noisy, end, tl.where(always, mask.frames, whole))
-
-
-@triton.jit
-def _sees_from(rows, there, mask):
-    """The first key of each query's window; for what is no query, one that is never reached."""
-    frame = rows // mask.queries
-    frame = tl.where(frame >= mask.frames, frame - mask.frames, frame)
-    chunk = tl.where(frame < mask.first, 0, 1 + tl.maximum(frame - mask.first, 0) // mask.chunk)
-    end = tl.minimum(mask.first + chunk * mask.chunk, mask.frames)
-    return tl.where(there, _window_start(end, mask) * mask.keys, _NO_QUERY)
-
-
 @triton.jit(do_not_specialize=_NUMBERS)
 def grad_keys(
-    q, k, v, lse, grad_out, delta, inverse, grad_k, grad_v,
-    heads, queries, keys, past, frames, first, chunk, window, sink, halves, scale,
+    q, k, v, lse, grad_out, delta, inverse, grad_k, grad_v, table,
+    heads, queries, keys, past, ranges, scale,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """grad_k and grad_v of one block of fresh keys: a sum over the tiles of queries that see any of it.
+    """grad_k and grad_v of one piece of the fresh keys: a sum over the tiles of queries that see it.
 
     As in `grad_queries`: grad_v = p^T grad_out, grad_k = scale ds^T q.
     """
     FLOAT16: tl.constexpr = q.data.dtype.element_ty == tl.float16
-    mask = Mask(queries, keys, past, frames, first, chunk, window, sink, halves)
     q, k, v, grad_out = _of_head(q, heads), _of_head(k, heads), _of_head(v, heads), _of_head(grad_out, heads)
     grad_k, grad_v = _of_head(grad_k, heads), _of_head(grad_v, heads)
-    lse += tl.program_id(1).to(tl.int64) * (halves * frames * queries)
-    delta += tl.program_id(1).to(tl.int64) * (halves * frames * queries)
-    inverse += tl.program_id(1).to(tl.int64) * (halves * frames * queries)
-    begin, last, start, end, noisy = _block(tl.program_id(0), BLOCK_K, keys, mask)
-    columns = begin + tl.arange(0, BLOCK_K)
-    own = columns < last
-    keys_here = tl.load(k.data + _offsets(begin, k.token, BLOCK_K, D), mask=own[:, None], other=0.0)
-    values_here = tl.load(v.data + _offsets(begin, v.token, BLOCK_K, D), mask=own[:, None], other=0.0)
+    row, begin, end, tiles = _block(table, ranges, keys, tl.cdiv(queries, BLOCK_Q), BLOCK_K)
+    own = begin + tl.arange(0, BLOCK_K) < end
+    keys_here, values_here = _rows(k, begin, own, BLOCK_K, D), _rows(v, begin, own, BLOCK_K, D)
+    of_head = tl.program_id(1).to(tl.int64) * queries
 
-    # clean queries, or those of the keys' own noisy chunk; then the noisy ones of later chunks
-    until = _seen_until(begin, last, end, noisy, BLOCK_K, mask)
-    half = tl.where(noisy, frames, 0)
-    begin0, end0 = (half + start) * queries, (half + until) * queries
-    later = (halves == 2) & (until > end)
-    begin1, end1 = tl.where(later, frames + end, 0) * queries, tl.where(later, frames + until, 0) * queries
-    tiles0 = tl.cdiv(end0 - begin0, BLOCK_Q)
-    tiles = tl.where(begin < last, tiles0 + tl.cdiv(end1 - begin1, BLOCK_Q), 0)
-
-    # A query sees the keys from its window's start on: one comparison for window, sink and what is no query.
-    place = tl.where(noisy | (columns < sink * keys), _SEEN_BY_ALL, columns)
     unit = tl.full((BLOCK_K,), _SMALLEST if FLOAT16 else 1.0, tl.float32)
     sums_k = tl.zeros((BLOCK_K, D), tl.float32)
     sums_v = tl.zeros((BLOCK_K, D), tl.float32)
-    for index in range(tiles):
-        at = tl.where(index < tiles0, begin0 + index * BLOCK_Q, begin1 + (index - tiles0) * BLOCK_Q)
-        rows = at + tl.arange(0, BLOCK_Q)
-        there = rows < tl.where(index < tiles0, end0, end1)
-        queries_here = tl.load(q.data + _offsets(at, q.token, BLOCK_Q, D), mask=there[:, None], other=0.0)
-        upstream = tl.load(
-            grad_out.data + _offsets(at, grad_out.token, BLOCK_Q, D), mask=there[:, None], other=0.0
-        )
-        shift = tl.load(lse + rows, mask=there, other=0.0) * _LOG2_E
+    at, last, row = _next(0, -BLOCK_Q, 0, row, BLOCK_Q, ranges, tiles, 0, 0, queries)
+    for tile in range(tiles):
+        there = at + tl.arange(0, BLOCK_Q) < last
+        of_rows = of_head + at + tl.arange(0, BLOCK_Q)
+        queries_here, upstream = _rows(q, at, there, BLOCK_Q, D), _rows(grad_out, at, there, BLOCK_Q, D)
+        shift = tl.load(lse + of_rows, mask=there, other=0.0) * _LOG2_E
         shift = tl.where(shift == float("-inf"), 0.0, shift)
-        of_row = tl.load(delta + rows, mask=there, other=0.0)
-        whole = tl.load(inverse + rows, mask=there, other=0.0)
-        visible = place[:, None] >= _sees_from(rows, there, mask)[None, :]
+        of_row = tl.load(delta + of_rows, mask=there, other=0.0)
+        whole = tl.load(inverse + of_rows, mask=there, other=0.0)
         scores = tl.dot(keys_here, tl.trans(queries_here)) * (scale * _LOG2_E) - shift[None, :]
-        weights = tl.exp2(tl.where(visible, scores, float("-inf"))) * whole[None, :]
+        weights = tl.exp2(tl.where(there[None, :], scores, float("-inf"))) * whole[None, :]
         sums_v = tl.dot(weights.to(upstream.dtype), upstream, sums_v)
         slope = weights * (tl.dot(values_here, tl.trans(upstream)) - of_row[None, :])
         sums_k, unit = _add_slope(slope, unit, queries_here, sums_k, FLOAT16)
+        at, last, row = _next(tile + 1, at, last, row, BLOCK_Q, ranges, tiles, 0, 0, queries)
     sums_k *= (scale * unit)[:, None]
     tl.store(
         grad_k.data + _offsets(begin, grad_k.token, BLOCK_K, D), sums_k.to(keys_here.dtype), mask=own[:, None]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_finite, check_float_tensor, check_tensor
-from .mask import ChunkMask
+from .mask import RangeMask
 from .past import Past
 
 
@@ -35,15 +35,14 @@ def check_same_length(op: str, name: str, a: Tensor, other_name: str, b: Tensor)
         raise ValueError(f"{op}: {name}: expected {b.shape[1]} tokens as {other_name}, got {a.shape[1]}")
 
 
-def check_chunks(op: str, q: Tensor, k: Tensor, v: Tensor, mask: ChunkMask, scale: float | None) -> None:
+def check_chunks(op: str, q: Tensor, k: Tensor, v: Tensor, mask: RangeMask, scale: float | None) -> None:
     check_tensor(op, "k", k)
     check_tensor(op, "v", v)
     check_qkv(op, q, k=k, v=v)
     check_same_length(op, "k", k, "q", q)
     check_same_length(op, "v", v, "q", q)
-    if not isinstance(mask, ChunkMask):
-        raise TypeError(f"{op}: mask: expected a ChunkMask, got {type(mask).__name__}")
-    mask.frames(q.shape[1])
+    if not isinstance(mask, RangeMask):
+        raise TypeError(f"{op}: mask: expected a ChunkMask or another RangeMask, got {type(mask).__name__}")
     if scale is not None:
         check_finite(op, "scale", scale)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import runpy
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from stream_r1_kernels import ChunkMask
+from stream_r1_kernels import ChunkMask, RangeMask
 
 MASKS = [
     ChunkMask(20, 3),
@@ -18,10 +21,22 @@ MASKS = [
 ]
 
 
+@dataclass(frozen=True)
+class AnyRanges(RangeMask):
+    """For 210 tokens: five ranges, of which two touch and one is a single key; queries that see nothing."""
+
+    def blocks(self, tokens: int) -> list[tuple[int, int, list[tuple[int, int]]]]:
+        many = [(0, 7), (20, 90), (90, 100), (130, 131), (150, 210)]
+        return [(0, 30, []), (30, 200, many), (200, 210, [(3, 5)])]
+
+
+EXAMPLE = Path(__file__).parents[2] / "examples/dilated_mask.py"
+OWN_MASKS = [(runpy.run_path(str(EXAMPLE))["DilatedMask"](40), 330), (AnyRanges(), 210)]  # with their tokens
+
+
 def visible_tokens(mask: ChunkMask, frames: int) -> Tensor:
     """bool [tokens, tokens]: which keys each query sees."""
-    n = mask.tokens_per_frame
-    return mask.visible(frames).repeat_interleave(n, 0).repeat_interleave(n, 1)
+    return mask.visible(frames * mask.tokens_per_frame * (2 if mask.teacher_forcing else 1))
 
 
 def masked_attention(

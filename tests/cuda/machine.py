@@ -36,6 +36,9 @@ _LAUNCH = ctypes.CFUNCTYPE(
 )
 
 
+_TABLES: list[Tensor] = []  # of masks: an op keeps them from one call to the next
+
+
 class _Allocations(TorchDispatchMode):
     """Keeps every tensor that an op makes, and fills the empty ones with NaN."""
 
@@ -47,6 +50,8 @@ class _Allocations(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else [result]:
             if isinstance(tensor, Tensor):
+                if tensor.dtype == torch.int32:
+                    _TABLES.append(tensor)
                 if "empty" in func.name() and tensor.numel():
                     tensor.view(-1).view(torch.uint8).fill_(0xFF)
                 self.memory.append(tensor)
@@ -95,7 +100,7 @@ class Machine:
             processors: of the GPU that the op takes this machine for.
         """
         self._library.set_processors(processors)
-        self._memory = [value for value in args if isinstance(value, Tensor)]
+        self._memory = [value for value in args if isinstance(value, Tensor)] + _TABLES
         self._error, self._seed, self.launches = None, seed, []
         overload = getattr(torch.ops.stream_r1, op).default
         with torch.no_grad(), _Allocations(self._memory):

@@ -3,11 +3,11 @@
 import exact
 import pytest
 import torch
-from attention_inputs import MASKS, Sizes, fused, masked_attention, visible_tokens
+from attention_inputs import MASKS, OWN_MASKS, Sizes, fused, masked_attention, visible_tokens
 from machine import Machine
 from torch import Tensor
 
-from stream_r1_kernels import ChunkMask
+from stream_r1_kernels import ChunkMask, RangeMask
 
 
 def check(
@@ -119,11 +119,31 @@ def test_chunk_attention(machine: Machine, mask: ChunkMask) -> None:
     torch.manual_seed(0)
     visible = visible_tokens(mask, frames=7)
     q, k, v = fused(1, len(visible), 1, 64, torch.bfloat16)
-    settings = (mask.tokens_per_frame, mask.frames_per_chunk, mask.window_frames, mask.sink_frames)
-    ours = machine.run(
-        "chunk_attention", q, k, v, *settings, mask.first_chunk_frames, mask.teacher_forcing, 0.125
-    )
+    ours = machine.run("chunk_attention", q, k, v, mask.table(len(visible)), 0.125)
     check(ours, q, k, v, 0.125, visible)
+
+
+@pytest.mark.parametrize(("mask", "tokens"), OWN_MASKS)
+def test_masks_of_ones_own(machine: Machine, mask: RangeMask, tokens: int) -> None:
+    torch.manual_seed(0)
+    visible = mask.visible(tokens)
+    q, k, v = fused(1, tokens, 1, 64, torch.bfloat16)
+    out, lse = machine.run("chunk_attention", q, k, v, mask.table(tokens), 0.125)
+    seeing = visible.any(1)
+    check((out[:, seeing], lse[:, :, seeing]), q[:, seeing], k, v, 0.125, visible[seeing])
+    assert not out[:, ~seeing].any()
+    assert (lse[:, :, ~seeing] == float("-inf")).all()
+
+    upstream = torch.randn_like(q)
+    grads = machine.run("chunk_attention_backward", upstream, q, k, v, out, lse, mask.table(tokens), 0.125)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    true = torch.autograd.grad(
+        masked_attention(leaves[0][:, seeing], *leaves[1:], 0.125, visible[seeing])[0],
+        leaves,
+        upstream[:, seeing].double(),
+    )
+    for ours, theirs in zip(grads, true, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=0.005 * theirs.abs().max().item())
 
 
 def test_backward_of_cached_chunk_attention(machine: Machine) -> None:
@@ -158,15 +178,6 @@ def test_backward_of_chunk_attention(machine: Machine, mask: ChunkMask) -> None:
     upstream = torch.randn_like(out)
     expected = torch.autograd.grad(out, (q, k, v), upstream)
     inputs = [x.detach() for x in (q, k, v, out, lse)]
-    settings = (mask.tokens_per_frame, mask.frames_per_chunk, mask.window_frames, mask.sink_frames)
-    ours = machine.run(
-        "chunk_attention_backward",
-        upstream,
-        *inputs,
-        *settings,
-        mask.first_chunk_frames,
-        mask.teacher_forcing,
-        0.25,
-    )
+    ours = machine.run("chunk_attention_backward", upstream, *inputs, mask.table(len(visible)), 0.25)
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

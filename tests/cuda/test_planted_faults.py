@@ -63,9 +63,8 @@ def chunked_attention(machine: Machine, seed: int) -> None:
     torch.manual_seed(seed)
     mask = ChunkMask(20, 2, window_frames=3, sink_frames=1, first_chunk_frames=1, teacher_forcing=True)
     q, k, v = (torch.randn(1, 200, 1, 64).bfloat16() for _ in range(3))
-    out, _ = machine.run("chunk_attention", q, k, v, 20, 2, 3, 1, 1, True, 0.125, seed=seed)
-    visible = mask.visible(5).repeat_interleave(20, 0).repeat_interleave(20, 1)
-    true = masked_attention(q.double(), k.double(), v.double(), 0.125, visible)[0]
+    out, _ = machine.run("chunk_attention", q, k, v, mask.table(200), 0.125, seed=seed)
+    true = masked_attention(q.double(), k.double(), v.double(), 0.125, mask.visible(200))[0]
     torch.testing.assert_close(out.double(), true, rtol=0, atol=0.02)
 
 
@@ -249,8 +248,8 @@ FAULTS = [
         "a tile of keys loaded twice",
         attention,
         A,
-        "if (index + 1 < last) start_keys(index + 1);",
-        "start_keys(index);",
+        "if (index + 1 < last) start_keys(tile = visible.after(tile));",
+        "start_keys(tile);",
     ),
     Fault("one key too many in the last tile", attention, A, ">= keys) scores", "> keys) scores"),
     Fault("sums of values not scaled down", attention, A, "out[n][j] *= decay[j / 2];", ";"),
@@ -259,29 +258,29 @@ FAULTS = [
         "maximum over half of a row", attention, A, "top[r] = fmaxf(top[r], prim::exchange(top[r], 2));", ""
     ),
     Fault("pieces written where they are not read", attention, A, "first, piece),", "first, piece ^ 1),"),
-    Fault("keys of the wrong segment", attention, A, "args.chunked ? 1 : r", "1"),
+    Fault("keys of the wrong segment", attention, A, "row == nullptr ? tile.range : 1", "1"),
     Fault(
         "queries past the end are written",
         attention,
         A,
-        "if (row >= queries) continue;\n    uint16_t",
+        "if (row >= present) continue;\n    uint16_t",
         "uint16_t",
     ),
     Fault("a part's weight left out", split_attention, A, "total += weight *", "total +="),
     Fault("log-sum-exp of one part", split_attention, A, "shift + prim::log2(total)", "shift"),
     Fault(
-        "noisy chunks taken for clean ones",
+        "every range begins where the first does",
         chunked_attention,
         A,
-        "if (noisy) index -= in_half;",
-        "if (noisy) return;",
+        "row[3 + 2 * tile.range]",
+        "row[3]",
     ),
     Fault(
-        "the window starts a frame late",
+        "tiles go on past the end of a range",
         chunked_attention,
-        "common/chunk_mask.h",
-        "end - mask.window_frames)",
-        "end + 1 - mask.window_frames)",
+        A,
+        "while (tile.begin >= tile.end)",
+        "while (tile.begin >= args.queries)",
     ),
     Fault(
         "a sum over half a warp", norm, R, "mask > 0; mask /= 2) value += ", "mask > 1; mask /= 2) value += "

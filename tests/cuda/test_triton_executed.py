@@ -10,11 +10,11 @@ import random
 import exact
 import pytest
 import torch
-from attention_inputs import MASKS, Sizes, fused, visible_tokens
+from attention_inputs import MASKS, OWN_MASKS, Sizes, fused, visible_tokens
 from torch import Tensor
 from triton_machine import TritonMachine
 
-from stream_r1_kernels import ChunkMask
+from stream_r1_kernels import ChunkMask, RangeMask
 from stream_r1_kernels.attention import Past, api, triton_attention
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -162,7 +162,7 @@ def check_mask(machine: TritonMachine, mask: ChunkMask, frames: int, *, heads: i
     inputs = leaves(1, tokens, heads, 64)
     upstream = [torch.randn(1, tokens, heads, 64).to(BF16), torch.zeros(1, heads, tokens)]
     with machine.running(seed=seed, early_copies=seed % 3 == 2):
-        out = triton_attention.chunk_attention(*inputs, mask, 0.125)
+        out = triton_attention.chunk_attention(*inputs, mask.table(tokens), 0.125)
         grads = torch.autograd.grad(out, inputs, upstream[0])
     true, theirs = (
         by_hand(inputs, None, upstream, 0.125, visible, rounded=rounded) for rounded in (False, True)
@@ -171,17 +171,38 @@ def check_mask(machine: TritonMachine, mask: ChunkMask, frames: int, *, heads: i
         exact.assert_close(a, b, c)
 
 
+@pytest.mark.parametrize(("mask", "tokens"), OWN_MASKS)
+def test_masks_of_ones_own(triton_machine: TritonMachine, mask: RangeMask, tokens: int) -> None:
+    torch.manual_seed(0)
+    visible, inputs = mask.visible(tokens), leaves(1, tokens, 1, 64)
+    seeing, upstream = visible.any(1), torch.randn(1, tokens, 1, 64).to(BF16)
+    with triton_machine.running():
+        out = triton_attention.chunk_attention(*inputs, mask.table(tokens), 0.125)
+        grad_q, *grads = torch.autograd.grad(out, inputs, upstream)
+    q, k, v = inputs
+    ours = [out.detach()[:, seeing], grad_q[:, seeing], *grads]
+    up = [upstream[:, seeing], torch.zeros(1, 1, int(seeing.sum()))]
+    true, theirs = (
+        by_hand([q[:, seeing], k, v], None, up, 0.125, visible[seeing], rounded=rounded)
+        for rounded in (False, True)
+    )
+    for a, b, c in zip(ours, [true[0], *true[2:]], [theirs[0], *theirs[2:]], strict=True):
+        exact.assert_close(a, b, c)
+    assert not out[:, ~seeing].any()
+    assert not grad_q[:, ~seeing].any()
+
+
 def test_what_is_not_visible_is_not_read(triton_machine: TritonMachine) -> None:
     """Keys that a chunk can't see, and queries that can't see a key, are NaN, and nothing comes of it."""
     torch.manual_seed(0)
     mask, n = ChunkMask(20, 2, window_frames=3, sink_frames=1), 20
     q, k, v = leaves(1, 8 * n, 1, 64)
-    hidden = (~mask.visible(8)[-1]).repeat_interleave(n)  # to the last chunk
+    hidden = ~mask.visible(8 * n)[-1]  # to the last chunk
     assert hidden.sum() == 4 * n
     with torch.no_grad():
         k[:, hidden], v[:, hidden] = float("nan"), float("nan")
         with triton_machine.running():
-            out = triton_attention.chunk_attention(q, k, v, mask, 0.125)[:, -2 * n :]
+            out = triton_attention.chunk_attention(q, k, v, mask.table(8 * n), 0.125)[:, -2 * n :]
     seen = [x.detach().double() for x in (q[:, -2 * n :], k[:, ~hidden], v[:, ~hidden])]
     true = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in seen), scale=0.125)
     torch.testing.assert_close(out.double(), true.transpose(1, 2), rtol=0, atol=0.01)
@@ -192,7 +213,7 @@ def test_what_is_not_visible_is_not_read(triton_machine: TritonMachine) -> None:
     with torch.no_grad():
         q[:, 4 * n :], upstream[:, 4 * n :] = float("nan"), float("nan")
     with triton_machine.running():
-        out = triton_attention.chunk_attention(q, k, v, mask, 0.125)
+        out = triton_attention.chunk_attention(q, k, v, mask.table(8 * n), 0.125)
         grads = torch.autograd.grad(out, (q, k, v), upstream)
     assert all(x[:, : 4 * n].isfinite().all() for x in grads)
 
@@ -264,7 +285,9 @@ def test_nothing_to_attend_to(triton_machine: TritonMachine) -> None:
         assert torch.equal(grad, torch.zeros_like(q))
         assert torch.equal(lse, torch.full((1, 2, 3), float("-inf")))
         for empty in (q[:0], q[:, :0]):
-            out = triton_attention.chunk_attention(empty, empty, empty, ChunkMask(3, 1), 1.0)
+            out = triton_attention.chunk_attention(
+                empty, empty, empty, ChunkMask(3, 1).table(empty.shape[1]), 1.0
+            )
             assert out.shape == empty.shape
 
 
@@ -297,11 +320,10 @@ def test_torch_takes_the_op_as_its_own(triton_machine: TritonMachine) -> None:
     past = fused(1, 7, 1, 64, BF16)[1:]
 
     def attend(*qkv: Tensor) -> Tensor:
-        return 2 * triton_attention.chunk_attention(*qkv, mask, 0.125)
+        return 2 * triton_attention.chunk_attention(*qkv, mask.table(24), 0.125)
 
     with triton_machine.running():
-        whole = (1, 1, 1, 0, 0, 1)
-        torch.library.opcheck(torch.ops.stream_r1.triton_attention, (*inputs, *past, whole, 0.125))
+        torch.library.opcheck(torch.ops.stream_r1.triton_attention, (*inputs, *past, (), 0.125))
         compiled = torch.compile(attend, fullgraph=True)
         outs = [f(*inputs) for f in (attend, compiled)]
         grads = [torch.autograd.grad(out, inputs, torch.ones_like(out)) for out in outs]

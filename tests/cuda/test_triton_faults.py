@@ -60,9 +60,9 @@ def chunked(machine: TritonMachine, module: ModuleType, seed: int) -> None:
     leaves = [torch.randn(1, 2 * 6 * 20, 1, 64).bfloat16().requires_grad_() for _ in range(3)]
     up = torch.randn(1, 2 * 6 * 20, 1, 64).bfloat16()
     with machine.running(module, seed=seed):
-        out = triton_attention.chunk_attention(*leaves, mask, 0.125)
+        out = triton_attention.chunk_attention(*leaves, mask.table(240), 0.125)
         grads = torch.autograd.grad(out, leaves, up)
-    visible = mask.visible(6).repeat_interleave(20, 0).repeat_interleave(20, 1)
+    visible = mask.visible(240)
     exact = [x.detach().double().requires_grad_() for x in leaves]
     true = masked_attention(*exact, 0.125, visible)[0]
     _assert_near([out, *grads], [true, *torch.autograd.grad(true, exact, up.double())])
@@ -88,8 +88,8 @@ FAULTS = [
     Fault(
         "one key too many in a range's last tile",
         cached,
-        "tl.arange(0, BLOCK) < end",
-        "tl.arange(0, BLOCK) <= end",
+        "tl.arange(0, BLOCK) < last",
+        "tl.arange(0, BLOCK) <= last",
     ),
     Fault(
         "the weighted sum of values not scaled down",
@@ -99,7 +99,7 @@ FAULTS = [
     ),
     Fault("the sum of the weights not scaled down", cached, "total * shrink +", "total +"),
     Fault("a log-sum-exp in powers of two", cached, "+ tl.log2(total)) * _LN_2", "+ tl.log2(total))"),
-    Fault("the past read from the fresh keys", cached, "in_past, past_k.data", "in_past, k.data"),
+    Fault("the past read from the fresh keys", cached, "_either(in_past, past_k, k)", "k"),
     Fault(
         "heads and samples mixed up",
         cached,
@@ -112,45 +112,23 @@ FAULTS = [
         "gradients of fresh keys written behind as many as the past has",
         cached,
         "grad_k.data + _offsets(begin,",
-        "grad_k.data + _offsets(begin + mask.past,",
-    ),
-    Fault("tiles of the last range left out", chunked, "+ tl.cdiv(end2 - begin2, BLOCK)", ""),
-    Fault(
-        "a window that starts a frame late",
-        chunked,
-        "tl.maximum(end - mask.window, 0)",
-        "tl.maximum(end + 1 - mask.window, 0)",
+        "grad_k.data + _offsets(begin + past,",
     ),
     Fault(
-        "noisy queries see the clean chunk of their own",
+        "one block a program whatever the table says",
         chunked,
-        "last = tl.where(noisy, start, end)",
-        "last = end",
+        "tl.load(row, mask=here, other=tl.program_id(0) * BLOCK)",
+        "tl.program_id(0) * BLOCK",
     ),
+    Fault("the first range read again for the others", chunked, "row += 2 * over", "row += 0 * over"),
+    Fault("tiles go on past the end of a range", chunked, "at + BLOCK >= last", "at + BLOCK >= last + BLOCK"),
     Fault(
-        "noisy keys lent to later chunks",
+        "the end of the range before kept",
         chunked,
-        "tl.where(noisy, end, tl.where(always",
-        "tl.where(noisy, mask.frames, tl.where(always",
+        "tl.where(over, end, last)",
+        "tl.where(last == 0, end, last)",
     ),
-    Fault(
-        "no gradient from noisy queries to clean keys",
-        chunked,
-        "later = (halves == 2)",
-        "later = (halves == 3)",
-    ),
-    Fault(
-        "no gradient to a sink out of the window",
-        chunked,
-        "noisy | (columns < sink * keys)",
-        "noisy & (columns < sink * keys)",
-    ),
-    Fault(
-        "queries at the end of a key's reach left out",
-        chunked,
-        "mask.keys + mask.window\n",
-        "mask.keys + mask.window - 1\n",
-    ),
+    Fault("the last range of a row not read", chunked, "(tile < tiles)", "(tile < tiles - 1)"),
 ]
 
 

@@ -41,15 +41,16 @@ SHARED = {8: 99 << 10, 9: 227 << 10, 10: 227 << 10}
 def compiled(generation: int, name: str, head_dim: int) -> Any:
     x = torch.zeros(1, 16, 1, head_dim, dtype=torch.bfloat16)
     rows, of_rows = triton_kernels.Rows(x, 0, head_dim, head_dim), torch.zeros(16)
+    table = torch.zeros(4, dtype=torch.int32)
     tensors = {
         "forward": (*[rows] * 6, of_rows),
         "grad_queries": (*[rows] * 6, of_rows, rows, of_rows, rows, of_rows, of_rows),
         "grad_keys": (*[rows] * 3, of_rows, rows, of_rows, of_rows, rows, rows),
     }[name]
-    mask = triton_kernels.Mask(16, 16, 0, 1, 1, 1, 0, 0, 1)
+    numbers = (1, 16, 16, 0, 1, 0.125)
     config = triton_attention.CONFIGS[name, head_dim][generation]
     with target(10 * generation):
-        return compile_kernel(getattr(triton_kernels, name), config, (*tensors, 1, *mask, 0.125), head_dim)
+        return compile_kernel(getattr(triton_kernels, name), config, (*tensors, table, *numbers), head_dim)
 
 
 @cache

@@ -52,9 +52,7 @@ class MaskedByDiffusers(WanAttnProcessor):
 
     def __init__(self, mask: ChunkMask, tokens: int) -> None:
         super().__init__()
-        frames = mask.visible(mask.frames(tokens))
-        per_frame = mask.tokens_per_frame
-        self.mask = frames.repeat_interleave(per_frame, 0).repeat_interleave(per_frame, 1)
+        self.mask = mask.visible(tokens)
         self.half = mask.teacher_forcing
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):

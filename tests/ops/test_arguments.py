@@ -121,7 +121,7 @@ def test_no_tensor(where: str) -> None:
         ),
         # no such thing
         (lambda: region_saliency(P, 2), TypeError, r"latent_shape: expected \(F, h, w\), got 2"),
-        (lambda: chunk_attention(Q, Q, Q, None), TypeError, "mask: expected a ChunkMask, got NoneType"),
+        (lambda: chunk_attention(Q, Q, Q, None), TypeError, "mask: expected a ChunkMask or .*, got NoneType"),
         (lambda: cached_chunk_attention(Q, Q, Q, (Q, Q)), TypeError, "past: expected a Past or None, got tu"),
         (lambda: fused_linear(X, W), TypeError, "weights: expected a sequence of tensors, got Tensor"),
         (lambda: fused_linear(X, [W], None), TypeError, "biases: expected a sequence of tensors, got None"),

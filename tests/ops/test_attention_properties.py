@@ -170,9 +170,8 @@ def test_chunk_attention(
 
     factor = width**-0.5 if scale is None else scale
     doubles = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    exact = reference.chunk_attention(*doubles, mask, factor)
-    visible = mask.visible(frames).repeat_interleave(mask.tokens_per_frame, 0)
-    rival = torchs_attention(q, k, v, factor, visible.repeat_interleave(mask.tokens_per_frame, 1))
+    exact = reference.chunk_attention(*doubles, mask.table(tokens), factor)
+    rival = torchs_attention(q, k, v, factor, mask.visible(tokens))
     exactness = Exactness(q, k, v, grad, factor)
     exactness.check(out, rival, exact)
     rival_grads = torch.autograd.grad(rival, (q, k, v), grad)

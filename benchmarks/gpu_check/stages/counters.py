@@ -74,8 +74,8 @@ def _flex(context: Context) -> None:
 
     s, device = sizes_of(context.small), context.device
     flex = flex_attention if context.small else torch.compile(flex_attention)
-    mask = ChunkMask(s.frame, s.chunk, window_frames=s.window - s.sink, sink_frames=s.sink)
-    visible, tokens = mask.visible(s.video).to(device), s.video * s.frame
+    frames = ChunkMask(1, s.chunk, window_frames=s.window - s.sink, sink_frames=s.sink)
+    visible, tokens = frames.visible(s.video).to(device), s.video * s.frame
 
     def sees(b: torch.Tensor, h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return visible[query // s.frame, key // s.frame]
