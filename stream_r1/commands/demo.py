@@ -45,8 +45,9 @@ def run(
     source = str(recipe or RECIPE)
     chosen = build(DemoSettings, parse_overrides(settings), "--set")
     loaded = recipes.load(source, overrides)
-    reads = {name: recipes.locate(getattr(chosen, name)) for name in ("reference", "judge")}
-    check_folder("--out", out, loaded.inputs(source) | reads)
+    reads = loaded.inputs(source)
+    reads |= {name: recipes.locate(getattr(chosen, name)) for name in ("reference", "judge")}
+    check_folder("--out", out, reads)
     title = Text.assemble(("Stream-R1", "bold"), f", the tiny world: {source}, {chosen.budget:.0f} s in all")
     console.print(title)
     with folder_lock(out, take_over=take_over):

@@ -152,7 +152,7 @@ class JudgeModel:
             timing["second_per_grid_ts"] = torch.tensor([gap * self._per_patch], device=device)
         drawn: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if seed is not None:
-            drawn: dict[str, Any] = {"do_sample": True, "temperature": _TEMPERATURE, "top_p": 1.0, "top_k": 0}
+            drawn = {"do_sample": True, "temperature": _TEMPERATURE, "top_p": 1.0, "top_k": 0}
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed or 0)
             made = self.model.generate(
