@@ -180,13 +180,22 @@ def _figure(evaluation: Evaluation, key: tuple[str, str], by_model: dict[str, Nu
     group, name = key
     base, rows = evaluation.settings.base, []
     for model, numbers in by_model.items():
-        own = difference(numbers, {index: np.zeros_like(values) for index, values in numbers.items()})
+        own = _difference(numbers, {index: np.zeros_like(values) for index, values in numbers.items()})
         if own is None:
             continue
         other = by_model.get(base)
-        change = difference(numbers, other) if other is not None and model != base else None
+        change = _difference(numbers, other) if other is not None and model != base else None
         rows.append(Row(model, own, change))
     return Figure(group, name, _meaning(group, name), rows)
+
+
+def _difference(numbers: Numbers, against: Numbers) -> Difference | None:
+    """In pairs; of a single pair nothing is known but the difference: no interval."""
+    found = difference(numbers, against)
+    pairs = [numbers[index] - against[index] for index in numbers.keys() & against.keys()]
+    if found is None or sum(int(np.isfinite(pair).sum()) for pair in pairs) > 1:
+        return found
+    return found._replace(low=float("nan"), high=float("nan"))
 
 
 def _meaning(group: str, name: str) -> Measure:
@@ -311,7 +320,7 @@ def _interval(d: Difference) -> dict[str, float]:
 
 
 def _three(d: Difference) -> list[str]:
-    return [f"{value:.6g}" for value in (d.mean, d.low, d.high)]
+    return ["" if np.isnan(value) else f"{value:.6g}" for value in (d.mean, d.low, d.high)]
 
 
 def _finite(value: Any) -> Any:

@@ -38,14 +38,17 @@ def bar(change: Difference, reach: float, better: str) -> dict[str, Any]:
     verdict = ""
     if change.clear and better != "near reference":
         verdict = "better" if (change.mean > 0) == (better == "higher") else "worse"
-    at, low, high = (50 + 50 * value / reach for value in (change.mean, change.low, change.high))
+    known = math.isfinite(change.low) and math.isfinite(change.high)
+    ends = (change.low, change.high) if known else (change.mean, change.mean)
+    at, low, high = (50 + 50 * value / reach for value in (change.mean, *ends))
+    interval = f" ({signed(change.low)} to {signed(change.high)})" if known else ""
     return {
-        "text": f"{signed(change.mean)} ({signed(change.low)} to {signed(change.high)})",
+        "text": signed(change.mean) + interval,
         "at": at,
         "low": low,
         "width": high - low,
         "verdict": verdict,
-        "clear": change.clear,
+        "filled": change.clear,
     }
 
 
