@@ -289,12 +289,15 @@ def _read_header(path: Path) -> tuple[dict[str, Any], Tensor, Tensor]:
             settings = parse_json((file.metadata() or {})["settings"], f"{path}: settings")
         except KeyError:
             raise FileError(f"{path}: not a file of trajectories: expected settings in JSON") from None
-        shape = file.get_slice("trajectories").get_shape()
+        stored = file.get_slice("trajectories")
+        shape, dtype = stored.get_shape(), stored.get_dtype()
         timesteps, index = file.get_tensor("timesteps"), file.get_tensor("text_index")
     if not isinstance(settings, dict) or len(shape) != 6:
         raise FileError(
             f"{path}: trajectories: expected [n, K + 1, F, C, h, w] and settings as a mapping, got {shape}"
         )
+    if not dtype.startswith(("F", "BF")):
+        raise FileError(f"{path}: trajectories: expected floating point, got {dtype}")
     if timesteps.shape != (shape[1] - 1,) or index.shape != (shape[0],) or shape[0] == 0:
         raise FileError(
             f"{path}: trajectories: expected {len(index)} at {len(timesteps)} timesteps and the end, as its "

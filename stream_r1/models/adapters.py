@@ -73,6 +73,8 @@ def merge_adapter(state: Mapping[str, Tensor], folder: str | Path) -> dict[str, 
         found = _LORA_NAME.fullmatch(name)
         if not found:
             raise FileError(f"{file}: expected lora_A and lora_B of linear layers, found {name}")
+        if not value.is_floating_point():
+            raise FileError(f"{file}: {name}: expected floating point, got {value.dtype}")
         halves[found[2]][f"{found[1]}.weight"] = value
     down, up = halves["lora_A"], halves["lora_B"]
     alone = sorted(down.keys() ^ up.keys())

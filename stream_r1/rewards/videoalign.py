@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stream_r1.config import Settings, build
-from stream_r1.files import read_json, read_text
+from stream_r1.files import FileError, read_json, read_text
 from stream_r1.rewards import qwen_pixels
 from stream_r1.rewards.base import ScoreNormalizer, check_video
 from stream_r1.rewards.videoalign_checkpoint import (
@@ -108,10 +108,8 @@ class VideoAlignReward(nn.Module):
         self.normalizer = ScoreNormalizer(network.config.mean, network.config.std).to(network.head.device)
         self.tokenizer = network.tokenizer
         self.template = template
-        for part in (_PROMPT_FIELD, *REWARD_TOKENS):
-            times = self.template.count(part)
-            if times != 1:
-                raise ValueError(f"VideoAlignReward: template: expected {part} once, found it {times} times")
+        if told := _missing_parts(template):
+            raise ValueError(f"VideoAlignReward: template: {told}")
         fps = network.config.fps if settings.fps == "checkpoint" else settings.fps
         self.fps: float | None = None if fps == "all" else float(fps)
         self.max_pixels = settings.max_pixels or network.config.max_pixels
@@ -252,7 +250,7 @@ def read_instruction(path: Path) -> str:
 
     Raises:
         FileNotFoundError: no such file; the message says where the published text is.
-        ValueError: it is not in UTF-8.
+        FileError: it is not in UTF-8, or is no template, see `VideoAlignReward`.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -261,6 +259,15 @@ def read_instruction(path: Path) -> str:
             "(docs/reward-videoalign.md)"
         )
     text = read_text(path, "an instruction", _MOST_INSTRUCTION)  # line ends included
+    if told := _missing_parts(text):
+        raise FileError(f"{path}: {told}")
     if hashlib.sha256(text.encode()).hexdigest() != PUBLISHED_INSTRUCTION_SHA256:
         log.warning("%s is not the instruction that the published VideoReward was trained with", path)
     return text
+
+
+def _missing_parts(template: str) -> str:
+    """What a template has not once, "" where it has everything."""
+    counts = {part: template.count(part) for part in (_PROMPT_FIELD, *REWARD_TOKENS)}
+    wrong = [f"expected {part} once, found it {times} times" for part, times in counts.items() if times != 1]
+    return wrong[0] if wrong else ""

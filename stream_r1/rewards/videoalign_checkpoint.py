@@ -31,6 +31,7 @@ from stream_r1.messages import shown
 from stream_r1.models.adapters import CONFIG, require_kept_base
 from stream_r1.models.checkpoints import check_fit
 from stream_r1.models.library import read_whole
+from stream_r1.models.sizes import read_sizes
 from stream_r1.models.tensor_files import read_file, require_finite
 from stream_r1.rewards.base import ScoreNormalizer
 
@@ -256,6 +257,8 @@ def merge_lora(
 
 
 def _base_files(base: str) -> tuple[Any, Any]:
+    if (Path(base) / "config.json").exists():
+        read_sizes(Path(base) / "config.json")  # the library makes whatever it asks for
     try:
         architecture = AutoConfig.from_pretrained(base)
         tokenizer = AutoTokenizer.from_pretrained(base)
@@ -302,6 +305,9 @@ def _rename(stored: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
         ours = to_transformers_name(name)
         if ours is None:
             continue
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            got = getattr(value, "dtype", type(value).__name__)
+            raise FileError(f"{source}: {name}: expected floating point, got {got}")
         if ours in state:
             raise FileError(f"{source}: several entries are named {ours}, one of them {name}")
         state[ours] = value

@@ -1,18 +1,28 @@
 """A whole world in a folder: every model that a recipe names, random and as small as its class allows."""
 
+import importlib.util
+import json
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from safetensors.torch import load_file, save_file
 
+from stream_r1.cli import main
 from stream_r1.evaluation import Reference
+from stream_r1.models.taehv import TinyVAE
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.rewards.base import ScoreNormalizer
 from stream_r1.rewards.small import SmallHeads, SmallReward
 from stream_r1.rewards.small_features import FeatureExtractor
 
+TESTS = Path(__file__).resolve().parents[1]
+GOLDEN = TESTS / "golden"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 CHANNELS = 4
 SIZES = {
     "patch_size": (1, 2, 2),
@@ -69,3 +79,73 @@ def world(tmp_path_factory) -> Path:
     }
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return root
+
+
+@pytest.fixture(scope="session")
+def original(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The world with one file of each kind that the package reads."""
+    root = tmp_path_factory.mktemp("hostile")
+    for name in ("student", "teacher", "vae", "reward"):
+        shutil.copytree(world / name, root / name)
+    torch.save(load_file(root / "student" / "diffusion_pytorch_model.safetensors"), root / "student.pt")
+    shutil.copy(GOLDEN / "stream_absolute_sink.safetensors", root / "golden.safetensors")
+    shutil.copy(world / "reference.safetensors", root / "reference.safetensors")
+    recipe = yaml.safe_load((world / "recipe.yaml").read_text())
+    recipe["models"] = {name: str(root / name) for name in recipe["models"]}
+    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"out": str(root / "out")}))
+    _adapter(root / "adapter", root / "student" / WEIGHTS)
+    save_file(TinyVAE(4, (12, 8, 6, 5), 6).state_dict(), root / "taehv.safetensors")
+    _trajectories(root, recipe)
+    _videoalign(root / "videoalign")
+    (root / "secret.yaml").write_text("password: hunter2\n")
+    for number in range(100):
+        (root / f"base-{number}.yaml").write_text(
+            f"base: base-{number - 1}.yaml\n" if number else "steps: 3\n"
+        )
+    return root
+
+
+def _adapter(folder: Path, weights: Path) -> None:
+    folder.mkdir()
+    name = "blocks.0.attn1.to_q"
+    out, inputs = load_file(weights)[f"{name}.weight"].shape
+    halves = {"A": torch.ones(2, inputs), "B": torch.ones(out, 2)}
+    save_file(
+        {f"base_model.model.{name}.lora_{half}.weight": t for half, t in halves.items()},
+        folder / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["to_q"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def _trajectories(root: Path, recipe: dict) -> None:
+    """A recipe of a start, and the one file of trajectories that it is learnt from."""
+    start = {
+        "kind": "ode-init",
+        "models": {name: recipe["models"][name] for name in ("student", "teacher")},
+        "prompts": recipe["prompts"],
+        "out": str(root / "out"),
+        "rollout": recipe["rollout"] | {"steps": [1000, 500]},
+        "pairs": {"folder": str(root / "pairs"), "count": 2, "solver_steps": 2, "batch": 2},
+        "steps": 1,
+        "batch": 1,
+        "watch": {"sample_every": 0},
+    }
+    (root / "start.yaml").write_text(yaml.safe_dump(start))
+    with pytest.raises(SystemExit) as end:
+        main(["data", "ode-pairs", str(root / "start.yaml")])
+    assert not end.value.code
+
+
+def _videoalign(root: Path) -> None:
+    """A small VideoReward, and its base model beside it."""
+    where = TESTS / "rewards" / "videoalign_folder.py"
+    spec = importlib.util.spec_from_file_location("videoalign_folder", where)
+    made = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = made  # dataclasses look there
+    spec.loader.exec_module(made)
+    written = made.write_reward(root)
+    save_file(written.state, root / "VideoReward" / "checkpoint-20" / "model.safetensors")
+    (root / "VideoReward" / "checkpoint-20" / "model.pth").unlink()
+    settings = {"type": "videoalign", "base_model": "../base", "video_fps": 16}
+    (root / "VideoReward" / "config.json").write_text(json.dumps(settings))
