@@ -107,7 +107,7 @@ def read_made(evaluation: Evaluation, model: str, video: Video, weights: str | N
         for key, value in now.items():
             if made.asked.get(key) != value:
                 raise FileError(
-                    f"{path}: made with another {key} than the recipe's: remove "
+                    f"{path}: made with {key} other than the recipe's: remove "
                     f"{evaluation.out / model}, or name another folder by out="
                 )
     return made

@@ -7,6 +7,7 @@ old as torch's (12.1 or before) and some minutes.
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Annotated
@@ -42,6 +43,8 @@ def main(
     ] = DETECTRON2,
 ) -> None:
     """Make it, and print the line for a recipe. Goes on where it stopped: pip skips what is there."""
+    if shutil.which(python) is None:
+        raise typer.BadParameter(f"expected a Python, got {python}: no such command", param_hint="--python")
     version = _output([python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"])
     if version not in PYTHONS:
         raise typer.BadParameter(f"expected {' or '.join(PYTHONS)}, got {version}", param_hint="--python")

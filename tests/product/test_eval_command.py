@@ -130,7 +130,7 @@ def test_an_evaluation_that_was_killed_goes_on_and_is_what_its_parts_say(world, 
     assert all(p.stat().st_mtime_ns == mark for p, mark in marks.items())
     capsys.readouterr()
     assert run("eval", path, "seed=5") == 2
-    assert "made with another seed than the recipe's" in capsys.readouterr().err
+    assert "made with seed other than the recipe's" in capsys.readouterr().err
     damaged = out / "b" / "figures" / "0001-0.json"
     damaged.write_text('{"found": 3')
     assert run("eval", path) == 2
