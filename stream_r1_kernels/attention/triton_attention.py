@@ -7,7 +7,7 @@ ops; `torch.compile` takes it as one node.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -122,7 +122,7 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tens
 attention.register_autograd(_backward, setup_context=_save)
 
 
-@lru_cache(maxsize=64)
+@cache  # captured graphs read them
 def _on_device(
     table: tuple[int, ...], of: str, longest: int, tile: int, device: torch.device
 ) -> tuple[Tensor, int]:

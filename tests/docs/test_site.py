@@ -123,7 +123,7 @@ def test_the_recipes_page_has_every_recipe_and_every_setting_with_its_default():
 
 def test_the_commands_page_has_every_command_and_option():
     page = commands_page.page()
-    for command in ("demo", "train", "sample", "replay", "info", "data fetch", "data ode-pairs"):
+    for command in ("demo", "train", "sample", "replay", "info", "study", "eval", "serve", "data ode-pairs"):
         assert f"## {command}\n" in page
     assert re.search(r"^\| `--seconds [^`]*` \| Length; .*default: 5\.0", page, re.M)
     assert re.search(r"^\| `recipe` \| A recipe, ", page, re.M)

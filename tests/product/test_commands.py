@@ -94,11 +94,6 @@ def test_info_of_machine_models_and_recipe(world, tmp_path, capsys):
     assert "nowhere: no such file or folder" in shown
 
 
-def test_data_lists_the_shots(capsys):
-    assert run("data", "shots") == 0
-    assert len(capsys.readouterr().out.splitlines()) > 100
-
-
 def test_debug_shows_where(tmp_path):
     with pytest.raises(ValueError, match="no such recipe"):
         main(["train", str(tmp_path / "none.yaml"), "--debug"])
