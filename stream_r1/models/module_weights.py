@@ -27,7 +27,17 @@ def is_plain(*modules: nn.Module) -> bool:
 
 
 def weight_of(module: nn.Module, name: str = "weight") -> Tensor:
-    """A parameter of the module itself; where accelerate keeps it elsewhere, a copy where the module runs."""
+    """A parameter of the module itself; where accelerate keeps it elsewhere, a copy where the module runs.
+
+    Raises:
+        ValueError: diffusers' group offloading, which empties it but for the module's call.
+    """
+    hooks = getattr(module, "_diffusers_hook", None)
+    if hooks is not None and hooks.get_hook("group_offloading") is not None:
+        raise ValueError(
+            f"{type(module).__name__}: {name}: expected weights that are there between calls (accelerate's "
+            "cpu_offload, or the pipeline's offload=True), got diffusers' group offloading"
+        )
     value: Tensor = getattr(module, name)
     if value is None or not value.is_meta:
         return value

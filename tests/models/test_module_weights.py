@@ -2,11 +2,13 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import accelerate
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.hooks import apply_group_offloading
 from torch import Tensor, nn
 
 from stream_r1.drop_in.diffusers_attention import set_chunk_cache, set_chunk_mask
@@ -126,6 +128,25 @@ def test_offloaded_by_accelerate(name: str) -> None:
     make, run = CASES[name]
     expected = run(make())
     torch.testing.assert_close(run(offload(make())), expected)
+
+
+def group_offload(model: nn.Module, folder: Path) -> nn.Module:
+    """Every layer's weights are read from the disk for its call, and mean nothing between calls."""
+    apply_group_offloading(
+        model, onload_device="cpu", offload_type="leaf_level", offload_to_disk_path=str(folder)
+    )
+    return model
+
+
+@pytest.mark.parametrize("name", ["set_chunk_mask", "set_chunk_cache", "self_attention"])
+def test_offloaded_by_layers(name: str, tmp_path: Path) -> None:
+    make, run = CASES[name]
+    torch.testing.assert_close(run(group_offload(make(), tmp_path)), run(make()))
+
+
+def test_offloading_by_layers_is_refused_where_weights_are_read_between_calls(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"scale_shift_table: expected weights that .* group offloading"):
+        student(group_offload(make_student(), tmp_path))
 
 
 @pytest.mark.parametrize("name", ["student", "set_chunk_mask", "set_chunk_cache", "self_attention"])
