@@ -135,6 +135,19 @@ def test_accumulated_gradients_of_shards_are_those_of_the_large_batch() -> None:
 
 
 @pytest.mark.parametrize("shard", ["none", "full"])
+def test_resumed_after_every_step_in_bfloat16(shard: str, tmp_path: Path) -> None:
+    """Bit for bit, every step by processes of its own."""
+    sharded = {"shard": shard, "param_dtype": "bfloat16"} if shard == "full" else {}
+    chosen = settings(steps=3, precision="bfloat16", checkpoint_every=1, distributed=sharded)
+    whole = launch(2, train, None, chosen)
+    for step in range(1, 4):
+        parts = launch(2, train, tmp_path / "checkpoints", chosen.model_copy(update={"steps": step}))
+        assert [part[0] for part in parts] == [run[0][step - 1 : step] for run in whole]
+    for part, run in zip(parts, whole, strict=True):
+        assert all(torch.equal(part[1][key], value) for key, value in run[1].items())
+
+
+@pytest.mark.parametrize("shard", ["none", "full"])
 def test_the_training_of_a_start(shard: str) -> None:
     chosen = {"steps": 4, "batch": 4, "optimizer": {"lr": 1e-2, "eps": 1e-2, "clip": 1.0}, "warmup": 2}
     expected = train_alone(None, InitSettings.model_validate(chosen))
