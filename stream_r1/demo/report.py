@@ -18,6 +18,7 @@ from stream_r1.demo import figures, measures
 from stream_r1.demo.record import Record
 from stream_r1.disk.whole import write_text
 from stream_r1.drawn_world.measures import MEASURES as EXACT
+from stream_r1.pages import LOOK
 
 LABELS = {
     "before": "Student before",
@@ -49,6 +50,7 @@ def _context(record: Record, folder: Path) -> dict[str, Any]:
     labels = {name: _label(name, record) for name in LABELS}
     rows, sheets = _videos(record, folder, columns, labels)
     return {
+        "look": Markup(LOOK),
         "headline": "A student learns to stream, in minutes, on a CPU",
         "summary": _summary(record),
         "banner": _banner(record),
