@@ -44,17 +44,17 @@ def write_report(evaluation: Evaluation) -> Path:
 def _context(evaluation: Evaluation, found: Found) -> dict[str, Any]:
     settings = evaluation.settings
     copies = f", {settings.videos} videos each" if settings.videos > 1 else ""
+    count = len({video.index for video in evaluation.videos})
     return {
         "title": f"Evaluation: {', '.join(settings.models)}",
         "base": settings.base,
         "several": len(settings.models) > 1,
-        "prompts": f"{len({video.index for video in evaluation.videos})} prompts{copies}",
+        "prompts": f"{count} prompt{'s' * (count > 1)}{copies}",
         "seconds": f"{settings.seconds:g}",
         "made": {model: len(found.made.get(model, ())) for model in settings.models},
         "asked": len(evaluation.videos),
         "rows": _videos(evaluation),
         "groups": _groups(found, settings.base),
-        "kid": [(model, short(value)) for model, value in found.kid.items()],
         "charts": _charts(evaluation, found),
         "latency": _latency(found),
         "vbench": _vbench(found),

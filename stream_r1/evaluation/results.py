@@ -14,13 +14,13 @@ import torch
 from numpy.typing import NDArray
 
 from stream_r1.evaluation.drift import CURVES, changes_over
-from stream_r1.evaluation.kid import kernel_distance
+from stream_r1.evaluation.kid import kernel_distances
 from stream_r1.evaluation.latency import Latency, latency, latency_figures
 from stream_r1.evaluation.make import Made, read_made
 from stream_r1.evaluation.parts import Measuring, measurings, read_result
 from stream_r1.evaluation.plan import Evaluation, Video
 from stream_r1.evaluation.reference import Reference
-from stream_r1.evaluation.report import Measure
+from stream_r1.evaluation.report import MEASURES, Measure
 from stream_r1.evaluation.single import FIGURES
 from stream_r1.evaluation.vbench import Totals, read_results, totals
 from stream_r1.files import FileError
@@ -81,7 +81,6 @@ class Found:
 
     made: dict[str, list[Made]] = field(default_factory=dict)
     figures: list[Figure] = field(default_factory=list)
-    kid: dict[str, float] = field(default_factory=dict)
     curves: dict[str, dict[str, Curve]] = field(default_factory=dict)
     latency: dict[str, Latency] = field(default_factory=dict)
     vbench: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -94,7 +93,7 @@ def collect(evaluation: Evaluation) -> Found:
     found = Found()
     figures: dict[tuple[str, str], dict[str, Numbers]] = {}
     curves: dict[str, dict[str, list[list[float]]]] = {}
-    features: dict[str, list[list[float]]] = {}
+    features: dict[str, dict[Video, list[list[float]]]] = {}
     parts = measurings(evaluation.settings)
     for model in evaluation.settings.models:
         for video in evaluation.videos:
@@ -112,7 +111,8 @@ def collect(evaluation: Evaluation) -> Found:
                         _put(evaluation, figures, key, model, video, value)
                     for name, curve in result.get("curves", {}).items():
                         curves.setdefault(name, {}).setdefault(model, []).append(curve)
-                    features.setdefault(model, []).extend(result.get("features", []))
+                    if result.get("features"):
+                        features.setdefault(model, {})[video] = result["features"]
         if "latency" in evaluation.settings.parts and found.made.get(model):
             found.latency[model] = latency(found.made[model])
         if evaluation.settings.vbench is not None:
@@ -121,6 +121,9 @@ def collect(evaluation: Evaluation) -> Found:
                 found.vbench[model] = scores
             if (all_of_it := totals(scores)) is not None:
                 found.totals[model] = all_of_it
+    for model, values in _kid(evaluation, features).items():
+        for video, value in values.items():
+            _put(evaluation, figures, ("figures", "kid"), model, video, value)
     found.figures = [_figure(evaluation, key, by_model) for key, by_model in figures.items()]
     found.figures.sort(key=lambda figure: list(GROUPS).index(figure.group))
     found.curves = {
@@ -128,7 +131,6 @@ def collect(evaluation: Evaluation) -> Found:
         for name in CURVES
         if name in curves
     }
-    found.kid = _kid(evaluation, features)
     return found
 
 
@@ -200,7 +202,7 @@ def _difference(numbers: Numbers, against: Numbers) -> Difference | None:
 
 def _meaning(group: str, name: str) -> Measure:
     if group == "figures":
-        return FIGURES[name]
+        return FIGURES.get(name) or MEASURES[name]
     if group == "latency":
         return _LATENCY[name]
     if group == "drift":
@@ -225,15 +227,25 @@ def _curve(rows: list[list[float]]) -> Curve:
     return Curve(mean, low, high)
 
 
-def _kid(evaluation: Evaluation, features: dict[str, list[list[float]]]) -> dict[str, float]:
+def _kid(
+    evaluation: Evaluation, features: dict[str, dict[Video, list[list[float]]]]
+) -> dict[str, dict[Video, float]]:
+    """KID of each model as a number a video, whose mean it is: what a video adds, by the jackknife (N - 1
+    times how much KID falls where the video is left out, about the mean of that).
+    """
     if evaluation.settings.reference is None:
         return {}
-    reference = Reference.load(locate(evaluation.settings.reference))
-    return {
-        model: kernel_distance(torch.tensor(rows), reference.features)
-        for model, rows in features.items()
-        if len(rows) > 1
-    }
+    reference = Reference.load(locate(evaluation.settings.reference)).features
+    found = {}
+    for model, by_video in features.items():
+        rows = list(by_video.values())
+        if len(rows) > 1 and all(len(row) == len(rows[0]) > 1 for row in rows):
+            flat = torch.tensor([frame for row in rows for frame in row])
+            total, *without = kernel_distances(flat, reference, len(rows[0]))
+            usual = sum(without) / len(rows)
+            added = [total + (len(rows) - 1) * (usual - w) for w in without]
+            found[model] = dict(zip(by_video, added, strict=True))
+    return found
 
 
 def as_csv(found: Found) -> str:
@@ -254,7 +266,6 @@ def as_csv(found: Found) -> str:
         for row in figure.rows:
             change = [""] * 3 if row.change is None else _three(row.change)
             rows.append((figure.group, figure.name, row.model, *_three(row.own), *change))
-    rows += [("figures", "kid", model, f"{value:.6g}", *[""] * 5) for model, value in found.kid.items()]
     rows += [
         ("vbench", name, model, f"{value:.6g}", *[""] * 5)
         for model, scores in found.vbench.items()
@@ -301,7 +312,6 @@ def as_json(evaluation: Evaluation, found: Found) -> str:
             }
             for figure in found.figures
         ],
-        "kid": found.kid,
         "latency": {model: values._asdict() for model, values in found.latency.items()},
         "vbench": {
             model: {

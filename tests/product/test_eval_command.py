@@ -13,6 +13,8 @@ import torch
 import yaml
 
 from stream_r1.cli import main
+from stream_r1.evaluation import Reference
+from stream_r1.evaluation.kid import kernel_distance
 from stream_r1.evaluation.sharpness import luma
 from stream_r1.evaluation.single import video_figures
 from stream_r1.models.checkpoints import load_student
@@ -108,7 +110,14 @@ def test_an_evaluation_that_was_killed_goes_on_and_is_what_its_parts_say(world, 
         )
         low, high = (float(rows[group, name, "b"][f"difference_{end}"]) for end in ("low", "high"))
         assert low <= means["b"] - means["a"] <= high
-    assert rows["figures", "kid", "b"]["mean"]
+    features = [
+        row
+        for video in ("0000-0", "0000-1", "0001-0", "0001-1")
+        for row in json.loads((out / "b" / "figures" / f"{video}.json").read_text())["found"]["features"]
+    ]
+    reference = Reference.load(world / "reference.safetensors").features
+    kid = kernel_distance(torch.tensor(features), reference)
+    assert float(rows["figures", "kid", "b"]["mean"]) == pytest.approx(kid, rel=1e-3)
     with open(out / "curves.csv", encoding="utf-8") as file:
         curves = list(csv.DictReader(file))
     assert [r["second"] for r in curves if (r["curve"], r["model"]) == ("match", "b")] == [
