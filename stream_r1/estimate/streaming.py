@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan
 
 from stream_r1.estimate import roofline
 from stream_r1.estimate.devices import DEVICES, Device
-from stream_r1.estimate.once import alike_pieces
+from stream_r1.estimate.networks import make_vae
 from stream_r1.estimate.roofline import ASSUMED, Assumptions
 from stream_r1.estimate.work import SHALLOW, Work, cast, count, fake_tensors, grown_work
 from stream_r1.models.transformer import CausalWanTransformer
-from stream_r1.models.vae import VideoVAE
 from stream_r1.sampling.sampler import Sampler
 from stream_r1_kernels import backends, dispatch
 
@@ -75,8 +73,7 @@ def chunk_work(
     with fake_tensors(), as_on(device):
         shallow, deeper = (_student_work(student | {"num_layers": n}, latent, steps) for n in SHALLOW)
         work = grown_work(shallow, shallow, deeper, student["num_layers"] - SHALLOW[0])
-        network: Any = AutoencoderKLWan(**autoencoder)
-        vae = alike_pieces(VideoVAE(cast(network, torch.bfloat16)))
+        vae = cast(make_vae(autoencoder), torch.bfloat16)
         frames, channels = student.get("frames_per_chunk", 3), student.get("in_channels", 16)
         decoder, latents = vae.stream_decoder(1), torch.zeros(1, frames, channels, *latent)
         decoding = [count(lambda: decoder.decode(latents)) for _ in range(2)]  # the first piece is shorter

@@ -48,7 +48,7 @@ def _weights(g: Tensor, w_intra: Tensor | None, mask: Tensor | None) -> Tensor:
 def _kept(g: Tensor, mask: Tensor | None) -> Tensor:
     """How many elements of each sample are kept, [B]; 1 for a sample that keeps none."""
     keep = torch.ones_like(g, dtype=torch.bool) if mask is None else mask.expand_as(g)
-    return keep.sum(dim=(1, 2, 3, 4)).clamp(min=1)
+    return keep.sum(dim=(1, 2, 3, 4)).clamp(min=1).to(g.dtype)
 
 
 @torch.no_grad()

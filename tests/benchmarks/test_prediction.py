@@ -96,13 +96,13 @@ def test_launches_are_those_of_the_sources() -> None:
     assert {32 * constant(f"{file}.cuh", name) for file, name in warps} == {256}
     assert constant("saliency.cuh", "kBandThreads") == 128
     assert {constant("sink.cuh", "kSinkThreads"), constant("attention.cuh", "kThreads")} == {256}
-    queries, keys = constant("attention.cuh", "kQueries"), constant("attention.cuh", "kKeys")
+    queries, keys = constant("attention.h", "kBlockQueries"), constant("attention.h", "kTileKeys")
     assert "return (kQueries + 2 * kKeys) * kHeadDim * 2;" in (CUDA / "attention.cuh").read_text()
     for width in (64, 128):
         assert kernels.DYNAMIC[f"attention_bf16_{width}"] == (queries + 2 * keys) * width * 2
     sizes = kernels.sizes()
     assert sizes["region_saliency_bf16"]["sm_80"].threads == 128
-    assert sizes["attention_bf16_128"]["sm_90a"].shared == 65536 + 128
+    assert sizes["attention_bf16_128"]["sm_90a"].shared == 65536
 
 
 def test_every_op_with_cuda_kernels_is_on_the_page() -> None:

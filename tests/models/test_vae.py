@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from stream_r1.models.autoencoders import load_autoencoder
 from stream_r1.models.causal_convolution import conv3d
 from stream_r1.models.vae import VideoVAE
 
@@ -150,7 +151,7 @@ def test_bfloat16_is_close_to_float32(kind: str) -> None:
 @torch.no_grad()
 def test_bfloat16_of_the_small_assets_errs_less_than_eight_bits_a_colour() -> None:
     folder = Path(__file__).parents[2] / "assets" / "tiny" / "vae"
-    vae, half = VideoVAE.from_pretrained(folder), VideoVAE.from_pretrained(folder, dtype=torch.bfloat16)
+    vae, half = load_autoencoder(folder), load_autoencoder(folder, dtype=torch.bfloat16)
     latents = torch.randn(1, 4, vae.channels, 8, 14, generator=torch.Generator().manual_seed(0))
     video = vae.decode(latents)
     rounded = (video * 255).round() / 255

@@ -17,7 +17,7 @@ torch.manual_seed(0)
 X, GATE, WEIGHT = torch.randn(2, 6, 8), torch.randn(2, 3, 8), torch.randn(8)
 HEADS, LATENTS = torch.randn(2, 6, 2, 8), torch.randn(4, 2, 3, 4, 5, 6)
 PHASES = RotaryGrid(4).phases(0, 1, 2, 3)
-MASK = (1, 3, None, 0, None, False, 0.3)
+MASK = (ChunkMask(1, 3).table(6), 0.3)
 
 # Ops with a backward: arguments, and the places of those that it is for.
 TRAINED: dict[str, tuple[tuple[Any, ...], tuple[int, ...]]] = {

@@ -258,7 +258,7 @@ BETWEEN = torch.zeros(2, 2, 6)  # [B, H, T]
     [
         (
             lambda: OPS.chunk_attention_backward(
-                HEADS[:, :5], HEADS, HEADS, HEADS, HEADS, BETWEEN, 1, 3, None, 0, None, False, 1.0
+                HEADS[:, :5], HEADS, HEADS, HEADS, HEADS, BETWEEN, ChunkMask(1, 3).table(6), 1.0
             ),
             "grad_out: expected shape",
         ),

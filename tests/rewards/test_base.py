@@ -59,6 +59,6 @@ class TestLoadReward:
 
     def test_videoalign_folder_is_known_by_its_own_config(self, tmp_path):
         (tmp_path / "model_config.json").write_text("{}")
-        (tmp_path / "instruction.txt").write_text("{text_prompt}")
+        (tmp_path / "instruction.txt").write_text("{text_prompt} <|VQ_reward|> <|MQ_reward|> <|TA_reward|>")
         with pytest.raises(ValueError, match=r"expected model_config\.use_special_tokens, found none"):
             load_reward(tmp_path)
