@@ -78,6 +78,9 @@ def cast(model: Module, dtype: torch.dtype) -> Module:
         for own, parameter in part._parameters.items():
             if parameter is not None and not any(word in f"{name}.{own}".split(".") for word in kept):
                 part._parameters[own] = nn.Parameter(parameter.to(dtype), parameter.requires_grad)
+        for own, buffer in part._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                part._buffers[own] = buffer.to(dtype)
     return model
 
 
