@@ -66,10 +66,16 @@ def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
         list(loop.run(lambda: (sum(p.sum() for p in loop.model.parameters()) * float("nan"), {})))
 
 
-def test_a_signal_saves_the_step_under_way_and_then_interrupts(tmp_path, monkeypatch):
-    # as in a terminal: a suite that was started in the background ignores it
+@pytest.fixture
+def usual_interrupt():
+    """As in a terminal: a suite that was started in the background ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    monkeypatch.setattr(signal, "_before_the_test", before, raising=False)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("usual_interrupt")
+def test_a_signal_saves_the_step_under_way_and_then_interrupts(tmp_path):
     whole, loop = make_loop(tmp_path / "whole", 6), make_loop(tmp_path / "parts", 6)
     train(whole)
     steps = loop.run(lambda: loss_of(loop))
