@@ -125,13 +125,21 @@ def evaluated_prompts(recipe: Recipe, settings: DemoSettings) -> list[str]:
 def sample(sampler: Sampler, recipe: Recipe, settings: DemoSettings) -> tuple[list[Tensor], list[str]]:
     """Fresh videos over the training prompts, [T, 3, H, W] each, and their prompts."""
     prompts = evaluated_prompts(recipe, settings)
+    seed = EVALUATION_SEED + settings.seed
+    return stream_batches(sampler, recipe, prompts, seed=seed, batch=settings.evaluated_batch), prompts
+
+
+def stream_batches(
+    sampler: Sampler, recipe: Recipe, prompts: Sequence[str], *, seed: int, batch: int
+) -> list[Tensor]:
+    """Streams of a rollout's length, [T, 3, H, W] in [0, 1] each; video i has the noise i of `seed`."""
     chunks = _chunks(sampler.student, recipe.rollout.frames)
     videos: list[Tensor] = []
-    for start in range(0, len(prompts), settings.evaluated_batch):
-        batch = prompts[start : start + settings.evaluated_batch]
-        stream = sampler.stream(batch, seed=EVALUATION_SEED + settings.seed, chunks=chunks, first_index=start)
+    for start in range(0, len(prompts), batch):
+        part = list(prompts[start : start + batch])
+        stream = sampler.stream(part, seed=seed, chunks=chunks, first_index=start)
         videos += torch.cat([chunk.frames for chunk in stream if chunk.frames is not None], 1)
-    return videos, prompts
+    return videos
 
 
 def time_stream(sampler: Sampler, settings: DemoSettings) -> Timing:

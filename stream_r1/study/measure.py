@@ -11,8 +11,8 @@ import torch
 import typer
 from torch import Tensor
 
-from stream_r1.assembly import Models, load_models
-from stream_r1.demo.stages import make_sampler
+from stream_r1.assembly import load_models
+from stream_r1.demo.stages import make_sampler, stream_batches
 from stream_r1.disk.whole import write_text, written
 from stream_r1.evaluation import Reference
 from stream_r1.evaluation.kid import FrameFeatures, kernel_distance
@@ -37,29 +37,16 @@ def measure(study: Study, recipe: Recipe, student: Path, folder: Path) -> None:
     models = load_models(recipe)
     models.student = load_student(student).eval()
     prompts = list(itertools.islice(itertools.cycle(read_prompts(recipe.prompts)), study.settings.videos))
-    videos = sample(models, recipe, prompts, FIRST_SEED, study.settings.batch)
+    sampler, batch = make_sampler(models.student, models, recipe), study.settings.batch
+    videos = stream_batches(sampler, recipe, prompts, seed=FIRST_SEED, batch=batch)
     figures = judged(study, videos, prompts)
     shown = study.settings.shown
     if shown:
-        for index, video in enumerate(sample(models, recipe, shown, 0, study.settings.batch)):
+        for index, video in enumerate(stream_batches(sampler, recipe, shown, seed=0, batch=batch)):
             path = folder / VIDEOS / f"{index}.mp4"
             with written(path) as place, VideoWriter(place, fps=recipe.watch.fps) as writer:
                 writer.write(video)
     write_text(folder / FIGURES, json.dumps(figures) + "\n")
-
-
-@torch.no_grad()
-def sample(models: Models, recipe: Recipe, prompts: Sequence[str], seed: int, batch: int) -> list[Tensor]:
-    """Streams of a rollout's length, [T, 3, H, W] in [0, 1] each; video i has the noise i of `seed`."""
-    sampler, config = make_sampler(models.student, models, recipe), models.student.config
-    first = config["first_chunk_frames"] or config["frames_per_chunk"]
-    chunks = 1 + (recipe.rollout.frames - first) // config["frames_per_chunk"]
-    videos: list[Tensor] = []
-    for start in range(0, len(prompts), batch):
-        part = list(prompts[start : start + batch])
-        stream = sampler.stream(part, seed=seed, chunks=chunks, first_index=start)
-        videos += torch.cat([chunk.frames for chunk in stream if chunk.frames is not None], 1)
-    return videos
 
 
 @torch.no_grad()

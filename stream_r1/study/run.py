@@ -104,8 +104,8 @@ class Runner:
     def run(self) -> None:
         """Everything that is not done.
 
-        Raises RunFailedError when a run's process failed, after the other runs have ended. On an interrupt
-        the processes are asked to stop, which keep what they have, and are waited for.
+        Raises RunFailedError when a run's process failed. Then, as on an interrupt, the other processes are
+        asked to stop, which keep what they have, and are waited for.
         """
         with ThreadPoolExecutor(self.jobs) as pool:
             workers = [pool.submit(self._work, slot) for slot in range(self.jobs)]
