@@ -1,6 +1,7 @@
 """``python -m stream_r1.tiny_world codec|teacher|student|reward``: train a model by a recipe.
 
-``plot`` draws how the autoencoder compares with linear projections.
+``plot`` draws how the autoencoder compares with linear projections, ``chance`` measures what a prompt leaves
+open.
 """
 
 from __future__ import annotations
@@ -61,6 +62,23 @@ def plot(
     for channels, psnr in plot_against_linear(folder, out).items():
         typer.echo(f"linear projection to {channels} numbers: {psnr:.2f} dB")
     typer.echo(str(out))
+
+
+@app.command()
+def chance(
+    students: Annotated[list[Path] | None, typer.Argument(help="Folders of students.")] = None,
+    recipe: Annotated[Path, typer.Option(help="Of a distillation.")] = Path("recipes/tiny/stream-r1.yaml"),
+    prompts: Annotated[int, typer.Option(min=2, help="How many of the recipe's.")] = 20,
+    seeds: Annotated[int, typer.Option(min=2, help="Videos of each prompt.")] = 6,
+) -> None:
+    """How differently videos of one prompt turn out: drawings, the teacher, students."""
+    from stream_r1.recipe import load
+    from stream_r1.tiny_world.chance import chance_by_model
+
+    found = chance_by_model(load(recipe), students or [], prompts=prompts, seeds=seeds)
+    for name, figures in found.items():
+        row = ", ".join(f"{key} {figure.value:.2f} ± {figure.spread:.2f}" for key, figure in figures.items())
+        typer.echo(f"{name}: {row}")
 
 
 if __name__ == "__main__":
