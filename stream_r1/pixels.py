@@ -1,4 +1,4 @@
-"""The range of pixels: floating point in [0, 1], in everything that takes them."""
+"""Pixels: floating point in [0, 1] in everything that takes them; their luma, detail and chroma."""
 
 from __future__ import annotations
 
@@ -28,6 +28,23 @@ def check_range(pixels: Tensor, name: str, *, finite: bool = False) -> None:
     least, most = torch.stack(pixels.detach().aminmax()).tolist()
     if least < _LEAST or most > _MOST or (finite and least != least):
         raise ValueError(f"{name}: expected values in [0, 1], got {least:g} to {most:g}")
+
+
+def luma(frames: Tensor) -> Tensor:
+    """[..., 3, H, W] -> [..., H, W] in the frames' dtype (BT.601 weights)."""
+    red, green, blue = frames.unbind(-3)
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
+def laplacian(luma: Tensor) -> Tensor:
+    """[..., H, W] -> [..., H - 2, W - 2]: four times a pixel, less its four neighbours."""
+    inner = luma[..., 1:-1, 1:-1]
+    return 4 * inner - luma[..., :-2, 1:-1] - luma[..., 2:, 1:-1] - luma[..., 1:-1, :-2] - luma[..., 1:-1, 2:]
+
+
+def chroma(frames: Tensor) -> Tensor:
+    """[..., 3, H, W] -> [..., H, W]: the largest less the smallest of a pixel's three colours."""
+    return frames.amax(-3) - frames.amin(-3)
 
 
 def _is_without_values(pixels: Tensor) -> bool:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.progress import BarColumn, Progress, TextColumn
-
 from stream_r1.commands.console import make_console
 from stream_r1.commands.outputs import check_folder
-from stream_r1.commands.progress import duration
+from stream_r1.commands.progress import duration, progress_bar
 from stream_r1.commands.sample import ModelChoice
 from stream_r1.disk.lock import folder_lock
 from stream_r1.evaluation import work
@@ -31,13 +29,7 @@ def run(path: Path, overrides: list[str], *, report_only: bool) -> None:
 
 def _work(evaluation: Evaluation) -> None:
     console = make_console(lasting=True)
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        TextColumn("{task.completed:.0f} / {task.total:.0f}"),
-        TextColumn("{task.fields[left]}"),
-        console=console,
-    )
+    bar = progress_bar(console, "pieces")
     task = bar.add_task("evaluating", total=1, left="")
     last = ""
 

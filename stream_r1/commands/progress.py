@@ -59,6 +59,17 @@ def alarm(event: Alarm) -> str:
     return one_line(f"guard, step {event.step}: {event.reason}; {then}")
 
 
+def progress_bar(console: Console, unit: str) -> Progress:
+    """A task's description, a bar, how many units are done, and the task's field `left`: the time left."""
+    return Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=None),
+        TextColumn(f"{{task.completed:.0f}} / {{task.total:.0f}} {unit}"),
+        TextColumn("[dim]{task.fields[left]}"),
+        console=console,
+    )
+
+
 class DistillationDisplay:
     """Shows a trainer's events: step, losses, reward an axis, time left.
 
@@ -75,13 +86,7 @@ class DistillationDisplay:
         self.planned_end: float | None = None
         self._history: dict[str, deque[float]] = {}
         self._skipped = 0
-        self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.completed:.0f} / {task.total:.0f} steps"),
-            TextColumn("[dim]{task.fields[left]}"),
-            console=console,
-        )
+        self._bar = progress_bar(console, "steps")
         self._task = self._bar.add_task(title, total=total, completed=done, left="")
         self._live = Live(self._render(), console=console, refresh_per_second=4, transient=True)
         self._last_line = 0.0

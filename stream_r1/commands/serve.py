@@ -22,7 +22,7 @@ def run(settings: Settings, host: str, port: int, workers: int) -> None:
         import uvicorn
         import websockets  # noqa: F401  what uvicorn serves sockets with
 
-        from stream_r1.serve.access import LOCAL
+        from stream_r1.pages.application import LOCAL, page_address
         from stream_r1.serve.app import create_app
     except ImportError as error:
         needed = "fastapi, uvicorn and websockets: pip install 'stream-r1[serve]'"
@@ -33,9 +33,7 @@ def run(settings: Settings, host: str, port: int, workers: int) -> None:
     if host not in LOCAL and settings.token is None:
         settings = replace(settings, token=secrets.token_urlsafe(12))
     console = make_console()
-    shown = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
-    token = f"?token={settings.token}" if settings.token else ""
-    console.print(f"{shown}{token}", soft_wrap=True, highlight=False)
+    console.print(page_address(host, port, settings.token), soft_wrap=True, highlight=False)
     with tempfile.TemporaryDirectory(prefix="stream-r1-") as folder:
         if settings.recordings is None:
             settings = replace(settings, recordings=Path(folder))

@@ -5,11 +5,9 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from rich.progress import BarColumn, Progress, TextColumn
-
 from stream_r1.commands.console import make_console
 from stream_r1.commands.outputs import check_folder
-from stream_r1.commands.progress import duration
+from stream_r1.commands.progress import duration, progress_bar
 from stream_r1.disk.lock import folder_lock
 from stream_r1.recipe import locate
 from stream_r1.study.plan import Run, Study, load
@@ -35,13 +33,7 @@ def run(path: Path, overrides: list[str], *, jobs: int, trainer: str | None, rep
 def _work(study: Study, path: Path, overrides: list[str], jobs: int, trainer: str | None) -> None:
     console = make_console(lasting=True)
     started, already = time.monotonic(), sum(map(is_done, study.runs))
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        TextColumn("{task.completed:.0f} / {task.total:.0f} runs"),
-        TextColumn("{task.fields[left]}"),
-        console=console,
-    )
+    bar = progress_bar(console, "runs")
     task = bar.add_task("studying", total=len(study.runs), completed=already, left="")
 
     def told(run: Run, cost: Cost) -> None:

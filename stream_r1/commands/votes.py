@@ -15,14 +15,13 @@ from stream_r1.votes.plan import Comparison, load
 from stream_r1.votes.report import VoteReport, as_csv, as_html, summarise
 from stream_r1.votes.store import VoteStore
 
-LOCAL = ("127.0.0.1", "localhost", "::1")
-
 
 def serve(recipe: Path, overrides: list[str], host: str, port: int) -> None:
     """Serve the page until Ctrl-C; votes are on the disk as they come."""
     try:
         import uvicorn
 
+        from stream_r1.pages.application import LOCAL, page_address
         from stream_r1.votes.app import create_app
     except ImportError as error:
         raise RuntimeError(
@@ -31,9 +30,8 @@ def serve(recipe: Path, overrides: list[str], host: str, port: int) -> None:
     comparison = load(recipe, overrides)
     prepare(comparison)
     token = None if host in LOCAL else secrets.token_urlsafe(12)
-    shown = f"http://{f'[{host}]' if ':' in host else host}:{port}/" + (f"?token={token}" if token else "")
     console = make_console()
-    console.print(shown, soft_wrap=True, highlight=False)
+    console.print(page_address(host, port, token), soft_wrap=True, highlight=False)
     console.print(f"votes: {comparison.database}; Ctrl-C ends it", soft_wrap=True, highlight=False)
     uvicorn.run(create_app(comparison, token), host=host, port=port, log_level="warning")
 

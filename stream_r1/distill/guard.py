@@ -11,12 +11,12 @@ import math
 from statistics import median
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from stream_r1.distill.settings import GuardSettings
 from stream_r1.distill.verification import DamagedCheckpointError
+from stream_r1.pixels import chroma, laplacian, luma
 
 _REMEMBERED = 50  # updates whose sizes are compared
 FIGURES = ("saturation", "sharpness", "motion")
@@ -29,17 +29,12 @@ def figures_of(video: Tensor) -> dict[str, float]:
     its contrast. motion: mean absolute change from frame to frame, likewise.
     """
     video = video.float()
-    low, high = torch.aminmax(video, dim=2)
-    luma = torch.einsum("btchw,c->bthw", video, video.new_tensor((0.299, 0.587, 0.114)))
-    contrast = luma.std((2, 3)).mean().clamp(min=1e-6)
-    inner = luma[..., 1:-1, 1:-1]
-    laplacian = (
-        4 * inner - luma[..., :-2, 1:-1] - luma[..., 2:, 1:-1] - luma[..., 1:-1, :-2] - luma[..., 1:-1, 2:]
-    )
+    grey = luma(video)
+    contrast = grey.std((2, 3)).mean().clamp(min=1e-6)
     return {
-        "saturation": float((high - low).mean()),
-        "sharpness": float(laplacian.abs().mean() / contrast),
-        "motion": float(luma.diff(dim=1).abs().mean() / contrast) if luma.shape[1] > 1 else 0.0,
+        "saturation": float(chroma(video).mean()),
+        "sharpness": float(laplacian(grey).abs().mean() / contrast),
+        "motion": float(grey.diff(dim=1).abs().mean() / contrast) if grey.shape[1] > 1 else 0.0,
     }
 
 

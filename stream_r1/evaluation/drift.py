@@ -18,8 +18,8 @@ from stream_r1.drawn_world.measures import measure
 from stream_r1.evaluation.reference import some_frames
 from stream_r1.evaluation.report import Measure
 from stream_r1.evaluation.sharpness import sharpness
-from stream_r1.evaluation.single import saturation
 from stream_r1.evaluation.warp import motion_figures
+from stream_r1.pixels import chroma
 from stream_r1.rewards.base import Reward
 from stream_r1.sampling.video_file import VideoFile
 
@@ -125,7 +125,7 @@ def _measured(frames: Tensor, prompt: str, match: Match | None) -> dict[str, flo
     lightness, green_red, blue_yellow = _lab(some)
     places = torch.linspace(0, len(frames) - 3, min(_PLACES, len(frames) - 2)).round().long().tolist()
     figures = {
-        "saturation": saturation(some),
+        "saturation": float(chroma(some.float()).mean()),
         "lightness": lightness,
         "green-red": green_red,
         "blue-yellow": blue_yellow,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from stream_r1.drawn_world import HEIGHT, WIDTH, Scene
@@ -12,6 +11,7 @@ from stream_r1.evaluation.reference import FRAMES, as_videos, some_frames
 from stream_r1.evaluation.report import Measure
 from stream_r1.evaluation.sharpness import sharpness
 from stream_r1.evaluation.warp import motion_figures
+from stream_r1.pixels import chroma
 
 FIGURES: dict[str, Measure] = {
     **{name: Measure("higher", meaning) for name, meaning in EXACT.items()},
@@ -39,7 +39,7 @@ def video_figures(video: Tensor, prompt: str) -> dict[str, float]:
     motion = motion_figures(video)
     figures = {
         "sharpness": sharpness(some_frames(video, FRAMES)),
-        "saturation": saturation(video),
+        "saturation": float(chroma(video.float()).mean()),
         "motion": motion.motion,
         "warp_error": motion.warp_error,
         "judder": motion.judder,
@@ -47,9 +47,3 @@ def video_figures(video: Tensor, prompt: str) -> dict[str, float]:
     if video.shape[2:] == (HEIGHT, WIDTH) and len(video) >= 8 and Scene.has(prompt):
         return measure(video, Scene.of(prompt)) | figures
     return figures
-
-
-def saturation(video: Tensor) -> float:
-    """Mean chroma of frames [..., 3, H, W] in [0, 1]: largest less smallest of a pixel's three colours."""
-    low, high = torch.aminmax(video.float(), dim=-3)
-    return float((high - low).mean())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from stream_r1.pixels import chroma
 from stream_r1.rewards.base import Reward
 
 WrongKind = Literal["noise", "saturation"]
@@ -37,9 +38,8 @@ class WrongReward:
     def score(self, video: Tensor, prompts: list[str]) -> Tensor:
         """[B, axes], float32; video [B, T, 3, H, W] in [0, 1]. Differentiable to the pixels."""
         if self._kind == "saturation":
-            video = video.float()
-            chroma = (video.amax(2) - video.amin(2)).mean((1, 2, 3))
-            return ((chroma - _USUAL) / _SPREAD)[:, None].expand(-1, len(self.axes))
+            mean = chroma(video.float()).mean((1, 2, 3))
+            return ((mean - _USUAL) / _SPREAD)[:, None].expand(-1, len(self.axes))
         coarse = functional.adaptive_avg_pool3d(video.float().transpose(1, 2) - 0.5, _CELLS)
         direction = self._direction.to(video.device)
         noise = torch.einsum("bcthw,acthw->ba", coarse, direction) * (4 / direction[0].numel() ** 0.5)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
+from stream_r1.pages.application import LOCAL, NO_TOKEN, has_token
 from stream_r1.serve.settings import Settings
-
-LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 def refusal(settings: Settings, headers: Mapping[str, str], query: Mapping[str, str]) -> str | None:
@@ -24,8 +22,6 @@ def refusal(settings: Settings, headers: Mapping[str, str], query: Mapping[str, 
         return "expected a host name of this machine"
     if origin is not None and origin not in settings.origins and urlsplit(origin).netloc != host:
         return "expected this server's own page (Origin)"
-    if settings.token is not None:
-        given = query.get("token") or headers.get("x-token") or ""
-        if not secrets.compare_digest(given.encode(), settings.token.encode()):
-            return "expected the token of the link that you were given"
+    if settings.token is not None and not has_token(settings.token, headers, query):
+        return NO_TOKEN
     return None

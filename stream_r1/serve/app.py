@@ -12,11 +12,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request, Response, WebSocket
-from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
+from fastapi import FastAPI, HTTPException, Request, WebSocket
+from fastapi.responses import FileResponse, HTMLResponse
 from starlette.websockets import WebSocketDisconnect
 
-from stream_r1.pages import LOOK
+from stream_r1.pages import LOOK, application
 from stream_r1.sampling.pipeline import StreamR1Pipeline
 from stream_r1.serve import protocol
 from stream_r1.serve.access import refusal
@@ -108,17 +108,12 @@ def create_app(settings: Settings | None = None, pipeline: StreamR1Pipeline | No
             await hall.remove(room)
         engine.close()
 
-    app = FastAPI(title="Stream-R1", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
-    page = _PAGE.replace("/*LOOK*/", LOOK)
+    def refused(request: Request) -> tuple[int, str] | None:
+        reason = refusal(settings, request.headers, request.query_params)
+        return None if reason is None else (403, reason)
 
-    @app.middleware("http")
-    async def guarded(request: Request, call_next):  # type: ignore[no-untyped-def]
-        if (reason := refusal(settings, request.headers, request.query_params)) is not None:
-            return JSONResponse({"detail": reason}, 403)
-        response: Response = await call_next(request)
-        response.headers["cache-control"] = "no-store"
-        response.headers["referrer-policy"] = "no-referrer"
-        return response
+    app = application.create("Stream-R1", refused, lifespan)
+    page = _PAGE.replace("/*LOOK*/", LOOK)
 
     @app.get("/")
     def index() -> HTMLResponse:

@@ -6,11 +6,11 @@ import secrets
 from pathlib import Path
 from typing import Annotated, Literal
 
-from fastapi import FastAPI, HTTPException, Request, Response
-from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import FileResponse, HTMLResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from stream_r1.pages import LOOK
+from stream_r1.pages import LOOK, application
 from stream_r1.votes.plan import Comparison, Side
 from stream_r1.votes.store import OtherVoteError, UnknownRaterError, VoteStore
 
@@ -36,22 +36,18 @@ def create_app(comparison: Comparison, token: str | None = None) -> FastAPI:
     Args:
         token: what raters have to know (`?token=...` of the page); None: nothing.
     """
-    app = FastAPI(title="Votes", docs_url=None, redoc_url=None, openapi_url=None)
-    store = VoteStore(comparison.database)
-    page = _PAGE.replace("/*LOOK*/", LOOK)
 
-    @app.middleware("http")
-    async def guarded(request: Request, call_next):  # type: ignore[no-untyped-def]
+    def refused(request: Request) -> tuple[int, str] | None:
         length = request.headers.get("content-length", "0")
         if not length.isdigit() or int(length) > LARGEST_BODY:
-            return JSONResponse({"detail": f"expected a body of at most {LARGEST_BODY} bytes"}, 413)
-        given = request.query_params.get("token") or request.headers.get("x-token") or ""
-        if token is not None and not secrets.compare_digest(given.encode(), token.encode()):
-            return JSONResponse({"detail": "expected the token of the link that you were given"}, 403)
-        response: Response = await call_next(request)
-        response.headers["cache-control"] = "no-store"
-        response.headers["referrer-policy"] = "no-referrer"
-        return response
+            return 413, f"expected a body of at most {LARGEST_BODY} bytes"
+        if token is not None and not application.has_token(token, request.headers, request.query_params):
+            return 403, application.NO_TOKEN
+        return None
+
+    app = application.create("Votes", refused)
+    store = VoteStore(comparison.database)
+    page = _PAGE.replace("/*LOOK*/", LOOK)
 
     @app.get("/")
     def index() -> HTMLResponse:

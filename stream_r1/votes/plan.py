@@ -13,8 +13,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from stream_r1.config import Settings, SettingsError, build, parse_overrides, parse_yaml
-from stream_r1.config import merge as merged
+from stream_r1.config import Settings, SettingsError, load_recipe
 from stream_r1.data.prompts import read_prompt_file
 
 Side = Literal["left", "right"]
@@ -129,13 +128,7 @@ def load(path: str | Path, overrides: list[str]) -> Comparison:
     Raises:
         SettingsError: what is wrong, with the file and the key.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise SettingsError(f"{path}: no such file; expected a comparison (a YAML file)")
-    data = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    if not isinstance(data, dict):
-        raise SettingsError(f"{path}: expected a mapping of settings, got {type(data).__name__}")
-    settings = build(VoteSettings, merged(data, parse_overrides(overrides)), str(path))
+    settings = load_recipe(VoteSettings, path, overrides)
     prompts = read_prompt_file(Path(settings.prompts))
     videos = {}
     for name, folder in settings.models.items():

@@ -6,9 +6,10 @@ import torch
 from stream_r1.demo.stages import drawings
 from stream_r1.drawn_world.measures import MEASURES
 from stream_r1.evaluation import Reference, evaluate_videos
-from stream_r1.evaluation.sharpness import luma, sharpness
+from stream_r1.evaluation.sharpness import sharpness
 from stream_r1.evaluation.single import video_figures
 from stream_r1.files import FileError
+from stream_r1.pixels import chroma, luma
 
 PROMPTS = ["a red ball rolls to the left in a meadow at noon", "a blue star bounces by the sea at night"]
 
@@ -47,6 +48,10 @@ def test_what_is_not_of_the_drawn_world_has_no_exact_figures():
 
 def test_luma_and_sharpness_of_known_pictures():
     assert luma(torch.ones(1, 3, 2, 2)).flatten().tolist() == pytest.approx([1.0] * 4)
+    coloured = torch.tensor([0.2, 0.7, 0.4]).view(3, 1, 1).expand(2, 3, 4, 5)
+    assert luma(coloured).shape == chroma(coloured).shape == (2, 4, 5)
+    assert luma(coloured)[0, 0, 0] == pytest.approx(0.299 * 0.2 + 0.587 * 0.7 + 0.114 * 0.4)
+    assert chroma(coloured)[1, 3, 4] == pytest.approx(0.5)
     ramp = torch.linspace(0, 1, 16).expand(1, 3, 16, 16)
     assert sharpness(ramp) == pytest.approx(0, abs=1e-3)
     checkers = ((torch.arange(16)[:, None] + torch.arange(16)) % 2).float().expand(1, 3, 16, 16)

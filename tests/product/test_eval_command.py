@@ -15,9 +15,9 @@ import yaml
 from stream_r1.cli import main
 from stream_r1.evaluation import Reference
 from stream_r1.evaluation.kid import kernel_distance
-from stream_r1.evaluation.sharpness import luma
 from stream_r1.evaluation.single import video_figures
 from stream_r1.models.checkpoints import load_student
+from stream_r1.pixels import luma
 from stream_r1.rewards import load_reward
 from stream_r1.sampling.pipeline import StreamR1Pipeline
 from stream_r1.sampling.video import read_video

@@ -14,7 +14,7 @@ from stream_r1.drawn_world.measures import measure, spread
 from stream_r1.drawn_world.scenes import all_scenes
 from stream_r1.evaluation import Reference, evaluate_videos
 from stream_r1.evaluation.kid import FrameFeatures
-from stream_r1.evaluation.sharpness import luma, sharpness
+from stream_r1.evaluation.sharpness import sharpness
 from stream_r1.evaluation.warp import motion_figures
 from stream_r1.models.taehv import TinyVAE
 from stream_r1.models.vae import VideoVAE
@@ -51,7 +51,6 @@ def takers(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, T
         "Reference.fit: videos": lambda video: Reference.fit([video] * 2),
         "FrameFeatures: frames": FrameFeatures(),
         "sharpness: frames": sharpness,
-        "luma: frames": luma,
         "motion_figures: video": motion_figures,
         "EfficientNetLite: images": lite,
         "to_bytes: video": to_bytes,
