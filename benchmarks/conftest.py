@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import ceilings, report
 
-CEILINGS = pytest.StashKey[dict[str, float]]()
+CEILINGS = pytest.StashKey[ceilings.Ceilings]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,7 +45,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     session = getattr(config, "_benchmarksession", None)
     benchmarks = session.benchmarks if session is not None else ()
     timings = [timing for timing in map(report.timing_of, benchmarks) if timing is not None]
-    comparisons = [c for c in report.compare(timings, config.stash.get(CEILINGS, {})) if c.rivals]
+    comparisons = [
+        c for c in report.compare(timings, config.stash.get(CEILINGS, ceilings.Ceilings())) if c.rivals
+    ]
     if not comparisons:
         return
     terminalreporter.section("ours against its rivals (median time of the rival / median time of ours)")
@@ -58,7 +60,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"wrote {folder}/benchmarks.md, benchmarks.json, roofline.svg")
 
 
-def _this_run(measured: dict[str, float]) -> report.Run:
+def _this_run(measured: ceilings.Ceilings) -> report.Run:
     return report.Run(
         machine=_processor(),
         isa=torch.ops.stream_r1.cpu_isa(),

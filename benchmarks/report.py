@@ -2,8 +2,8 @@
 
 A benchmark takes part if it has a parameter `implementation` ("ours" or a rival's name) and a group that ours
 and its rivals share. `extra_info` may give `dtype`, `shape`, and `flops` and `bytes`: the work that can't be
-avoided. The limit of a case is the longer of two times: its bytes at the speed of a copy, its flops at that
-of a matmul in its dtype; both speeds are measured in the same run.
+avoided. The limit of a case is the longer of two times: its bytes at the speed of memory with so many in use,
+its flops at that of multiply-adds in its dtype; both are measured in the same run, by loops of their own.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
+
+from benchmarks.ceilings import Ceilings
 
 
 @dataclass(frozen=True)
@@ -52,14 +54,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Run:
-    """What the numbers were measured on. `ceilings`: bytes a second of "copy", flops of "matmul DTYPE"."""
+    """What the numbers were measured on."""
 
     machine: str
     isa: str
     threads: int
     torch: str
     commit: str
-    ceilings: dict[str, float] = field(default_factory=dict)
+    ceilings: Ceilings = field(default_factory=Ceilings)
 
 
 def timing_of(benchmark: Any) -> Timing | None:
@@ -80,7 +82,7 @@ def timing_of(benchmark: Any) -> Timing | None:
     )
 
 
-def compare(timings: Iterable[Timing], ceilings: dict[str, float]) -> list[Comparison]:
+def compare(timings: Iterable[Timing], ceilings: Ceilings) -> list[Comparison]:
     """One Comparison a case that ours took part in, in the order of the timings."""
     cases: dict[tuple[str, str], list[Timing]] = {}
     for timing in timings:
@@ -94,9 +96,8 @@ def compare(timings: Iterable[Timing], ceilings: dict[str, float]) -> list[Compa
     return comparisons
 
 
-def _limit(timing: Timing, ceilings: dict[str, float]) -> tuple[str, float | None]:
-    work = {"copy": timing.bytes, f"matmul {timing.dtype}": timing.flops}
-    seconds = {name: amount / ceilings[name] for name, amount in work.items() if amount and name in ceilings}
+def _limit(timing: Timing, ceilings: Ceilings) -> tuple[str, float | None]:
+    seconds = ceilings.seconds(timing.dtype, timing.flops, timing.bytes)
     if not seconds:
         return "", None
     nearest = max(seconds, key=lambda name: seconds[name])
@@ -132,12 +133,14 @@ def as_markdown(comparisons: Sequence[Comparison], run: Run) -> str:
         "# Benchmarks",
         "",
         "Written by `make bench`. A ratio is the rival's median time by ours: above 1, ours is faster. The",
-        "limit of a case is a copy of the bytes it must move or a matmul of the flops it must do, measured",
-        "in the same run. The copy is in memory: small cases, which lie in the cache, can be faster.",
+        "limit of a case is the time that the processor needs at least for the flops that it must do, or for",
+        "the bytes that it must move. Both are measured in the same run by loops that do nothing else:",
+        "multiply-adds on registers, and reads and copies of as many bytes as the case moves, so that small",
+        "cases stand beside a cache's speed.",
         "",
         f"- machine: {run.machine}, {run.isa}, {run.threads} thread{'s' if run.threads != 1 else ''}",
         f"- torch {run.torch}, commit {run.commit}",
-        *(f"- {name}: {_speed(name, value)}" for name, value in run.ceilings.items()),
+        *_ceilings(run.ceilings),
     ]
     for family in dict.fromkeys(comparison.ours.family for comparison in comparisons):
         lines += [
@@ -165,8 +168,24 @@ def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.4g}"
 
 
-def _speed(name: str, value: float) -> str:
-    return f"{value / 1e9:.1f} GB/s" if name == "copy" else f"{value / 1e9:.1f} GFLOP/s"
+def _ceilings(ceilings: Ceilings) -> list[str]:
+    """The limits, and how much of them torch's own matmul reaches, which is what the rivals stand on."""
+    if not ceilings.flops:
+        return []
+    memory = ", ".join(
+        f"{rate / 1e9:.0f} GB/s with {_size(size)}" for size, rate in sorted(ceilings.memory.items())
+    )
+    lines = [f"- memory: {memory} in use"]
+    for dtype, rate in ceilings.flops.items():
+        line = f"- {dtype}: {rate / 1e9:.0f} GFLOP/s"
+        if dtype in ceilings.matmul:
+            line += f"; torch's own matmul reaches {ceilings.matmul[dtype] / rate:.2f} of that"
+        lines.append(line)
+    return lines
+
+
+def _size(count: int) -> str:
+    return f"{count // 2**20} MiB" if count >= 2**20 else f"{count // 2**10} KiB"
 
 
 def draw_roofline(comparisons: Sequence[Comparison], path: Path) -> None:
@@ -178,9 +197,9 @@ def draw_roofline(comparisons: Sequence[Comparison], path: Path) -> None:
     limited = [c for c in comparisons if c.fraction_of_limit is not None]
     figure = Figure(figsize=(9, 1.2 + 0.2 * len(limited)), layout="constrained")
     axes = figure.add_subplot()
-    colours = {"copy": "#4c72b0", "matmul": "#dd8452"}
+    colours = {"bytes": "#4c72b0", "flops": "#dd8452"}
     for kind, colour in colours.items():
-        rows = [i for i, c in enumerate(limited) if c.limit.startswith(kind)]
+        rows = [i for i, c in enumerate(limited) if c.limit == kind]
         widths = [limited[i].fraction_of_limit or 0.0 for i in rows]
         axes.barh(rows, widths, color=colour, label=f"limit: {kind}")
     axes.axvline(1.0, color="black", linewidth=0.8)

@@ -6,9 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.ceilings import Ceilings, measure
 from benchmarks.report import Run, Timing, as_json, as_markdown, compare, timing_of, write
 
-CEILINGS = {"copy": 40e9, "matmul float32": 100e9, "matmul bfloat16": 400e9}
+CEILINGS = Ceilings(
+    flops={"float32": 100e9, "bfloat16": 400e9},
+    memory={2**15: 200e9, 2**25: 40e9},
+    matmul={"float32": 50e9, "bfloat16": 300e9},
+)
 RUN = Run("Some CPU", "avx2", 1, "2.13.0", "0123abc", CEILINGS)
 
 
@@ -36,12 +41,26 @@ def test_percentiles_are_of_the_rounds():
 
 def test_the_nearer_ceiling_is_the_limit():
     rows, attention = compare(TIMINGS, CEILINGS)
-    assert rows.limit == "copy"
+    assert rows.limit == "bytes"
     assert rows.fraction_of_limit == pytest.approx(60e6 / 40e9 / 2e-3)  # 1.5 of 2 ms
-    assert attention.limit == "matmul bfloat16"
-    assert attention.fraction_of_limit == pytest.approx(8e8 / 400e9 / 4e-3)  # 2 of 4 ms, the bytes take 0.1
+    assert attention.limit == "flops"
+    assert attention.fraction_of_limit == pytest.approx(8e8 / 400e9 / 4e-3)  # 2 of 4 ms, the bytes take 0.02
     (without,) = compare([timing("ours", 1e-3)], CEILINGS)
     assert without.fraction_of_limit is None
+
+
+def test_small_cases_stand_beside_the_speed_of_caches():
+    assert CEILINGS.seconds("float32", 0, 2**20) == {"bytes": 2**20 / 200e9}
+    assert CEILINGS.seconds("float32", 0, 2**10) == {"bytes": 2**10 / 200e9}
+    assert CEILINGS.seconds("float64", 1e9, 2**26) == {"bytes": 2**26 / 40e9}
+
+
+def test_nothing_that_runs_here_passes_the_measured_limits():
+    found = measure(1)
+    assert found.flops["bfloat16"] >= found.flops["float32"] > 1e8
+    rates = [found.memory[size] for size in sorted(found.memory)]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] > 1e7
 
 
 def test_json_has_an_object_for_each_rival():
@@ -83,11 +102,11 @@ def test_markdown_has_a_table_for_each_family_and_says_where_it_was_measured():
     text = as_markdown(compare(TIMINGS, CEILINGS), RUN)
     assert "- machine: Some CPU, avx2, 1 thread\n" in text
     assert "torch 2.13.0, commit 0123abc" in text
-    assert "- copy: 40.0 GB/s" in text
-    assert "- matmul bfloat16: 400.0 GFLOP/s" in text
+    assert "- memory: 200 GB/s with 32 KiB, 40 GB/s with 32 MiB in use\n" in text
+    assert "- bfloat16: 400 GFLOP/s; torch's own matmul reaches 0.75 of that\n" in text
     assert text.index("## rows") < text.index("## attention")
     row = "| gated_add B1 float32 | float32 | 1.76 / 2 / 2.24 | eager 5, compiled 3 | "
-    assert row + "eager 2.50, compiled 1.50 | 0.75 of copy |" in text
+    assert row + "eager 2.50, compiled 1.50 | 0.75 of bytes |" in text
 
 
 def test_files_are_written_and_the_drawing_has_a_label_for_each_case(tmp_path):
