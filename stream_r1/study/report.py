@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from stream_r1.demo.report import playable
 from stream_r1.disk.whole import write_text
+from stream_r1.distill.guard import FIGURES as WATCHED
 from stream_r1.evaluation.report import MEASURES
 from stream_r1.evaluation.single import FIGURES as SINGLE
 from stream_r1.files import FileError, read_json
@@ -137,6 +138,7 @@ def _context(study: Study, done: list[Run], numbers: Numbers, arms: list[Arm]) -
         "videos": study.settings.videos,
         "figures": [_figure(name, base, arms) for name in numbers],
         "costs": [_cost(arm, base) for arm in arms],
+        "guards": [row for name in study.settings.arms if (row := _guard(name, done)) is not None],
         "rows": _videos(study, done),
         "arms": {
             name: str(changes or "the recipe as it is") for name, changes in study.settings.arms.items()
@@ -171,6 +173,30 @@ def _cost(arm: Arm, base: Arm | None) -> dict[str, str]:
         "step_share": share,
         "memory": f"{memory / 2**30:.2f} GiB" if memory else "–",
         "memory_share": more,
+    }
+
+
+def _guard(arm: str, done: list[Run]) -> dict[str, str] | None:
+    """What a guard saw in the arm's runs, the last look beside the first; None where none watched."""
+    shares: dict[str, list[float]] = {}
+    alarms, watched = 0, 0
+    for run in done:
+        settings = run.recipe.guard
+        if run.arm != arm or settings is None:
+            continue
+        looks = [row for row in read_metrics(run.folder / METRICS) if "guard/fault" in row]
+        if len(looks) < 2:
+            continue
+        watched += 1
+        faults = "".join("x" if row["guard/fault"] else "." for row in looks)
+        alarms += "x" * settings.patience in faults
+        for name in WATCHED:
+            first, last = looks[0][f"guard/{name}"], looks[-1][f"guard/{name}"]
+            shares.setdefault(name, []).append(last / first if first else float("nan"))
+    if not watched:
+        return None
+    return {"arm": arm, "alarms": f"{alarms} of {watched} runs"} | {
+        name: f"{min(values):.2f} to {max(values):.2f}" for name, values in shares.items()
     }
 
 

@@ -24,7 +24,7 @@ def run(*arguments) -> int:
 def written(world, folder, **changes):
     study = {
         "recipe": str(world / "recipe.yaml"),
-        "set": {"steps": 2},
+        "set": {"steps": 2, "guard": {"every": 1, "videos": 1, "then": "warn"}},
         "arms": {"uniform": {"weighting": {"mode": "uniform"}}, "wrong": {"reward": {"wrong": "saturation"}}},
         "against": "uniform",
         "seeds": [0],
@@ -65,6 +65,7 @@ def test_a_study_that_was_killed_goes_on_and_ends_with_a_page(world, tmp_path, c
         assert changes[name] == pytest.approx(sum(pairs) / len(pairs), rel=1e-4, abs=1e-9)
     page = (out / "index.html").read_text(encoding="utf-8")
     assert page.count("<video") == 2
+    assert page.count("0 of 1 runs") == 2  # alarms of the guard, an arm each
     assert "http" not in page.replace("http://www.w3.org", "")
     assert str(out / "index.html") in capsys.readouterr().out
 
