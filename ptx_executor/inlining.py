@@ -110,7 +110,7 @@ class _Copy:
         return name + self._suffix
 
     def variables(self) -> list[Variable]:
-        """Local variables anew for this call; shared ones belong to the function and stay."""
+        """New local variables for this call; shared ones belong to the function and stay."""
         return [
             variable
             if variable.space == "shared"

@@ -137,7 +137,7 @@ def make_init_trainer(recipe: InitRecipe, folder: Path | str, ranks: Ranks | Non
 def write_ode_pairs(recipe: InitRecipe, ranks: Ranks | None = None) -> Iterator[int]:
     """Writes the teacher's trajectories that a start's recipe names, each rank its part of the files.
 
-    Goes on where an earlier call stopped; yields the number of the last one after each file.
+    Continues where an earlier call stopped; yields the number of the last one after each file.
     """
     require_models(recipe)
     ranks, size = ranks or Ranks(), recipe.rollout

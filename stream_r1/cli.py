@@ -58,7 +58,7 @@ def demo(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Settings of the demo itself, as --set chunks=4.")
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")] = False,
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Write the report again from what is there.")
     ] = False,
@@ -86,7 +86,7 @@ def train(
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")] = False,
     take_over: TakeOver = False,
 ) -> None:
-    """Train a student by a recipe; go on where an earlier run stopped.
+    """Train a student by a recipe; resume where an earlier run stopped.
 
     On several GPUs: torchrun --nproc-per-node N -m stream_r1 train RECIPE.
     """
@@ -178,7 +178,7 @@ def data_ode_pairs(
     overrides: Overrides = None,
     take_over: TakeOver = False,
 ) -> None:
-    """Write the teacher's trajectories that a student's start is learnt from; goes on where it stopped."""
+    """Write the teacher's trajectories that a student's start is learnt from; resumes where it stopped."""
     from stream_r1.commands.data import ode_pairs
 
     ode_pairs(recipe, overrides or [], take_over=take_over)
@@ -199,7 +199,7 @@ def study(
 ) -> None:
     """Compare ways of weighting: train every arm with every seed, judge them in pairs, write a page.
 
-    Goes on where it was stopped.
+    Resumes where it was stopped.
     """
     from stream_r1.commands.study import run
 
@@ -216,7 +216,7 @@ def evaluate(
 ) -> None:
     """Compare models by videos of the same prompts and noise: measures, drift, latency, VBench, judges.
 
-    Goes on where it was stopped.
+    Resumes where it was stopped.
     """
     from stream_r1.commands.eval import run
 

@@ -115,7 +115,7 @@ def sample(
     seconds: Annotated[float, typer.Option(min=0.1, max=1e6, help="Length; Ctrl-C ends it earlier.")] = 5.0,
     forever: Annotated[bool, typer.Option("--forever", help="Until Ctrl-C.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same video, bit for bit.")] = 0,
-    start: Annotated[Path | None, typer.Option(help="Video or picture to go on from.")] = None,
+    start: Annotated[Path | None, typer.Option(help="Video or picture to continue from.")] = None,
     scale: Annotated[int, typer.Option(min=1, help="Enlarge the pictures by a whole factor.")] = 1,
     sheet: Annotated[bool, typer.Option("--sheet", help="Write a contact sheet (PNG) too.")] = False,
 ) -> None:

@@ -64,7 +64,7 @@ class StreamSettings(Settings):
     """How the student streams; None keeps what its folder says.
 
     window_frames: latent frames that a chunk sees, sink and itself included.
-    sink_frames: first frames that stay visible for ever.
+    sink_frames: first frames that stay visible indefinitely.
     positions: "absolute" (Self Forcing) or "window" (Reward Forcing, Stream-R1).
     sink_ema: decay of the sink's moving average; "none": the sink stays as it was.
     """

@@ -51,7 +51,7 @@ class ChunkCache:
         frames_per_chunk: latent frames denoised together.
         window_frames: frames visible at once, sink and fresh chunk included, any number that has room for
             these; None: the whole past. Fastest where it is the sink and whole chunks.
-        sink_frames: first frames that stay visible for ever, any number.
+        sink_frames: first frames that stay visible indefinitely, any number.
         positions: "absolute": keys stay at their frame; "window": the sink always lies just before the
             window.
         ema: keep the sink as a moving average, `sink = ema * sink + (1 - ema) * evicted chunk`, where every
@@ -133,7 +133,7 @@ class ChunkCache:
         return kept_sink(sink, self.ema, turns=self.moves_sink, moves=self._layout.spare > 0)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies: their views are made anew, in their own buffer."""
+        """For copies: their views are made again, in their own buffer."""
         return self.__dict__ | {"_views": {}, "lent": Lent(len(self)), "moments": Moments()}
 
     def __len__(self) -> int:
@@ -148,7 +148,7 @@ class ChunkCache:
 
     @property
     def layers(self) -> list[LayerCache]:
-        """All layers' parts; made anew: a cache that held them would outlive its last user."""
+        """All layers' parts; made again: a cache that held them would outlive its last user."""
         return [LayerCache(self, layer) for layer in range(len(self))]
 
     @property

@@ -26,7 +26,7 @@ class Layout(NamedTuple):
     A frame f after the sink lies at `sink + (f - sink) % ring` while it is visible, so a full window is sink
     and ring, in whatever order. Where the ring is no whole number of chunks, some chunks do not fit before
     its end. Their surplus lies in the spare frames until the next chunk begins; then it moves to the ring's
-    start. What such a chunk sees lies as much further, the sink put anew before it.
+    start. What such a chunk sees lies as much further, the sink put again before it.
 
         ring of 4, chunks of 3:    0 1 2 .|. .    . . 2 3|4 5    . 5 6 7|8 .    8 9 A B|. .
     """

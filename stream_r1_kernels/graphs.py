@@ -80,7 +80,7 @@ def renew_sinks_(
 ) -> None:
     """`renew_sink_` of the layers from `layer` on, `layers` of them, by the kernel where there is one.
 
-    `since_first` is 0 at a stream's first renewal: a number, as graphs are made anew for another bool.
+    `since_first` is 0 at a stream's first renewal: a number, as graphs are made again for another bool.
     """
     some = slice(layer, layer + layers)
     values = None if sink_v is None else sink_v[some]

@@ -70,7 +70,7 @@ try:
 except RuntimeError as error:
     raise ImportError(
         "stream_r1_kernels: expected one import in a process, as torch keeps the ops of the first; got a "
-        "second (a module reloaded, or another copy of the package on the path): start Python anew"
+        "second (a module reloaded, or another copy of the package on the path): restart Python"
     ) from error
 for _library in LIBRARIES:
     for _schema in SCHEMAS:

@@ -63,14 +63,14 @@ def run(
                 "this run is done; --fresh starts over, --set budget=SECONDS makes another", highlight=False
             )
         elif demo.record.stages:
-            console.print(f"going on with the run in {out}", highlight=False)
+            console.print(f"resuming the run in {out}", highlight=False)
         try:
             record = demo.run()
         finally:
             if demo.record.clips:
                 _tell(console, write_report(demo.record, out), demo.record)
         if record.stopped:
-            console.print("stopped; the same command goes on from here")
+            console.print("stopped; the same command resumes from here")
             sys.exit(128 + demo.stopped_by)
 
 

@@ -17,7 +17,7 @@ from stream_r1.sampling.pipeline import StreamR1Pipeline
 
 
 def run(path: Path, overrides: list[str], *, report_only: bool) -> None:
-    """Everything that is not done; the page is written anew after every stage."""
+    """Everything that is not done; the page is rewritten after every stage."""
     console = make_console(lasting=True)
     evaluation = load(path, overrides)
     check_folder("out", evaluation.out, evaluation.inputs(locate(path)))

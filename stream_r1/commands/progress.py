@@ -50,12 +50,12 @@ def set_aside(event: SetAside) -> str:
 
 def not_saved(event: NotSaved) -> str:
     """What became of a checkpoint, as a sentence."""
-    return f"no checkpoint after step {event.step}: {event.why}; the training goes on"
+    return f"no checkpoint after step {event.step}: {event.why}; the training continues"
 
 
 def alarm(event: Alarm) -> str:
     """What the guard says, as a sentence."""
-    then = f"the run ends with the student of step {event.kept_step}" if event.ends else "the run goes on"
+    then = f"the run ends with the student of step {event.kept_step}" if event.ends else "the run continues"
     return one_line(f"guard, step {event.step}: {event.reason}; {then}")
 
 
@@ -182,7 +182,7 @@ class DistillationDisplay:
         self._row(table, "critic loss", "critic/loss", ".3f")
         if self._skipped:
             table.add_row("", "", Text(self._skips(), style="yellow"))
-        hint = Text("Ctrl-C stops and keeps what there is; run again to go on", style="dim")
+        hint = Text("Ctrl-C stops and keeps what there is; run again to resume", style="dim")
         return Group(self._bar, table, hint)
 
     def _row(self, table: Table, name: str, key: str, form: str) -> None:

@@ -132,7 +132,7 @@ def run(
     given = None
     if start is not None:
         found = read_start(start, pipeline)
-        console.print(f"{start}: goes on from {found.meaning}", soft_wrap=True, highlight=False)
+        console.print(f"{start}: continues from {found.meaning}", soft_wrap=True, highlight=False)
         given = found.frames
     stream = pipeline.stream(prompts, seed, chunks, first_frames=given)
     stopped = False

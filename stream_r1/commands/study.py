@@ -16,7 +16,7 @@ from stream_r1.study.run import Cost, Runner, is_done
 
 
 def run(path: Path, overrides: list[str], *, jobs: int, trainer: str | None, report_only: bool) -> None:
-    """Everything that is not done; the page is written anew after every run."""
+    """Everything that is not done; the page is rewritten after every run."""
     console = make_console(lasting=True)
     study = load(path, overrides)
     check_folder(

@@ -86,7 +86,7 @@ def _train(recipe: Recipe | InitRecipe, ranks: Ranks, console: Console, *, fresh
         trainer = _trainer(recipe, ranks, out, fresh=fresh)
     resumed = trainer.resume()
     if resumed is not None:
-        console.print(f"going on from {resumed}", soft_wrap=True)
+        console.print(f"resuming from {resumed}", soft_wrap=True)
     if trainer.step >= recipe.steps:
         for damaged in trainer.checkpoints.set_aside:
             console.print(set_aside(damaged), soft_wrap=True, markup=False)
@@ -112,7 +112,7 @@ def _train(recipe: Recipe | InitRecipe, ranks: Ranks, console: Console, *, fresh
     if trainer.stopped:
         name = signal.Signals(trainer.stopped_by).name
         where = f"after step {trainer.step} of {recipe.steps}"
-        console.print(f"stopped by {name} {where}; the same command goes on from here", soft_wrap=True)
+        console.print(f"stopped by {name} {where}; the same command resumes from here", soft_wrap=True)
     return trainer.stopped_by
 
 

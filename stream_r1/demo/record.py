@@ -1,4 +1,4 @@
-"""What a demo run knows about itself: one JSON file beside its videos, enough to report or to go on."""
+"""What a demo run knows about itself: one JSON file beside its videos, enough to report or to continue."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Record(_Part):
     """Everything about a run; written after every stage and every few steps."""
 
     fingerprint: str
-    """Of settings and models: a run goes on only if it is the same."""
+    """Of settings and models: a run continues only if it is the same."""
     started: str
     recipe: str
     seed: int

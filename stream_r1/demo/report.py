@@ -104,7 +104,7 @@ def _banner(record: Record) -> str | None:
         planned = f" (step {record.critic_steps} of {record.planned_steps})" if record.planned_steps else ""
         return (
             f"This run was stopped after {_steps(record)}{planned}. "
-            "Run it again: it goes on from here. What it has so far is below."
+            "Run it again: it continues from here. What it has so far is below."
         )
     return "This run is not finished: what it has so far is below."
 

@@ -1,6 +1,6 @@
 """The demo, stage by stage: stream and evaluate before, distil, stream and evaluate after, look closer.
 
-Every stage leaves its result in the run's record, so a run that was stopped goes on where it was.
+Every stage leaves its result in the run's record, so a run that was stopped resumes where it was.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MAPS = "maps.npz"
 
 
 class TrainingWatcher(Protocol):
-    """Sees the distillation go on."""
+    """Sees the distillation continue."""
 
     def show(self, event: Event) -> None: ...
 
@@ -55,7 +55,7 @@ class TrainingWatcher(Protocol):
 
 
 class Watcher(Protocol):
-    """Sees the demo go on; nothing in here prints."""
+    """Observes the demo; nothing in here prints."""
 
     def stage(self, title: str) -> AbstractContextManager[object]: ...
 
@@ -305,14 +305,14 @@ def clear(folder: Path) -> None:
 
 
 def _fingerprint(recipe: Recipe, settings: DemoSettings) -> str:
-    """Of everything that a run going on must share with its beginning."""
+    """Of everything that a resumed run must share with its beginning."""
     digest = hashlib.sha256(
         json.dumps([recipe.model_dump(mode="json"), settings.model_dump(mode="json")]).encode()
     )
     for folder in recipe.models.model_dump(exclude_none=True).values():
         root = locate(folder)
         for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
-            if path.is_file():  # by size and time: a run goes on in the place where it began
+            if path.is_file():  # by size and time: a run continues in the place where it began
                 found = path.stat()
                 digest.update(f"{path.relative_to(root.parent)} {found.st_size} {found.st_mtime_ns}".encode())
     return digest.hexdigest()[:16]

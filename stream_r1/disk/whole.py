@@ -35,7 +35,7 @@ def written(path: str | Path, *, replaces: str = "*", clear: bool = True) -> Ite
     that lead there are made.
 
     Args:
-        replaces: of a folder that is there, what is not written anew and does not match stays: a model's
+        replaces: of a folder that is there, what is not written again and does not match stays: a model's
             folder may hold more than the model.
         clear: look for what killed processes left in that folder; False where it has very many files.
 

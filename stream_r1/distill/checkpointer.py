@@ -165,5 +165,5 @@ def _refuse_another_run(path: Path | str, theirs: dict, ours: dict, at: str = ""
         elif a != b:
             raise CheckpointError(
                 f"{path}: made with {at}{key} = {shown(a)}, this run has {shown(b)}: "
-                "resume with the same settings, or start anew"
+                "resume with the same settings, or start again"
             )

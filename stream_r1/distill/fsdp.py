@@ -17,7 +17,7 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, *, bfloat16: bool) -> None:
     """Shards a transformer, in place.
 
     A whole block exists on a rank while it computes, forward or backward; so do the parameters outside of the
-    blocks while a pass runs. Every call gathers them anew, so what it computes with is never from before an
+    blocks while a pass runs. Every call gathers them again, so what it computes with is never from before an
     update.
 
     Args:

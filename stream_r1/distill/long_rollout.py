@@ -2,7 +2,7 @@
 
     made without a graph, in constant memory                              learnt from
     chunk 0 | chunk 1 | ... | chunk i                                     | chunk i + 1 | ... | last chunk
-                              its end: context, the first frame encoded anew
+                              its end: context, the first frame encoded again
 
 The teacher and the critic know clips that begin with a frame of their own: a latent frame that stands for one
 picture, where later ones stand for several. So the last pixel frame of the clip's first latent frame is

@@ -21,7 +21,7 @@ _NAME = "default"  # of the adapter, in parameters' names
 
 
 def require_peft() -> None:
-    """Refuses to go on without the package. Raises SettingsError."""
+    """Refuses to continue without the package. Raises SettingsError."""
     try:
         import peft  # noqa: F401
     except ModuleNotFoundError as error:

@@ -81,7 +81,7 @@ class OptimizerStep:
         name, count = self.name, self.skipped[self.name]
         what = f"{count} updates of the {name} in a row were" if count > 1 else f"an update of the {name} was"
         told = f"loss {scalars[f'{name}/loss']:g}, gradient norm {scalars[f'{name}/grad_norm']:g}"
-        advice = "lower its lr and start anew"
+        advice = "lower its lr and start again"
         if name == "student" and scalars.get(NOT_FINITE):
             told += f", {scalars[NOT_FINITE]:.0%} of the reward's scores not finite"
             advice = "look at the reward"

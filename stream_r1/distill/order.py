@@ -6,7 +6,7 @@ import torch
 
 
 class ShuffledOrder:
-    """Indices 0..count-1, shuffled anew every epoch, for ever. Where it is, is two numbers.
+    """Indices 0..count-1, shuffled again every epoch, indefinitely. Where it is, is two numbers.
 
     Args:
         count: how many things there are.

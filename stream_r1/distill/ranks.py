@@ -127,7 +127,7 @@ class Ranks:
             yield
 
     def require_same(self, **values: object) -> None:
-        """Refuses to go on when ranks differ in what they were told. Raises ValueError on all of them."""
+        """Refuses to continue when ranks differ in what they were told. Raises ValueError on all of them."""
         if not self.launched:
             return
         everybody: list[dict[str, object]] = [{} for _ in range(self.size)]

@@ -241,7 +241,7 @@ class GuardSettings(Settings):
     critic_loss: the greatest share of the critic's loss before the second look.
     update: the greatest norm of the student's gradients over their median of the last updates.
     patience: looks in a row that have to find fault.
-    then: "stop" ends the run, "warn" says so and goes on; either way the student of the last look without
+    then: "stop" ends the run, "warn" says so and continues; either way the student of the last look without
         fault is kept, and it is what is exported after a stop.
     """
 

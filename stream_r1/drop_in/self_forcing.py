@@ -49,14 +49,14 @@ def adopt(
     """Put one ring buffer behind a pipeline's cache dictionaries, in place.
 
     Each dictionary's `k` and `v` become views of the buffer (what they were is freed), the counters stay and
-    go on counting. The order of tokens in `k` and `v` is the ring's from then on, and keys are rotated.
+    continue counting. The order of tokens in `k` and `v` is the ring's from then on, and keys are rotated.
 
     Args:
         kv_cache: a dictionary a layer, none of a started stream. Batch, size, heads, head width, dtype and
             device are those of `k`; the size must be whole frames.
         rows, columns: tokens of a frame, as a grid: 30, 52 for 480x832.
         frames_per_chunk: latent frames denoised together (`num_frame_per_block`).
-        window: True: the cache is a window that moves on for ever (`local_attn_size` frames, the sink
+        window: True: the cache is a window that slides indefinitely (`local_attn_size` frames, the sink
             included); False: it holds the whole video (`local_attn_size = -1`).
         sink_frames: first frames that stay visible (`sink_size`).
         positions: "absolute" (Self Forcing) or "window" (Reward Forcing, Stream-R1).

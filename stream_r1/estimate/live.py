@@ -146,7 +146,7 @@ def _attention_scratch(func: Any, args: Sequence[Any]) -> int:
 def call_with_numbers(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Within fake tensors, computes what depends on no fake tensor and is made of integers.
 
-    Models that reckon with sizes and places of tokens in tensors get numbers, not guesses.
+    Models that compute with sizes and places of tokens in tensors get numbers, not guesses.
     """
     tensors = tensors_in((*args, *kwargs.values()))
     if tensors and not any(isinstance(x, FakeTensor) for x in tensors):

@@ -25,7 +25,7 @@ def _asked(plan: Plan) -> tuple[Any, ...]:
 
 @remembered(by=_asked)
 def pixel_phases(plan: Plan) -> list[Phase]:
-    """Of the student's update, with the reward's layers reckoned from shallow stacks."""
+    """Of the student's update, with the reward's layers estimated from shallow stacks."""
     return [_decode(plan), _reward(plan)]
 
 

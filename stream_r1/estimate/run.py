@@ -1,4 +1,4 @@
-"""Runs phases of a step on fake tensors, and reckons those of deep networks from two shallow ones."""
+"""Runs phases of a step on fake tensors, and estimates those of deep networks from two shallow ones."""
 
 from __future__ import annotations
 

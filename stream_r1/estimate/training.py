@@ -130,7 +130,7 @@ class _Times:
         return seconds + optimizer
 
     def _phase(self, phase: Phase) -> float:
-        """The longer of what it computes and what it fetches: the two go on at once."""
+        """The longer of what it computes and what it fetches: the two run at once."""
         busy, times = roofline.seconds(phase.work, self.device), 1.0
         if phase.name.endswith(": rollout"):
             times = self._rollout_passes() / phase.passes

@@ -51,7 +51,7 @@ def deadlines(arrive: Sequence[float], frames: Sequence[int], fps: float) -> tup
     """How many chunks came too late for a player, and how long it stood still in all.
 
     The player starts with the first chunk and shows `fps` frames a second. A chunk is late if it is not there
-    when the frames before it have been shown; the player then waits for it and goes on.
+    when the frames before it have been shown; the player then waits for it and continues.
     """
     late, stalled = 0, 0.0
     runs_dry = arrive[0] + frames[0] / fps

@@ -174,7 +174,7 @@ def _parse(path: Path, found: Mapping[str, Any]) -> Made:
     )
     if not right:
         raise FileError(
-            f"{path}: expected the record of a video, got other keys or values: remove it to make it anew"
+            f"{path}: expected the record of a video, got other keys or values: remove it to make it again"
         )
     height, width = found["size"]
     return Made(**{**found, "size": (height, width)})

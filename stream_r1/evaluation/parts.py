@@ -70,7 +70,7 @@ def read_result(evaluation: Evaluation, model: str, part: Measuring, video: Vide
     found = read_json(path)
     if not isinstance(found.get("found"), dict) or not isinstance(found.get("asked"), dict):
         raise FileError(
-            f"{path}: expected the results of {part.name}, got other keys: remove it to find them anew"
+            f"{path}: expected the results of {part.name}, got other keys: remove it to compute them again"
         )
     found_out: dict[str, Any] = found["found"]
     return found_out if found["asked"] == part.asked else None

@@ -42,7 +42,7 @@ def main(
         str, typer.Option(help="What pip installs as detectron2; empty: nothing.")
     ] = DETECTRON2,
 ) -> None:
-    """Make it, and print the line for a recipe. Goes on where it stopped: pip skips what is there."""
+    """Make it, and print the line for a recipe. Resumes where it stopped: pip skips what is there."""
     if shutil.which(python) is None:
         raise typer.BadParameter(f"expected a Python, got {python}: no such command", param_hint="--python")
     version = _output([python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"])

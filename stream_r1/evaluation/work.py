@@ -1,6 +1,6 @@
 """Everything of an evaluation that is not done yet: each video, then each part of each video.
 
-A finished piece is a file, written whole, so an evaluation that was killed goes on where it stopped.
+A finished piece is a file, written whole, so an evaluation that was killed resumes where it stopped.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Models of diffusers and transformers from local folders: whole, or refused with the file's name.
 
-The libraries themselves go on where weights are missing, with random numbers or none, and their errors often
+The libraries themselves continue where weights are missing, with random numbers or none, and their errors often
 do not say which file is damaged: broken-off downloads look like that.
 """
 

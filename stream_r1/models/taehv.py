@@ -2,7 +2,7 @@
 
 Layout and weights as published (github.com/madebyollin/taehv, `taew2_1.pth`). All convolutions are within a
 frame; time enters through memory blocks, which read the frame before, and through 1 x 1 convolutions that
-pool frames into channels or grow them out of channels. A stream needs one frame a memory block to go on.
+pool frames into channels or grow them out of channels. A stream needs one frame a memory block to continue.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             to, as in Wan.
         frames_per_chunk: latent frames denoised together.
         window_frames: frames a chunk sees, sink and itself included; None: everything before it.
-        sink_frames: first frames that stay visible for ever.
+        sink_frames: first frames that stay visible indefinitely.
         positions: "absolute" (Self Forcing) or "window" (Reward Forcing, Stream-R1), see `ChunkCache`.
         sink_ema: decay of the sink's moving average; None: the sink stays as it was.
         first_chunk_frames: frames of the first chunk where it differs (1: independent first frame).

@@ -181,7 +181,7 @@ def ghost(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
 
 @_of_pixels
 def wobble(clip: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
-    """Shapes breathe: a smooth displacement field that is drawn anew every few frames."""
+    """Shapes breathe: a smooth displacement field that is drawn again every few frames."""
     keys = -(-len(clip) // int(rng.integers(1, 4))) + 1
     field = _normal(rng, (1, 2, keys, 4, 7))
     field = F.interpolate(field, (len(clip), *clip.shape[2:]), mode="trilinear", align_corners=True)

@@ -257,7 +257,7 @@ class StreamR1Pipeline:
         *,
         first_frames: Tensor | None = None,
     ) -> Stream:
-        """Frames as they are made, for ever unless `chunks` are given: an iterator of `Chunk`.
+        """Frames as they are made, indefinitely unless `chunks` are given: an iterator of `Chunk`.
 
         Args:
             prompt: one, or a batch.
@@ -302,7 +302,7 @@ class StreamR1Pipeline:
         """Chunks that make at least so many pixel frames.
 
         A video's first chunk makes fewer than the others, for its first latent frame makes one pixel frame; a
-        stream that goes on from given frames has only others.
+        stream that continues from given frames has only others.
         """
         config = self.student.config
         each = config["frames_per_chunk"] * self.vae.temporal_factor

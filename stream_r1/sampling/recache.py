@@ -1,4 +1,4 @@
-"""The latents behind a window's keys and values, kept so that another prompt can compute these anew."""
+"""The latents behind a window's keys and values, kept so that another prompt can compute these again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class HeldChunks:
     `chunks()` passed through the student into an empty cache give the window's keys and values under the
     prompt of these passes. Attention knows the distances of frames alone, so it does not matter that they
     then count from frame 0. Source: KV recache of LongLive (2509.22622), which leaves the sink as it was;
-    here its frames are recomputed too, and a moving average begins anew from them.
+    here its frames are recomputed too, and a moving average starts again from them.
 
     Args:
         cache: the stream's.

@@ -121,8 +121,8 @@ class Sampler:
             seed: same seed, same machine, same batch size: same video, bit for bit. An int (prompts are told
                 apart by their index) or one a prompt. The noise depends on seed, prompt index, chunk and pass
                 alone.
-            chunks: how many chunks to make after `first_frames`; None: for ever.
-            first_frames: go on from these: pixels [B, T, 3, H, W] in [0, 1] (needs the VAE) or normalised
+            chunks: how many chunks to make after `first_frames`; None: indefinitely.
+            first_frames: continue from these: pixels [B, T, 3, H, W] in [0, 1] (needs the VAE) or normalised
                 latents [B, F, C, h, w], whole chunks; they are not yielded again. Batch 1 serves all prompts.
             latent_size: (h, w); None: that of `first_frames`, else the sampler's.
             first_index: index of the first prompt where a list is sampled in several batches.

@@ -105,9 +105,9 @@ class Stream(Iterator[Chunk]):
 
     @torch.no_grad()
     def switch(self, prompts: Prompts, *, recache: bool = False) -> None:
-        """Other prompts, as many, from the next chunk on: the picture goes on, its text changes.
+        """Other prompts, as many, from the next chunk on: the picture continues, its text changes.
 
-        recache: compute what the window holds anew under them, a pass a chunk, or ValueError: `HeldChunks`.
+        recache: compute what the window holds again under them, a pass a chunk, or ValueError: `HeldChunks`.
         """
         held = self._held.chunks() if recache else []
         embeds, batch = self._embed(prompts), self.cache.batch

@@ -112,7 +112,7 @@ class LiveClient:
         self.say({"type": "restart", "seed": seed, "request": request} | more)
 
     def begin_with(self, data: bytes, *, request: int = 0) -> None:
-        """Start anew from a picture or clip, a file's bytes."""
+        """Start again from a picture or clip, a file's bytes."""
         self.say({"type": "upload", "bytes": len(data), "request": request})
         self._socket.send(data)
 

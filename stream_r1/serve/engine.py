@@ -56,7 +56,7 @@ class Picture:
 
 
 class Engine:
-    """A pipeline for several live streams that take turns, chunk by chunk.
+    """A pipeline for several live streams, served in turn, chunk by chunk.
 
     Denoising of one chunk overlaps with decoding of the chunk before, but where the models take turns on a
     device (`offload`).

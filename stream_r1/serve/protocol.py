@@ -72,7 +72,7 @@ class Restart(_Message):
 
 
 class Upload(_Message):
-    """The next message is binary, so many bytes: a picture or clip that the stream starts anew from."""
+    """The next message is binary, so many bytes: a picture or clip that the stream starts again from."""
 
     type: Literal["upload"]
     bytes: Annotated[int, Field(ge=1, le=MAX_UPLOAD)]

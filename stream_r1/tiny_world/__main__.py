@@ -45,7 +45,7 @@ def student(recipe: Recipe, overrides: Overrides = None) -> None:
 
 @app.command()
 def reward(recipe: Recipe, overrides: Overrides = None) -> None:
-    """The reward that guides, or the one that judges, from drawings that are spoilt."""
+    """The reward that guides, or the one that judges, from drawings that are corrupted."""
     from stream_r1.tiny_world.reward import RewardTrainingSettings, train_reward
 
     train_reward(load_recipe(RewardTrainingSettings, recipe, overrides or []))

@@ -104,7 +104,7 @@ def held_out_psnr(model: BlockVAE, clips: Tensor) -> float:
 
 
 def train_codec(settings: CodecSettings) -> None:
-    """Train, or go on training, and write the averaged model to ``settings.out`` with ``metrics.json``."""
+    """Train, or resume training, and write the averaged model to ``settings.out`` with ``metrics.json``."""
     torch.manual_seed(settings.training.seed)
     held_out = some_clips(HELD_OUT, settings.held_out)
     if settings.start is None:

@@ -1,7 +1,7 @@
 """One resumable training loop for the tiny world's models.
 
 Muon for matrices and kernels, AdamW for the rest, a moving average of the weights, and a learning rate that
-is constant after a warm-up and falls over the last part: a finished run can be given more steps and goes on.
+is constant after a warm-up and falls over the last part: a finished run can be given more steps and continues.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Loop:
     Args:
         model: what is trained; parameters that do not require gradients stay as they are.
         settings: how.
-        state: file that holds the state; there from an earlier run, the loop goes on from it.
+        state: file that holds the state; there from an earlier run, the loop resumes from it.
         is_matrix: which named parameters Muon trains; None: hidden ones of two or more dimensions.
     """
 
@@ -178,4 +178,4 @@ class Loop:
                 self.average[name].copy_(state["average"][name])
         for optimizer, saved in zip(self._optimizer_step.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        log.info("%s: going on from step %d", self.path, self.step)
+        log.info("%s: resuming from step %d", self.path, self.step)

@@ -1,6 +1,6 @@
 """The tiny world's reward: the heads of a `SmallReward`, trained on drawings.
 
-Pairs teach the order: a clip above its spoilt version, a little spoilt above much spoilt, its own prompt
+Pairs teach the order: a clip above its corrupted version, a weak corruption above a strong one, its own prompt
 above every other one. Each axis is taught to ignore what belongs to another one. Features are computed once;
 the heads then train in seconds. The report compares on held-out clips, with corruptions seen and never seen
 in training, and with prompts that are wrong in one word.
@@ -43,10 +43,10 @@ class RewardTrainingSettings(Settings):
     network: that it sees through.
     seed: of the clips, their corruptions and the heads: two seeds have nothing in common.
     frames: of a clip.
-    clips: that are spoilt.
+    clips: how many are corrupted.
     plain_clips: more clips, for the prompts alone.
     held_out: clips of the report.
-    kinds_per_clip: corruptions an axis that each training clip is spoilt by.
+    kinds_per_clip: corruptions an axis that each training clip is corrupted by.
     weak: range of the strength of "a little"; "much" is twice as strong.
     steps, batch, learning_rate, weight_decay: of the heads' training.
     neutrality: weight of ignoring what is another axis' in the loss.
@@ -69,7 +69,7 @@ class RewardTrainingSettings(Settings):
 
 
 class SpoiltClips(NamedTuple):
-    """Features of N clips; version 0 of each is clean, then come K x (weak, strong) spoilt ones."""
+    """Features of N clips; version 0 of each is clean, then come K x (weak, strong) corrupted ones."""
 
     features: Features  # appearance [N, 1+2K, T, a] float16, motion [N, 1+2K, m], content [N, 1+2K, c]
     kinds: np.ndarray  # [N, K] names
@@ -189,7 +189,7 @@ def _fit(
         loss = loss + settings.neutrality * (vq_neutral.mean() + mq_neutral.mean())
         loss = loss + 1e-3 * (vq.square().mean() + mq.square().mean())
         # Which of all prompts it is (as CLIP, Radford et al., arXiv 2103.00020), also where the clip is
-        # spoilt, and as surely.
+        # corrupted, and as surely.
         visually = torch.from_numpy(rng.integers(0, 3, len(b)))
         p = torch.from_numpy(rng.choice(len(plain.scenes), settings.batch))
         seen = (
@@ -200,8 +200,8 @@ def _fit(
         content, text = heads.meet(torch.cat(seen), sentences)
         own = torch.cat([train.scenes[b], train.scenes[b], plain.scenes[p]])
         loss = loss + F.cross_entropy(content @ text.T * log_scale.exp(), own)
-        clean, spoilt, _ = content.chunk(3)
-        loss = loss + ((clean - spoilt) * text[train.scenes[b]]).sum(1).square().mean()
+        clean, corrupted, _ = content.chunk(3)
+        loss = loss + ((clean - corrupted) * text[train.scenes[b]]).sum(1).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -247,10 +247,10 @@ def _report(
         (mq[:, 0], columns(mq, corruptions.MOTION)),
         (right, wrong),
     )
-    middles = [((clean.mean() + spoilt.mean()) / 2).item() for clean, spoilt in sides]
+    middles = [((clean.mean() + corrupted.mean()) / 2).item() for clean, corrupted in sides]
     sizes = [
-        ((clean - m).square().mean() + (spoilt - m).square().mean()).div(2).sqrt().item()
-        for (clean, spoilt), m in zip(sides, middles, strict=True)
+        ((clean - m).square().mean() + (corrupted - m).square().mean()).div(2).sqrt().item()
+        for (clean, corrupted), m in zip(sides, middles, strict=True)
     ]
     vq, mq, right = ((raw - middles[i]) / sizes[i] for i, raw in enumerate((vq, mq, right)))
     by_kind = {kind: _of_kind(test, k, kind, vq, mq) for k, kind in enumerate(kinds)}

@@ -36,7 +36,7 @@ class StudentSettings(TeacherSettings):
     forced_clips: drawings that it learns from.
     frames_per_chunk: latent frames made together.
     window_frames: latent frames that a chunk sees, sink and itself included.
-    sink_frames: first frames that stay visible for ever.
+    sink_frames: first frames that stay visible indefinitely.
     sink_ema: decay of the sink's moving average.
     steps: the student's timesteps before the shift, falling.
     step_shift: of the schedule of these steps.
@@ -70,7 +70,7 @@ def new_student(settings: StudentSettings, clips: Clips) -> CausalWanTransformer
 
 
 def train_student(settings: StudentSettings) -> None:
-    """Train, or go on training, and write the averaged student to ``settings.out`` as float16."""
+    """Train, or resume training, and write the averaged student to ``settings.out`` as float16."""
     clips = Clips(Path(settings.vae), settings.clips, Path(settings.work))
     torch.manual_seed(settings.training.seed)
     model = new_student(settings, clips).train()

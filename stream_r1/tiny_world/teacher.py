@@ -70,7 +70,7 @@ def teacher_config(settings: TeacherSettings, latent_channels: int, text_dim: in
 
 
 def train_teacher(settings: TeacherSettings) -> None:
-    """Train, or go on training, and write the averaged model to ``settings.out`` as float16."""
+    """Train, or resume training, and write the averaged model to ``settings.out`` as float16."""
     clips = Clips(Path(settings.vae), settings.clips, Path(settings.work))
     torch.manual_seed(settings.training.seed)
     config = teacher_config(settings, clips.channels, clips.text.shape[2])

@@ -106,7 +106,7 @@ class Comparison:
         return sorted(random.Random(f"{self.settings.seed} checks").sample(range(len(self.prompts)), count))
 
     def items(self, rater: str) -> list[Item]:
-        """What a rater is shown, in order: always the same for one rater, drawn anew for each.
+        """What a rater is shown, in order: always the same for one rater, different between raters.
 
         Where a rater sees a part of the pairs, the parts of the raters are drawn independently.
         """

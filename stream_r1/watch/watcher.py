@@ -39,7 +39,7 @@ _MAP_WIDTH = 160  # pixels of a frame there, at least where the video has them
 
 
 class Watcher:
-    """Sees a run go on: hands its numbers, sample videos and maps to the writers that were asked for.
+    """Records a run: passes its numbers, sample videos and maps to the configured writers.
 
     On the first rank; the others only help to sample where the student is in parts. What it does never
     changes the training: randomness is put back as it was, and what goes wrong is a warning. Only when it is
@@ -50,7 +50,7 @@ class Watcher:
         settings: see `WatchSettings`.
         folder: the run's; is made.
         config: the recipe, to be shown beside its run.
-        warn: is told what goes wrong, a sentence each; None: `warnings.warn`.
+        warn: called with what goes wrong, a sentence each; None: `warnings.warn`.
 
     Raises:
         SettingsError: a package that is missing, or wandb refuses.
@@ -178,7 +178,7 @@ class Watcher:
         return [("files", self._files), *self._others.items()] if self._files is not None else []
 
     def _try(self, name: str, act: Callable[..., object], *arguments: Any) -> None:
-        """Acts; what goes wrong is told once until it goes right again."""
+        """Acts; what goes wrong is reported once until it works again."""
         try:
             act(*arguments)
             self._failing.discard(name)
@@ -187,7 +187,7 @@ class Watcher:
                 torch.cuda.empty_cache()
             if name not in self._failing:
                 self._failing.add(name)
-                self._warn(f"watching, {name}: {first_line(error)}; the training goes on")
+                self._warn(f"watching, {name}: {first_line(error)}; the training continues")
 
 
 def memory(device: torch.device) -> dict[str, float]:

@@ -81,7 +81,7 @@ class FolderWriter:
         except (ValueError, KeyError, csv.Error, OSError) as error:
             self.begun = []
             self.told.append(
-                f"{set_aside(self._path)}: {first_line(error)}: kept under this name, begun anew"
+                f"{set_aside(self._path)}: {first_line(error)}: kept under this name, started again"
             )
         self._rewrite(self.begun)
 
@@ -237,7 +237,7 @@ def _record(event: Any) -> bytes:
 
 
 def gif(frames: Tensor, fps: float) -> bytes:
-    """uint8 [T, 3, H, W] as an animated picture, for ever; wide ones in half, a third, ... of their size."""
+    """uint8 [T, 3, H, W] as an endless animated picture; wide ones in half, a third, ... of their size."""
     stride = -(-frames.shape[3] // _GIF_WIDTH)
     pictures = [
         Image.fromarray(frame).reduce(stride) for frame in frames.permute(0, 2, 3, 1).contiguous().numpy()
@@ -252,7 +252,7 @@ def gif(frames: Tensor, fps: float) -> bytes:
 class WandbWriter:
     """A run on Weights & Biases.
 
-    A resumed run goes on in the one it was, which drops the steps that it has already.
+    A resumed run continues the same run, which drops the steps that it has already.
 
     Args:
         folder: the run's; keeps wandb's files and the run's id.

@@ -33,7 +33,7 @@ def _backward(
     """With p = softmax(scale q k^T), dp = grad_out v^T, delta = sum(p dp) - grad_lse, ds = p (dp - delta):
 
     grad_q += scale ds k,  grad_k += scale ds^T q,  grad_v += p^T grad_out. All queries see all of the past.
-    The softmax is made anew: at scores of 1e4 a float32 log-sum-exp is known to 5e-4 alone.
+    The softmax is made again: at scores of 1e4 a float32 log-sum-exp is known to 5e-4 alone.
     """
     q, k, v = (_heads_first(x) for x in qkv)
     upstream = _heads_first(grad_out)

@@ -2,7 +2,7 @@
 
 The table has, for every kernel, the registers of a thread (as a GPU allocates them, in eights) and the bytes
 of static shared memory. A kernel that got better fails too: `python tests/cuda/test_compile_gate.py` writes
-the table anew, and the change is looked at in review.
+the table again, and the change is looked at in review.
 """
 
 from __future__ import annotations

@@ -276,7 +276,7 @@ FAULTS = [
         "row[3]",
     ),
     Fault(
-        "tiles go on past the end of a range",
+        "tiles continue past the end of a range",
         chunked_attention,
         A,
         "while (tile.begin >= tile.end)",

@@ -121,7 +121,9 @@ FAULTS = [
         "tl.program_id(0) * BLOCK",
     ),
     Fault("the first range read again for the others", chunked, "row += 2 * over", "row += 0 * over"),
-    Fault("tiles go on past the end of a range", chunked, "at + BLOCK >= last", "at + BLOCK >= last + BLOCK"),
+    Fault(
+        "tiles continue past the end of a range", chunked, "at + BLOCK >= last", "at + BLOCK >= last + BLOCK"
+    ),
     Fault(
         "the end of the range before kept",
         chunked,

@@ -2,7 +2,7 @@
 
 Each kernel in each configuration of `triton_attention.CONFIGS`, for bfloat16 (float16 gave the same numbers):
 the registers of a thread, in eights, and the bytes of shared memory. A kernel that got better fails too:
-`python tests/cuda/test_triton_gate.py` writes the table anew, and the change is looked at in review.
+`python tests/cuda/test_triton_gate.py` writes the table again, and the change is looked at in review.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ GENERATIONS = (8, 9, 10)
 TABLE = Path(__file__).parent / "triton.tsv"
 KERNELS = sorted(triton_attention.CONFIGS)
 
-# in the PTX: products on the generation's own tensor cores, and copies of 16 bytes that go on meanwhile
+# in the PTX: products on the generation's own tensor cores, and copies of 16 bytes that continue meanwhile
 PRODUCTS = {8: "mma.sync.aligned.m16n8k16", 9: "wgmma.mma_async", 10: "tcgen05.mma"}
 COPIES = r"cp\.async\.cg\.shared\.global \[[^]]+\], \[[^]]+\], 0x10"
 # A block may have this much shared memory: on 8.6, 8.9 and 12.0; on 9.0; on 10.0.

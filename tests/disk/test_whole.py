@@ -99,7 +99,7 @@ def test_what_a_killed_process_left_is_cleared_and_what_a_living_one_writes_is_n
     me = this_process()
     elsewhere = tmp_path / f".x.00000000-{me.pid}-{me.started}-0.partial"
     elsewhere.mkdir()
-    (tmp_path / f".x.{me.place}-{me.pid}-{me.started + 1}-0.partial").mkdir()  # its number was given anew
+    (tmp_path / f".x.{me.place}-{me.pid}-{me.started + 1}-0.partial").mkdir()  # its number was given again
     clear_partial(tmp_path)
     assert list(tmp_path.glob(".*.partial")) == [elsewhere]
     os.utime(elsewhere, (0, 0))

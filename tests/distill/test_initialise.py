@@ -83,7 +83,7 @@ def random_pairs(count: int = 3) -> OdePairs:
 
 
 def test_ode_regression_is_what_it_says() -> None:
-    """Spelled out for one sample at a time, with the states chosen anew from the same stream."""
+    """Spelled out for one sample at a time, with the states chosen again from the same stream."""
     pairs, student = random_pairs(), tiny_student().eval()
     got = OdeRegression(pairs).loss(student, [2, 1], SampleNoise([7, 8]))
     losses = []

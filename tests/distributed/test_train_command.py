@@ -84,7 +84,7 @@ def test_torchrun_trains_what_one_process_trains(world: Path, tmp_path: Path) ->
 
 
 def test_sigterm_to_torchrun_ends_all_after_the_same_step(world: Path, tmp_path: Path) -> None:
-    """With a checkpoint, an exported student, and one message; one process goes on from there."""
+    """With a checkpoint, an exported student, and one message; one process continues from there."""
     out = tmp_path / "out"
     arguments = ["train", str(world / "recipe.yaml"), f"out={out}", "watch.sample_every=0"]
     run = subprocess.Popen(
@@ -116,7 +116,7 @@ def test_sigterm_to_torchrun_ends_all_after_the_same_step(world: Path, tmp_path:
     weights(out)
     code, told, _ = command(*arguments, f"steps={step + 1}")
     assert code == 0
-    assert f"going on from {checkpoint}" in told
+    assert f"resuming from {checkpoint}" in told
 
 
 def _rows(out: Path) -> int:

@@ -191,7 +191,7 @@ def test_barriers_order_shared_memory(kernel, seed):
 
 
 def test_producer_arrives_consumer_waits(kernel):
-    """bar.arrive of warp 1 lets warp 0 go on; warp 1 does not wait."""
+    """bar.arrive of warp 1 lets warp 0 continue; warp 1 does not wait."""
     run = kernel(
         f"""
         setp.ge.u32 %p0, %tid, 32;
@@ -263,7 +263,7 @@ def test_endless_loop(kernel):
 
 
 def test_spinning_lanes_let_the_others_go_on(kernel):
-    """Lanes of one warp take a lock one after the other: the earliest code must not run for ever."""
+    """Lanes of one warp take a lock one after the other: the earliest code must not run indefinitely."""
     run = kernel(
         """
         SPIN:

@@ -112,7 +112,7 @@ def test_a_missing_row_is_caught():
         _recorded("matmul_bf16")((2, 2), a, b, c, m, n, k)
 
 
-# Barriers of the recorded kernels that order nothing: before the first access, and where every warp goes on
+# Barriers of the recorded kernels that order nothing: before the first access, and where every warp continues
 # with its own part.
 SPARE = {"matmul_bf16": {1}, "attention": {3}}
 

@@ -119,9 +119,9 @@ def test_a_mask_of_true_is_no_mask_and_frames_can_be_cut_away(backend):
 def test_a_sample_s_nan_weight_is_hidden_nowhere(backend):
     """Where the mask drops elements either: in all of the sample, and in no other one."""
     inputs, w = predictions(), weights()
-    spoilt = w | {"w_inter": w["w_inter"].index_fill(0, torch.tensor([1]), torch.nan)}
-    loss, gradient = value_and_gradient(dmd_loss, *inputs, **spoilt, backend=backend)
-    buffer = dmd_gradient_(torch.zeros(SHAPE), *inputs, **spoilt, backend=backend)
+    corrupted = w | {"w_inter": w["w_inter"].index_fill(0, torch.tensor([1]), torch.nan)}
+    loss, gradient = value_and_gradient(dmd_loss, *inputs, **corrupted, backend=backend)
+    buffer = dmd_gradient_(torch.zeros(SHAPE), *inputs, **corrupted, backend=backend)
     _, expected = value_and_gradient(dmd_loss, *inputs, **w, backend=backend)
     assert loss.isnan()
     for got in (gradient, buffer):

@@ -313,7 +313,7 @@ def test_sharded_tensors_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_a_second_import_is_refused_in_a_sentence() -> None:
-    """torch keeps the ops of the first; what was imported goes on working."""
+    """torch keeps the ops of the first; what was imported continues working."""
     code = (
         "import importlib, sys, torch, stream_r1_kernels as first\n"
         "importlib.reload(first)\n"

@@ -1,4 +1,4 @@
-"""`stream-r1 sample`: mp4 files of the asked length, the same for the same seed, going on from a video."""
+"""`stream-r1 sample`: mp4 files of the asked length, the same for the same seed, resuming from a video."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_a_checkpoint_from_a_picture_in_half_precision(world, tmp_path, capsys):
     how = ("--dtype", "bfloat16", "--vae-dtype", "bfloat16", "--device", "cpu", "--vae-device", "cpu")
     start = ("--size", "32x48", "--seconds", 0.5, "--start", tmp_path / "meadow.png")
     assert run("sample", "--prompt", "a rabbit", *what, *how, *start, "--out", tmp_path / "it.mp4") == 0
-    assert "goes on from a picture, still for 9 frames" in capsys.readouterr().out
+    assert "continues from a picture, still for 9 frames" in capsys.readouterr().out
     assert read_video(tmp_path / "it.mp4")[0].shape == (12, 3, 32, 48)
 
 

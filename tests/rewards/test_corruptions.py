@@ -28,13 +28,13 @@ class TestEvery:
     def test_shape_range_and_repeatability(self, name):
         clip = moving_clip()
         before = clip.clone()
-        spoilt = EVERY[name](clip, 1.0, np.random.default_rng(5))
-        assert spoilt.shape == clip.shape
-        assert spoilt.dtype == torch.float32
-        assert spoilt.min() >= 0
-        assert spoilt.max() <= 1
+        corrupted = EVERY[name](clip, 1.0, np.random.default_rng(5))
+        assert corrupted.shape == clip.shape
+        assert corrupted.dtype == torch.float32
+        assert corrupted.min() >= 0
+        assert corrupted.max() <= 1
         assert torch.equal(clip, before)
-        assert torch.equal(spoilt, EVERY[name](clip, 1.0, np.random.default_rng(5)))
+        assert torch.equal(corrupted, EVERY[name](clip, 1.0, np.random.default_rng(5)))
 
     def test_stronger_changes_more(self, name):
         clip = moving_clip()
@@ -49,8 +49,8 @@ class TestEvery:
 @pytest.mark.parametrize("name", REORDERING)
 def test_reordering_keeps_whole_frames(name):
     clip = moving_clip()
-    spoilt = EVERY[name](clip, 1.0, np.random.default_rng(2))
-    distance = (spoilt[:, None] - clip[None]).abs().amax((2, 3, 4))  # [T, T]
+    corrupted = EVERY[name](clip, 1.0, np.random.default_rng(2))
+    distance = (corrupted[:, None] - clip[None]).abs().amax((2, 3, 4))  # [T, T]
     assert torch.equal(distance.min(1).values, torch.zeros(len(clip)))
 
 

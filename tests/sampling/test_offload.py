@@ -48,7 +48,7 @@ def poison(weights: list[Tensor]) -> None:
 
 
 def whole_life(sampler: Sampler) -> list[Tensor]:
-    """Goes on from frames, makes chunks, is told another prompt."""
+    """Continues from frames, makes chunks, is told another prompt."""
     given = torch.rand(1, 3 * 4 - 3, 3, *SIZE, generator=torch.Generator().manual_seed(0))
     stream = sampler.stream(["a fat rabbit", "a tree"], seed=3, first_frames=given)
     made = list(itertools.islice(stream, 3))

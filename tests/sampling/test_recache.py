@@ -1,4 +1,4 @@
-"""A prompt switch that recomputes the window, against whole clips and streams that begin anew."""
+"""A prompt switch that recomputes the window, against whole clips and streams that start again."""
 
 from __future__ import annotations
 

@@ -184,7 +184,7 @@ def test_going_on_from_pixels_is_going_on_from_their_latents() -> None:
     encoded = vae.encode(video)
     from_latents = next(one.stream(PROMPTS, chunks=1, first_frames=encoded))
     assert torch.equal(from_pixels.frames, from_latents.frames)
-    # seamless: the decoder goes on where the given frames end
+    # seamless: the decoder continues where the given frames end
     whole = vae.decode(torch.cat([encoded, from_pixels.latents], dim=1))
     torch.testing.assert_close(from_pixels.frames, whole[:, 9:], atol=1e-5, rtol=0)
     # and what was given matters

@@ -94,7 +94,7 @@ def test_pause_restart_and_the_same_seed_again(served: str) -> None:
         live.pause()
         until(live, message("state", paused=True))
         live.say({"type": "seen", "frame": 10**6})
-        quiet = [live.receive() for _ in range(3)]  # figures go on, a frame or two may have been under way
+        quiet = [live.receive() for _ in range(3)]  # figures continue, a frame or two may have been under way
         assert sum(map(frame, quiet[1:])) <= 1
         live.restart(5, request=3)
         until(live, message("changed", request=3))
@@ -123,7 +123,7 @@ def test_a_stream_begins_with_an_upload_of_any_size(kind: str, served: str, tmp_
         live.begin_with(b"no picture at all", request=10)
         refused = until(live, message("error", code="refused", request=10))
         assert refused["message"].startswith("read_video: what was uploaded cannot be read as a video")
-        until(live, frame)  # what was there goes on
+        until(live, frame)  # what was there continues
 
 
 def malformed() -> list[str | bytes]:

@@ -291,7 +291,7 @@ def test_a_sample_that_fails_is_told_and_the_training_goes_on(tmp_path: Path) ->
     run = trainer(vae=BrokenDecoder())
     numbers, told = watched(run, tmp_path, sample_every=1)
     assert len(numbers) == STEPS
-    assert told == ["watching, sample: no room for this video; the training goes on"]
+    assert told == ["watching, sample: no room for this video; the training continues"]
 
 
 @pytest.mark.parametrize(
