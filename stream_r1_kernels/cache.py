@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .arguments import FLOATS, check_integer
 from .attention.past import Past
-from .cache_reuse import Lent, Moments, snapshot
+from .cache_reuse import Moments, TrackedViews, snapshot
 from .cache_sizes import layout_of
 from .graphs import integers_may_change, renew_sinks_
 from .rotary import RotaryGrid
@@ -121,7 +121,7 @@ class ChunkCache:
             self._sink_k, self._sink_v = self._keep_sink()
         self._pinned: tuple[Tensor, Tensor] | None = None
         self._views: dict[int, tuple[Tensor, Tensor, Past]] = {}  # by layer, of the chunk under way
-        self.lent = Lent(layers)
+        self.tracked = TrackedViews(layers)
         self.moments = Moments()
         self.reset()
 
@@ -134,7 +134,7 @@ class ChunkCache:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: their views are made again, in their own buffer."""
-        return self.__dict__ | {"_views": {}, "lent": Lent(len(self)), "moments": Moments()}
+        return self.__dict__ | {"_views": {}, "tracked": TrackedViews(len(self)), "moments": Moments()}
 
     def __len__(self) -> int:
         return self.storage.shape[0]
@@ -268,7 +268,7 @@ class ChunkCache:
         """
         self._check_open("commit")
         self.moments.refuse_write("commit")
-        self._take_back(slice(None))  # compiled passes did not
+        self._invalidate(slice(None))  # compiled passes did not
         self.moments.end_chunk()
         self._next_frame += self.frames
         self._phases = None
@@ -277,9 +277,9 @@ class ChunkCache:
         if self._phases is None:
             raise ValueError(f"ChunkCache: {what}: no chunk is under way, expected begin_chunk() before")
 
-    def _take_back(self, layers: slice) -> None:
+    def _invalidate(self, layers: slice) -> None:
         """The slot is about to be written: what earlier chunks were shown of it is gone."""
-        self.lent.take_back(layers, self._slot_start, self._slot_start + self._slot_tokens)
+        self.tracked.invalidate(layers, self._slot_start, self._slot_start + self._slot_tokens)
 
     def positions(self) -> tuple[Tensor, Tensor]:
         """Rotary phases (cos, sin) of the fresh chunk, float32 [T, D / 2] each.
@@ -316,12 +316,12 @@ class ChunkCache:
         """
         if self._moves:
             start, end = self.sink_frames * self.tokens_per_frame, self.capacity * self.tokens_per_frame
-            self.lent.take_back(layers, start, start + self._moves)
+            self.tracked.invalidate(layers, start, start + self._moves)
             seen = self.storage[layers]
             seen[:, :, :, start : start + self._moves].copy_(seen[:, :, :, end : end + self._moves])
         if self._renewal is None or self._sink_k is None:
             return
-        self.lent.take_back(layers, self._surplus, self._surplus + self._sink_k.shape[2])
+        self.tracked.invalidate(layers, self._surplus, self._surplus + self._sink_k.shape[2])
         count = range(len(self))[layers]
         renew: Any = torch.ops.stream_r1.renew_sinks_ if torch.compiler.is_compiling() else renew_sinks_
         where = (self.storage, self._sink_k, self._sink_v, count.start, len(count))
@@ -384,7 +384,7 @@ class LayerCache:
             return self._make_views()
         views = self._cache._views.get(self._layer)
         if views is None:
-            self._cache._take_back(slice(self._layer, self._layer + 1))
+            self._cache._invalidate(slice(self._layer, self._layer + 1))
             views = self._cache._views[self._layer] = self._make_views()
         return views
 
@@ -437,4 +437,4 @@ class LayerCache:
             return Past(snapshot(k[:, start:stop]), snapshot(v[:, start:stop]), False)
         if compiling:
             return Past(k[:, start:stop], v[:, start:stop], False)
-        return Past(*cache.lent.lend(self._layer, cache.storage[self._layer], start, stop), False)
+        return Past(*cache.tracked.view(self._layer, cache.storage[self._layer], start, stop), False)

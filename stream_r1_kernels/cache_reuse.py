@@ -26,7 +26,7 @@ def snapshot(x: Tensor) -> Tensor:
     return _snapshot(x) if torch.compiler.is_compiling() else x.clone()
 
 
-class Lent:
+class TrackedViews:
     """Views of a cache's memory that were handed out, until it is used again.
 
     Autograd counts the writes to a whole buffer and would refuse a backward over frames that nobody touched.
@@ -38,7 +38,7 @@ class Lent:
     def __init__(self, layers: int) -> None:
         self._views: list[dict[tuple[int, int], tuple[Tensor, Tensor]]] = [{} for _ in range(layers)]
 
-    def lend(self, layer: int, storage: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def view(self, layer: int, storage: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values of tokens [start, stop) of a layer's storage [2, B, T, H, D], without a graph."""
         views = self._views[layer].get((start, stop))
         if views is None or views[0].requires_grad or views[1].requires_grad:
@@ -46,13 +46,13 @@ class Lent:
             views = self._views[layer][start, stop] = k.data, v.data
         return views
 
-    def take_back(self, layers: slice, start: int, stop: int) -> None:
+    def invalidate(self, layers: slice, start: int, stop: int) -> None:
         """Tokens [start, stop) of these layers are about to be written."""
         if torch.compiler.is_compiling():
             return
         for views in self._views[layers]:
-            for lent in [lent for lent in views if lent[0] < stop and start < lent[1]]:
-                for view in views.pop(lent):
+            for tokens in [tokens for tokens in views if tokens[0] < stop and start < tokens[1]]:
+                for view in views.pop(tokens):
                     torch.autograd.graph.increment_version(view)
                     view.data = view.new_empty(0)
 

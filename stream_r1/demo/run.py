@@ -45,7 +45,7 @@ MAPS = "maps.npz"
 
 
 class TrainingWatcher(Protocol):
-    """Sees the distillation continue."""
+    """Observes the distillation."""
 
     def show(self, event: Event) -> None: ...
 

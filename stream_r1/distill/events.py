@@ -52,7 +52,7 @@ class SetAside:
 
 @dataclass(frozen=True)
 class NotSaved:
-    """A checkpoint at an interval could not be written: the run continues, and tries at the next one again."""
+    """A checkpoint at an interval could not be written: the run continues and tries again at the next."""
 
     step: int
     why: str

@@ -1,8 +1,8 @@
-"""Watches what the reward cannot move, and keeps the best student when it does move.
+"""Watches figures that the reward does not optimize, and keeps the best student if they degrade.
 
-A reward that is wrong, or is gamed, raises its own score and takes something else: colours, sharpness,
-motion. The guard looks at videos of fixed prompts and noise that the student makes as the training goes, so
-that a look differs from the first one by the training alone.
+A reward that is wrong, or is gamed, raises its own score at the cost of something else: colours, sharpness,
+motion. The guard checks videos of fixed prompts and noise that the student makes during the training, so a
+check differs from the first one only by the training.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def figures_of(video: Tensor) -> dict[str, float]:
 
 
 class _State(BaseModel):
-    """What the next looks depend on."""
+    """What later checks depend on."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -52,9 +52,9 @@ class _State(BaseModel):
 
 
 class Guard:
-    """Judges looks, one after another.
+    """Runs the checks, one after another.
 
-    `kept` are the student's weights, by name, at the last look without fault; the trainer puts them there.
+    `kept` are the student's weights, by name, at the last check without a fault; the trainer puts them there.
     """
 
     def __init__(self, settings: GuardSettings) -> None:
@@ -64,7 +64,7 @@ class Guard:
 
     @property
     def alarm(self) -> str | None:
-        """What was wrong in `patience` looks in a row; None until then."""
+        """What was wrong in `patience` checks in a row; None until then."""
         return self._state.alarm
 
     @property
@@ -78,28 +78,28 @@ class Guard:
         return self._state.kept_step
 
     def keep(self, weights: dict[str, Tensor], step: int) -> None:
-        """Takes the weights of a student whose look had no fault."""
+        """Takes the weights of a student whose check found no fault."""
         self.kept = {name: value.detach().float().clone() for name, value in weights.items()}
         self._state.kept_step = step
 
     def update(self, grad_norm: float, critic_loss: float) -> None:
-        """Takes in the numbers of one update of the student; those that are not finite are others' to see."""
+        """Takes in the numbers of one update of the student; those that are not finite are ignored here."""
         for values, value in ((self._state.updates, grad_norm), (self._state.critic, critic_loss)):
             if math.isfinite(value):
                 values.append(value)
                 del values[:-_REMEMBERED]
 
-    def look(self, figures: dict[str, float]) -> str | None:
-        """Judges figures (`FIGURES`, and "reward" where there is one); what is wrong with them, or None.
+    def check(self, figures: dict[str, float]) -> str | None:
+        """Checks figures (`FIGURES`, and "reward" where there is one); what is wrong with them, or None.
 
-        The first look is what the others are compared with.
+        The first check is what the others are compared with.
         """
         state = self._state
         recent = {"critic_loss": _mean(state.critic[-8:])}
         if not state.first:
             state.first = figures | recent
             return None
-        if not state.first["critic_loss"]:  # the first look was before any update
+        if not state.first["critic_loss"]:  # the first check was before any update
             state.first["critic_loss"] = recent["critic_loss"]
         fault = self._fault(figures | recent)
         state.faults = state.faults + 1 if fault else 0
@@ -132,7 +132,7 @@ class Guard:
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next looks depend on but for `kept`, as JSON can hold it."""
+        """What later checks depend on except `kept`, as JSON can hold it."""
         return self._state.model_dump()
 
     def load_state_dict(self, state: dict[str, Any], kept: dict[str, Tensor]) -> None:

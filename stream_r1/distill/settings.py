@@ -232,17 +232,17 @@ class WeightingSettings(Settings):
 
 
 class GuardSettings(Settings):
-    """What may change while a student is trained.
+    """Limits of what may change while a student is trained.
 
-    every: updates of the student between two looks.
-    videos: that a look makes, of the first prompts and always the same noise.
-    saturation, sharpness, motion: the least and the greatest share of the first look's figure.
-    fall: share of the first look's figure that each of them may lose while the reward's mean rises.
-    critic_loss: the greatest share of the critic's loss before the second look.
-    update: the greatest norm of the student's gradients over their median of the last updates.
-    patience: looks in a row that have to find fault.
-    then: "stop" ends the run, "warn" says so and continues; either way the student of the last look without
-        fault is kept, and it is what is exported after a stop.
+    every: updates of the student between two checks.
+    videos: made for a check, of the first prompts and always the same noise.
+    saturation, sharpness, motion: minimum and maximum, as a share of the first check's figure.
+    fall: share of the first check's figure that each of them may lose while the reward's mean rises.
+    critic_loss: maximum, as a multiple of the critic's loss before the second check.
+    update: maximum norm of the student's gradients, as a multiple of their median over the last updates.
+    patience: checks in a row that must find a fault before the alarm.
+    then: "stop" ends the run, "warn" warns and continues; either way the student of the last check
+        without a fault is kept, and it is exported after a stop.
     """
 
     every: Count = 10

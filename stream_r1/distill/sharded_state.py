@@ -84,7 +84,7 @@ class SharedCheckpoints:
         return path
 
     def begin(self, step: int, parts: dict[str, dict[str, Tensor]], values: dict[str, Any]) -> None:
-        """Copies everything to host memory and writes it while the caller continues; `finish` completes it."""
+        """Copies everything to host memory and writes it in the background; `finish` completes it."""
         self.finish()
         path = self._path(step)
         partial, tensors = self._begin(path), flatten(parts)
@@ -98,7 +98,7 @@ class SharedCheckpoints:
         self._pending = future, path, values, told
 
     def finish(self, *, wait: bool = True) -> Path | None:
-        """Completes what `begin` began; None if nothing was, or it still continues and `wait` is False."""
+        """Completes what `begin` began; None if nothing was, or it is still running and `wait` is False."""
         if self._pending is None:
             return None
         future, path, values, told = self._pending

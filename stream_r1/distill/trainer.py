@@ -202,11 +202,11 @@ class DistillTrainer(TrainingLoop):
     def _look(self, guard: Guard, clock: Clock, scalars: dict[str, float]) -> None:
         """Shows the guard videos of fixed prompts and noise by the student as it would be exported now."""
         if self.vae is None:
-            raise ValueError("DistillTrainer: vae must be given with a guard: it looks at pixels")
+            raise ValueError("DistillTrainer: vae must be given with a guard: it needs pixels")
         count = guard.settings.videos
         prompts = [self.prompts[i % len(self.prompts)] for i in range(count)]
         part = max(1, self.settings.batch // (self.ranks.size * self.settings.accumulation))
-        looks = []
+        checks = []
         with clock.part("guard"):
             for start in range(0, count, part):
                 some = prompts[start : start + part]
@@ -214,9 +214,9 @@ class DistillTrainer(TrainingLoop):
                 figures = figures_of(video)
                 if self.weights is not None:
                     figures["reward"] = float(self.weights.reward.score(video, some).mean())
-                looks.append((len(some), figures))
-            figures = {key: sum(n * look[key] for n, look in looks) / count for key in looks[0][1]}
-            fault = guard.look(self.ranks.broadcast(figures))
+                checks.append((len(some), figures))
+            figures = {key: sum(n * figures[key] for n, figures in checks) / count for key in checks[0][1]}
+            fault = guard.check(self.ranks.broadcast(figures))
         scalars |= {f"guard/{key}": value for key, value in figures.items()}
         scalars["guard/fault"] = float(fault is not None)
         if fault is None:
@@ -311,7 +311,7 @@ class DistillTrainer(TrainingLoop):
     def _make_weights(self, reward: Reward | None) -> StreamR1Weights | None:
         chosen = self.settings.weighting
         if reward is not None and self.vae is None:
-            raise ValueError("DistillTrainer: vae must be given with a reward: rewards look at pixels")
+            raise ValueError("DistillTrainer: vae must be given with a reward: rewards need pixels")
         if reward is None:
             if chosen.mode != "uniform":
                 raise ValueError(f"DistillTrainer: reward must be given for weighting.mode {chosen.mode!r}")

@@ -296,4 +296,4 @@ class _Stream:
         )
         if start == 0:
             return None, phases
-        return Past(*cache.lent.lend(layer, cache.storage[layer], 0, start), False), phases
+        return Past(*cache.tracked.view(layer, cache.storage[layer], 0, start), False), phases

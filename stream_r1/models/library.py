@@ -1,7 +1,7 @@
 """Models of diffusers and transformers from local folders: whole, or refused with the file's name.
 
-The libraries themselves continue where weights are missing, with random numbers or none, and their errors often
-do not say which file is damaged: broken-off downloads look like that.
+The libraries themselves continue when weights are missing, with random numbers or none, and their errors
+often do not name the damaged file: interrupted downloads look like that.
 """
 
 from __future__ import annotations

@@ -177,21 +177,21 @@ def _cost(arm: Arm, base: Arm | None) -> dict[str, str]:
 
 
 def _guard(arm: str, done: list[Run]) -> dict[str, str] | None:
-    """What a guard saw in the arm's runs, the last look beside the first; None where none watched."""
+    """What a guard found in the arm's runs, the last check beside the first; None without a guard."""
     shares: dict[str, list[float]] = {}
     alarms, watched = 0, 0
     for run in done:
         settings = run.recipe.guard
         if run.arm != arm or settings is None:
             continue
-        looks = [row for row in read_metrics(run.folder / METRICS) if "guard/fault" in row]
-        if len(looks) < 2:
+        checks = [row for row in read_metrics(run.folder / METRICS) if "guard/fault" in row]
+        if len(checks) < 2:
             continue
         watched += 1
-        faults = "".join("x" if row["guard/fault"] else "." for row in looks)
+        faults = "".join("x" if row["guard/fault"] else "." for row in checks)
         alarms += "x" * settings.patience in faults
         for name in WATCHED:
-            first, last = looks[0][f"guard/{name}"], looks[-1][f"guard/{name}"]
+            first, last = checks[0][f"guard/{name}"], checks[-1][f"guard/{name}"]
             shares.setdefault(name, []).append(last / first if first else float("nan"))
     if not watched:
         return None

@@ -1,7 +1,7 @@
 """One resumable training loop for the tiny world's models.
 
 Muon for matrices and kernels, AdamW for the rest, a moving average of the weights, and a learning rate that
-is constant after a warm-up and falls over the last part: a finished run can be given more steps and continues.
+is constant after a warm-up and falls over the last part: a finished run can continue with more steps.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The tiny world's reward: the heads of a `SmallReward`, trained on drawings.
 
-Pairs teach the order: a clip above its corrupted version, a weak corruption above a strong one, its own prompt
-above every other one. Each axis is taught to ignore what belongs to another one. Features are computed once;
-the heads then train in seconds. The report compares on held-out clips, with corruptions seen and never seen
-in training, and with prompts that are wrong in one word.
+Pairs teach the order: a clip above its corrupted version, a weak corruption above a strong one, its own
+prompt above every other one. Each axis is taught to ignore what belongs to another one. Features are computed
+once; the heads then train in seconds. The report compares on held-out clips, with corruptions seen and never
+seen in training, and with prompts that are wrong in one word.
 """
 
 from __future__ import annotations

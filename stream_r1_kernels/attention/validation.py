@@ -67,7 +67,7 @@ def check_cached(
 
 
 def check_lent(op: str, past: Past) -> None:
-    """A view of a cache that was written again since is empty, see `cache_reuse.Lent`."""
+    """A view of a cache that was written again since is empty, see `cache_reuse.TrackedViews`."""
     if past.k.shape == (0,):
         raise ValueError(
             f"{op}: past: expected what the ChunkCache held when it gave it out, but the memory was written "

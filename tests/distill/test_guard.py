@@ -40,7 +40,7 @@ def test_each_figure_follows_what_it_is_named_for():
 
 def judged(*looks, **settings):
     guard = Guard(GuardSettings(**settings))
-    return guard, [guard.look(look) for look in looks]
+    return guard, [guard.check(look) for look in looks]
 
 
 def look(reward=None, **changes):
@@ -61,7 +61,7 @@ def test_a_student_that_changes_little_raises_no_alarm():
         ({"speed": 0}, "motion is 0.00 of the start's, expected 0.6 to 4"),
     ],
 )
-def test_a_figure_past_its_bound_is_told_after_so_many_looks(changes, told):
+def test_a_figure_past_its_bound_is_told_after_so_many_checks(changes, told):
     free = {"saturation": (0.0, 9.0)} if "blur" in changes else {}  # blurred noise has no colours
     guard, faults = judged(look(), look(**changes), look(), look(**changes), look(**changes), **free)
     assert faults[0] is faults[2] is None
@@ -82,24 +82,24 @@ def test_a_critic_that_loses_track_and_updates_that_explode_are_told():
     guard = Guard(GuardSettings(patience=1))
     for _ in range(20):
         guard.update(1.0, 0.1)
-    guard.look(look())
+    guard.check(look())
     for _ in range(8):
         guard.update(1.0, 0.9)
-    assert "the critic's loss is 9.0 times" in guard.look(look())
+    assert "the critic's loss is 9.0 times" in guard.check(look())
     guard = Guard(GuardSettings())
-    guard.look(look())
+    guard.check(look())
     for size in [1.0] * 20 + [100.0] * 3 + [float("nan")]:
         guard.update(size, 0.1)
-    assert "updates are 100.0 times their median" in guard.look(look())
+    assert "updates are 100.0 times their median" in guard.check(look())
 
 
 def test_a_guard_goes_on_from_its_state():
     whole, parts = Guard(GuardSettings()), Guard(GuardSettings())
     looks = [look(), look(saturation=0.7), look(saturation=0.6)]
     for each in looks:
-        whole.look(each)
+        whole.check(each)
     for each in looks:
-        parts.look(each)
+        parts.check(each)
         again = Guard(GuardSettings())
         again.load_state_dict(json.loads(json.dumps(parts.state_dict())), {})
         parts = again

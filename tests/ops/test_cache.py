@@ -1,4 +1,4 @@
-"""ChunkCache against a plain list of frames with un-rotated keys, rotated again wherever a chunk sees them."""
+"""ChunkCache against a plain list of frames with un-rotated keys, rotated again where a chunk sees them."""
 
 import gc
 import itertools

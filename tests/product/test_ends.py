@@ -133,7 +133,7 @@ def test_an_interrupt_amid_the_first_imports(tmp_path):
 
 
 def test_a_full_disk_loses_nothing_that_was_done(world, tmp_path, capsys):
-    """An interval's checkpoint that can't be written is told, the last one ends the run; then it continues."""
+    """A checkpoint at an interval that can't be written is reported, the last one ends the run."""
     command = ["train", world / "recipe.yaml", "checkpoint_every=1", "watch.sample_every=0"]
     command.append("watch.tensorboard=false")
     assert run(*command, f"out={tmp_path / 'plain'}", "steps=3") == 0

@@ -1,4 +1,4 @@
-"""The rewards' training: what is corrupted is what it says, seeds share nothing, and the folder can be read."""
+"""The rewards' training: corruptions are what they say, seeds share nothing, and the folder can be read."""
 
 import json
 
