@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from stream_r1.cli_streams import sample, serve
-from stream_r1.ends import told
+from stream_r1.ends import reporting_errors
 
 _Misused: Any = typer.BadParameter.__base__  # of the arguments, whatever is wrong with them
 
@@ -278,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):  # paths may hold what no encoding has
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    with told(None if debug else _one_line):
+    with reporting_errors(None if debug else _one_line):
         sys.exit(app(args or ["--help"], prog_name="stream-r1", standalone_mode=False))
 
 

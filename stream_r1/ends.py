@@ -25,7 +25,7 @@ def received() -> int:
 
 
 @contextmanager
-def told(describe: Callable[[Exception], str] | None = None) -> Iterator[None]:
+def reporting_errors(describe: Callable[[Exception], str] | None = None) -> Iterator[None]:
     """Ends the process with one line on stderr for what ends the context: 2 for an error, 128 + a signal.
 
     SIGTERM and a lost terminal (SIGHUP) interrupt as Ctrl-C does; what is ignored stays ignored, as under
@@ -64,7 +64,7 @@ def fail(message: str, code: int) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0" or code == 2:
         with suppress(OSError, ValueError, AttributeError):
             print(f"stream-r1: {message}", file=sys.stderr, flush=True)
-    _Received.number = 0  # it is told
+    _Received.number = 0  # it is reported
     sys.exit(code)
 
 

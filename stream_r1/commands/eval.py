@@ -33,7 +33,7 @@ def _work(evaluation: Evaluation) -> None:
     task = bar.add_task("evaluating", total=1, left="")
     last = ""
 
-    def told(stage: str, progress: work.Progress) -> None:
+    def on_progress(stage: str, progress: work.Progress) -> None:
         nonlocal last
         left = "" if progress.left is None else f"{duration(progress.left)} left"
         name = stage or "evaluating"
@@ -47,7 +47,7 @@ def _work(evaluation: Evaluation) -> None:
         work.evaluate(
             evaluation,
             lambda name: _pipeline(evaluation, name),
-            told=told,
+            on_progress=on_progress,
             stage_done=lambda: write_report(evaluation),
         )
 

@@ -36,7 +36,7 @@ def _work(study: Study, path: Path, overrides: list[str], jobs: int, trainer: st
     bar = progress_bar(console, "runs")
     task = bar.add_task("studying", total=len(study.runs), completed=already, left="")
 
-    def told(run: Run, cost: Cost) -> None:
+    def on_done(run: Run, cost: Cost) -> None:
         bar.advance(task)
         done = int(bar.tasks[0].completed)
         left = (time.monotonic() - started) / (done - already) * (len(study.runs) - done)
@@ -50,4 +50,4 @@ def _work(study: Study, path: Path, overrides: list[str], jobs: int, trainer: st
         write_report(study)
 
     with bar:
-        Runner(study, (path, overrides), jobs=jobs, trainer=trainer, told=told).run()
+        Runner(study, (path, overrides), jobs=jobs, trainer=trainer, on_done=on_done).run()

@@ -83,14 +83,14 @@ class LiveBytes:
             self._peak, self._at_peak = begun.peak, begun.at_peak
         return reading
 
-    def again(self, reading: Reading) -> None:
+    def replay(self, reading: Reading) -> None:
         """Needs as much as was read before, for tensors that are gone again; others are followed as made."""
         total = sum(self.live.values()) + sum(reading.peak.values())
         if total > self._peak:
             self._peak, self._at_peak = total, self.live.copy()
             self._at_peak.update(reading.peak)
 
-    def saw(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
+    def on_op(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
         part = "working weights" if self._casts_weight(func, args) else self._part
         for x in tensors_in(result):
             if isinstance(x, FakeTensor) and _key(x) not in self._known:

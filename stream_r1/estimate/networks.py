@@ -20,7 +20,7 @@ from torch import nn
 from stream_r1.config import SettingsError
 from stream_r1.distill.lora import add_adapters
 from stream_r1.distill.settings import LoraSettings
-from stream_r1.estimate.once import alike_pieces
+from stream_r1.estimate.memoize import alike_pieces
 from stream_r1.files import read_json
 from stream_r1.models.autoencoder import VideoAutoencoder
 from stream_r1.models.block_vae import BlockVAE

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from stream_r1.distill.weighting import StreamR1Weights
+from stream_r1.estimate.memoize import Memoized
 from stream_r1.estimate.networks import make_reward, make_vae, remembered, reward_layers
-from stream_r1.estimate.once import Once
 from stream_r1.estimate.plan import Plan
 from stream_r1.estimate.run import Phase, Run, grown
 from stream_r1.estimate.work import SHALLOW
@@ -59,13 +59,13 @@ class _AlikeSamples(StreamR1Weights):
 
     def __init__(self, reward: Reward, **settings: Any) -> None:
         super().__init__(reward, **settings)
-        look = super()._differentiate
-        self._once = Once(lambda video, prompts, shape: look(video, list(prompts), shape))
+        differentiate = super()._differentiate
+        self._memoized = Memoized(lambda video, prompts, shape: differentiate(video, list(prompts), shape))
 
     def _differentiate(
         self, video: Tensor, prompts: list[str], latent_shape: tuple[int, int, int]
     ) -> tuple[Tensor, Tensor]:
-        scores, saliency = self._once(video, tuple(prompts), latent_shape)
+        scores, saliency = self._memoized(video, tuple(prompts), latent_shape)
         return scores, saliency
 
 

@@ -9,6 +9,9 @@ kernel is one.
         cache = student.new_cache(1, 60, 104)
         work = count(lambda: student.forward_chunk(x, t, text, cache))
     total_flops(work)
+
+`FakeTensorMode` and `TorchDispatchMode` are what torch's documentation names for this; torch has no public
+module that exports them.
 """
 
 from __future__ import annotations
@@ -135,19 +138,19 @@ def name_of(func: Any) -> str:
 
 
 class OpWatcher(Protocol):
-    """Sees every op that runs, and can be told that what it saw in between happened once more."""
+    """Sees every op that runs; `replay` repeats what it recorded between `begin` and `end`."""
 
-    def saw(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None: ...
+    def on_op(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None: ...
 
     def begin(self) -> Any:
         """What `end` is to be given, for what is seen from here on."""
         ...
 
     def end(self, begun: Any) -> Any:
-        """What was seen since, for `again`."""
+        """What was seen since, for `replay`."""
         ...
 
-    def again(self, taken: Any) -> None: ...
+    def replay(self, taken: Any) -> None: ...
 
 
 def _call(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -187,7 +190,7 @@ class Watching(TorchDispatchMode):
         kwargs = kwargs or {}
         result = self._call(func, args, kwargs)
         for watcher in self.watchers:
-            watcher.saw(func, args, kwargs, result)
+            watcher.on_op(func, args, kwargs, result)
         return result
 
 
@@ -210,10 +213,10 @@ class Counting:
     def end(self, begun: _Calls) -> _Calls:
         return self._seen - begun
 
-    def again(self, taken: _Calls) -> None:
+    def replay(self, taken: _Calls) -> None:
         self._seen.update(taken)
 
-    def saw(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
+    def on_op(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
         moved = _bytes(func, args, kwargs, result)
         if moved:
             dtype = next(x.dtype for value in (result, args, *kwargs.values()) for x in tensors_in(value))

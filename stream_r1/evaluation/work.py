@@ -56,14 +56,14 @@ def evaluate(
     evaluation: Evaluation,
     load: Load,
     *,
-    told: Callable[[str, Progress], None],
+    on_progress: Callable[[str, Progress], None],
     stage_done: Callable[[], object],
 ) -> None:
     """Do what is not done.
 
     Args:
         load: is called for each model that has videos to make.
-        told: is called with each piece's stage when it is done, and with "" before the first.
+        on_progress: is called with each piece's stage when it is done, and with "" before the first.
         stage_done: is called after each stage.
 
     Raises:
@@ -88,27 +88,29 @@ def evaluate(
         left = sum(len(missing_dimensions(evaluation, model)) for model in settings.models)
         stages["vbench"] = [total - left, total]
     progress = Progress(stages)
-    told("", progress)
+    on_progress("", progress)
     for model, todo in waiting.items():
         if todo:
-            _make(evaluation, model, todo, load, lambda stage, s: _note(progress, stage, s, told))
+            _make(evaluation, model, todo, load, lambda stage, s: _note(progress, stage, s, on_progress))
             stage_done()
     for part in parts:
         if stages[part.name][0] < stages[part.name][1]:
-            _measure(evaluation, part, lambda stage, s: _note(progress, stage, s, told))
+            _measure(evaluation, part, lambda stage, s: _note(progress, stage, s, on_progress))
             stage_done()
     if "vbench" in stages:
         for model in settings.models:
             for dimension in missing_dimensions(evaluation, model):
                 began = time.monotonic()
                 run_dimension(evaluation, model, dimension)
-                _note(progress, "vbench", time.monotonic() - began, told)
+                _note(progress, "vbench", time.monotonic() - began, on_progress)
             stage_done()
 
 
-def _note(progress: Progress, stage: str, seconds: float, told: Callable[[str, Progress], None]) -> None:
+def _note(
+    progress: Progress, stage: str, seconds: float, on_progress: Callable[[str, Progress], None]
+) -> None:
     progress.add(stage, seconds)
-    told(stage, progress)
+    on_progress(stage, progress)
 
 
 def _make(

@@ -81,7 +81,7 @@ class Runner:
         jobs: runs at a time; each has its part of the cores, and of the GPUs where there are any.
         trainer: the command that trains, before the recipe; for models that need several GPUs a launcher, as
             "torchrun --nproc-per-node 8 -m stream_r1".
-        told: is called with each run that is done, from any thread.
+        on_done: is called with each run that is done, from any thread.
     """
 
     def __init__(
@@ -91,9 +91,9 @@ class Runner:
         *,
         jobs: int,
         trainer: str | None,
-        told: Callable[[Run, Cost], None],
+        on_done: Callable[[Run, Cost], None],
     ) -> None:
-        self.study, self.jobs, self.told = study, jobs, told
+        self.study, self.jobs, self.on_done = study, jobs, on_done
         self._path, self._overrides = source
         self._trainer = shlex.split(trainer) if trainer else [sys.executable, "-m", "stream_r1"]
         self._waiting = deque(run for run in study.runs if not is_done(run))
@@ -140,7 +140,7 @@ class Runner:
             command = [sys.executable, "-m", "stream_r1.study.measure", *which]
             cost.judged_seconds, _ = self._process(command, slot, log, run)
             cost.save(run.folder)
-        self.told(run, cost)
+        self.on_done(run, cost)
 
     def _process(self, command: list[str], slot: int, log: IO[bytes], run: Run) -> tuple[float, int]:
         """Seconds and the largest resident memory in bytes of a process that ended well."""

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from stream_r1.estimate import streaming
 from stream_r1.estimate.devices import DEVICES
 from stream_r1.estimate.live import LiveBytes, Reading
-from stream_r1.estimate.once import alike_pieces
+from stream_r1.estimate.memoize import alike_pieces
 from stream_r1.estimate.work import (
     Watching,
     Work,

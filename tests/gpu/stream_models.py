@@ -12,7 +12,7 @@ from stream_r1.models.transformer import CausalWanTransformer
 CHANNELS, TEXT_DIM, TEXT_LEN = 4, 8, 6
 
 
-def small_student(**settings: Any) -> CausalWanTransformer:
+def tiny_student(**settings: Any) -> CausalWanTransformer:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {
         "num_attention_heads": 2,

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from stream_models import TEXT_DIM, TEXT_LEN, small_decoder, small_student
+from stream_models import TEXT_DIM, TEXT_LEN, small_decoder, tiny_student
 from torch import Tensor
 
 from stream_r1.models.offload import ModelOffload
@@ -28,10 +28,10 @@ def latents(student: CausalWanTransformer, chunks: int = 8, **settings: bool) ->
 def test_a_stream_of_kernels_is_the_stream_of_plain_torch(
     device: str, ema: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = latents(small_student(sink_ema=ema).to(device))
+    made = latents(tiny_student(sink_ema=ema).to(device))
     monkeypatch.setitem(backends._UNAVAILABLE, "cpu", "left out")
     monkeypatch.setitem(backends._UNAVAILABLE, "sdpa", "left out")
-    plain = latents(small_student(sink_ema=ema))
+    plain = latents(tiny_student(sink_ema=ema))
     torch.testing.assert_close(made, plain, atol=1e-4, rtol=1e-4)
 
 
@@ -40,14 +40,14 @@ if torch.cuda.is_available():
     @pytest.mark.parametrize("ema", [None, 0.9])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_graphs_give_the_plain_stream(dtype: torch.dtype, ema: float | None) -> None:
-        student = small_student(sink_ema=ema, attention_head_dim=64).to("cuda", dtype)
+        student = tiny_student(sink_ema=ema, attention_head_dim=64).to("cuda", dtype)
         plain, replayed = (latents(student, cuda_graph=graph) for graph in (False, True))
         assert torch.equal(plain, replayed)
 
     def test_turns_give_the_plain_stream_and_need_less_memory() -> None:
         def chunks(*, offload: bool) -> tuple[Tensor, int]:
             before = torch.cuda.memory_allocated()
-            student, vae = small_student(ffn_dim=1 << 16).to("cuda"), small_decoder().to("cuda")
+            student, vae = tiny_student(ffn_dim=1 << 16).to("cuda"), small_decoder().to("cuda")
             sampler = Sampler(student, vae, latent_size=(4, 6))
             if offload:
                 sampler.offload = ModelOffload("cuda", student, vae)
@@ -57,5 +57,5 @@ if torch.cuda.is_available():
 
         (plain, more), (turned, less) = (chunks(offload=offload) for offload in (False, True))
         assert torch.equal(plain, turned)
-        weights = sum(p.numel() * p.element_size() for p in small_student(ffn_dim=1 << 16).parameters())
+        weights = sum(p.numel() * p.element_size() for p in tiny_student(ffn_dim=1 << 16).parameters())
         assert less < more - weights / 2

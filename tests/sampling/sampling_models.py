@@ -3,39 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
+from stream_models import CHANNELS, TEXT_DIM, TEXT_LEN, tiny_student
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.models.vae import VideoVAE
 
-CHANNELS, TEXT_DIM = 4, 8
 SIZE = (16, 32)  # pixels of a picture of `save_tiny_wan`'s
-
-
-def tiny_student(**settings: Any) -> CausalWanTransformer:
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 12,
-        "in_channels": CHANNELS,
-        "out_channels": CHANNELS,
-        "text_dim": TEXT_DIM,
-        "text_len": 6,
-        "freq_dim": 16,
-        "ffn_dim": 32,
-        "num_layers": 2,
-        "frames_per_chunk": 3,
-        "window_frames": 9,
-        "sink_frames": 3,
-        "positions": "window",
-    }
-    return CausalWanTransformer(**(sizes | settings)).eval().requires_grad_(False)
 
 
 def tiny_autoencoder() -> AutoencoderKLWan:
@@ -77,7 +55,7 @@ def tiny_vae() -> VideoVAE:
 class WordEncoder:
     """A text encoder without weights: each word's characters seed its embedding."""
 
-    text_len = 6
+    text_len = TEXT_LEN
     dim = TEXT_DIM
 
     def encode(self, prompts: list[str]) -> Tensor:

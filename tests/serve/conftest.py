@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-for _folder in ("serve", "sampling"):
+for _folder in ("gpu", "serve", "sampling"):
     sys.path.insert(0, str(Path(__file__).parents[1] / _folder))
 
 

@@ -14,10 +14,10 @@ from stream_r1.models.autoencoder import VideoAutoencoder
 Results = tuple[Tensor, ...]
 
 
-class Once:
+class Memoized:
     """A function that runs once for arguments of equal shapes.
 
-    Later calls give tensors like the first one's, and watchers are told that it happened again.
+    Later calls return empty tensors like the first results, and watchers replay what they recorded.
 
     Args:
         function: of tensors and plain values, without a graph; its results share no memory.
@@ -40,7 +40,7 @@ class Once:
             return results
         likes, taken = self._known[key]
         for watcher, took in zip(around, taken, strict=True):
-            watcher.again(took)
+            watcher.replay(took)
         return tuple(torch.empty_strided(size, stride, dtype=dtype) for size, stride, dtype in likes)
 
 
@@ -50,5 +50,5 @@ def _like(x: Tensor) -> tuple[Sequence[int], Sequence[int], torch.dtype]:
 
 def alike_pieces(vae: VideoAutoencoder) -> VideoAutoencoder:
     """The same autoencoder, of whose decoder one of equal pieces runs."""
-    vae._decode_functional = Once(vae._decode_functional)  # type: ignore[method-assign, assignment]
+    vae._decode_functional = Memoized(vae._decode_functional)  # type: ignore[method-assign, assignment]
     return vae
