@@ -118,8 +118,14 @@ def sample(
     start: Annotated[Path | None, typer.Option(help="Video or picture to continue from.")] = None,
     scale: Annotated[int, typer.Option(min=1, help="Enlarge the pictures by a whole factor.")] = 1,
     sheet: Annotated[bool, typer.Option("--sheet", help="Write a contact sheet (PNG) too.")] = False,
+    sequence_parallel: Annotated[
+        int, typer.Option(min=1, max=1024, help="Processes, by torchrun, that share the student's passes.")
+    ] = 1,
 ) -> None:
-    """Stream a student into mp4 files, written as frames arrive."""
+    """Stream a student into mp4 files, written as frames arrive.
+
+    One stream on several GPUs: torchrun --nproc-per-node N -m stream_r1 sample PROMPT --sequence-parallel N.
+    """
     from stream_r1.commands.sample import Output, run
 
     prompts = [*(prompts or ()), *(prompt or ())]
@@ -136,7 +142,16 @@ def sample(
         raise typer.BadParameter(f"expected a finite number, got {seconds}", param_hint="--seconds")
     length = None if forever else seconds
     output = Output(path=out, scale=scale, sheet=sheet)
-    run(prompts, output, chosen, size=size, seconds=length, seed=seed, start=start)
+    run(
+        prompts,
+        output,
+        chosen,
+        size=size,
+        seconds=length,
+        seed=seed,
+        start=start,
+        processes=sequence_parallel,
+    )
 
 
 @_with_models

@@ -39,6 +39,8 @@ def misfits(recipe: Recipe | InitRecipe) -> list[str]:
     if student:
         student = student | recipe.stream.overrides()
         problems += _stream_misfits(recipe, student)
+    transformers = {name: configs.get(name, {}) for name in ("student", "teacher", "critic")}
+    problems += _sequence_misfits(recipe, transformers)
     if student and teacher:
         for key in ("in_channels", "text_dim", "patch_size"):
             if key in student and key in teacher and student[key] != teacher[key]:
@@ -109,6 +111,24 @@ def _stream_misfits(recipe: Recipe | InitRecipe, student: dict[str, Any]) -> lis
         problems.append(
             f"stream.sink_ema: expected sink_frames equal to a chunk ({chunk}), as the first, and a window "
             f"of whole chunks for a moving sink, got {sink}, {first} and {window}"
+        )
+    return problems
+
+
+def _sequence_misfits(recipe: Recipe | InitRecipe, transformers: dict[str, dict[str, Any]]) -> list[str]:
+    """Heads and tokens that the processes of `distributed.sequence` can't share evenly."""
+    size, problems = recipe.distributed.sequence, []
+    for name, config in transformers.items():
+        if (heads := config.get("num_attention_heads", size)) % size:
+            problems.append(
+                f"distributed.sequence: expected a divisor of the {heads} heads of models.{name}, got {size}"
+            )
+    _, rows, columns = transformers["student"].get("patch_size", (1, 2, 2))
+    tokens = recipe.rollout.height // rows * (recipe.rollout.width // columns)
+    if tokens % size:
+        problems.append(
+            f"distributed.sequence: expected a divisor of the {tokens} tokens of a frame (rollout.height, "
+            f"rollout.width), got {size}"
         )
     return problems
 

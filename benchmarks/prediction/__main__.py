@@ -14,6 +14,7 @@ def predict() -> page.Predictions:
         decoder = streaming.diffusers_decoder(21, 90, 160)
     return page.Predictions(
         ours={name: streaming.ours(device) for name, device in DEVICES.items()},
+        shared={n: streaming.ours(DEVICES["H100"], n) for n in page.SHARED},
         published=streaming.published(),
         decoder=decoder,
         attention={name: streaming.attention_backend(device) for name, device in DEVICES.items()},

@@ -9,18 +9,23 @@ from benchmarks.prediction.kernels import OpWork
 from benchmarks.prediction.streaming import ChunkWork
 from stream_r1.estimate.devices import DEVICES, Device
 from stream_r1.estimate.roofline import ASSUMED, KernelSize, limit, seconds, seconds_a_call
-from stream_r1.estimate.work import Work, total_bytes, total_flops
+from stream_r1.estimate.work import Work, exchanged_bytes, total_bytes, total_flops
 
 PUBLISHED_FPS = 23.1  # Stream-R1 (2605.03849), which samples as Reward Forcing does; H100, 832 x 480
 BEST_FPS = 34.9  # the highest found for a student of this size, at this resolution
+SHARED = (1, 2, 4)  # GPUs, divisors of 12 heads
 FITTED_SECONDS = 10.3  # of Wan 2.1's decoder, 81 frames of 720p on an A800
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """`ours` by GPU; `decoder` is the decoding that the share of convolutions was fitted to."""
+    """`ours` by GPU; `decoder` is the decoding that the share of convolutions was fitted to.
+
+    `shared`: the work of the first of so many H100s.
+    """
 
     ours: Mapping[str, ChunkWork]
+    shared: Mapping[int, ChunkWork]
     published: ChunkWork
     decoder: Sequence[Work]
     attention: Mapping[str, str]  # GPU -> the backend that "auto" takes in sampling
@@ -29,7 +34,16 @@ class Predictions:
 
 
 def markdown(p: Predictions) -> str:
-    sections = (_head(), _sampler(p), _check(p), _where(p), _ops(p), _occupancy(p), _assumptions(p))
+    sections = (
+        _head(),
+        _sampler(p),
+        _shared(p),
+        _check(p),
+        _where(p),
+        _ops(p),
+        _occupancy(p),
+        _assumptions(p),
+    )
     return "\n\n".join(sections) + "\n"
 
 
@@ -74,6 +88,29 @@ and for processors that are slower than that.
 Published for an H100: {PUBLISHED_FPS} FPS (Stream-R1, 2605.03849, whose data flow is the next
 table's); the highest figure that we found for a student of this size at this resolution is {BEST_FPS}.
 How the second was measured, we do not know."""
+
+
+def _shared(p: Predictions) -> str:
+    device, rows, least = DEVICES["H100"], list[list[str]](), 1e6 * ASSUMED.collective
+    keys = 2 * 2 * 9 * 1560 * 1536 * 30  # bytes: K and V, of a window, of all layers
+    for gpus, chunk in p.shared.items():
+        student, _ = chunk.seconds(device)
+        sent = [w for w in chunk.student if w.engine == "link"]
+        cells = [f"{1e3 * student:.0f}", f"{1e3 * seconds(sent, device, graph=True):.0f}"]
+        cells += [f"{exchanged_bytes(sent) / 1e6:.0f}", f"{keys / gpus / 1e9:.1f}"]
+        rows.append([str(gpus), *cells, f"{chunk.fps(device):.1f}", f"{12 / student:.1f}"])
+    head = ["GPUs", "student, ms", "of it all-to-all, ms", "MB to each", "keys and values, GB each"]
+    head += ["predicted FPS", "without decoding"]
+    return f"""## Prediction: one stream on several H100s
+
+`--sequence-parallel N` ([sampling](sampling.md)): the same chunk, whose tokens and heads N GPUs of a machine
+share; the first one decodes.
+
+{table(head, rows)}
+
+Links move {device.link / 2e9:.0f} GB/s in each direction (datasheet). Collectives are assumed to
+reach {ASSUMED.link:.0%} of that, and to take {least:.0f} µs at least, while nothing else goes on. Each GPU
+starts as many ops as one alone, and more."""
 
 
 def _check(p: Predictions) -> str:

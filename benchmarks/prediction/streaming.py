@@ -33,9 +33,9 @@ HALF = torch.bfloat16
 STEADY = 3  # chunks until the window is full and rolls
 
 
-def ours(device: Device, **settings: Any) -> ChunkWork:
-    """This project's sampler and decoder, in bfloat16, on a GPU."""
-    return chunk_work(WAN | {"sink_ema": 0.999} | settings, {}, LATENT, STEPS, device)
+def ours(device: Device, sequence: int = 1, **settings: Any) -> ChunkWork:
+    """This project's sampler and decoder, in bfloat16, on a GPU; or on the first of several that share it."""
+    return chunk_work(WAN | {"sink_ema": 0.999} | settings, {}, LATENT, STEPS, device, sequence)
 
 
 def published(**settings: Any) -> ChunkWork:

@@ -56,7 +56,8 @@ def _show(console: Console, path: Path, result: Estimate, advice: list[Change]) 
 
     group = result.cluster
     divided = f", models divided among {group.shards}" if group.shards > 1 else ""
-    title = f"{path} on {group.gpus} x {result.device.name}, {result.plan.samples} a GPU at once{divided}"
+    each = "a GPU" if group.sequence == 1 else f"{group.sequence} GPUs"
+    title = f"{path} on {group.gpus} x {result.device.name}, {result.plan.samples} {each} at once{divided}"
     console.print(f"Prediction for {title}", soft_wrap=True, highlight=False)
     for line in result.plan.networks.assumed:
         console.print(f"  {line}", style="dim", soft_wrap=True, highlight=False)
@@ -124,9 +125,13 @@ def _times(result: Estimate) -> list[tuple[str, str]]:
         lines.append((f"a step (one student's in {recipe.critic_updates})", f"{result.step:.1f} s"))
     for count in dict.fromkeys((1000, recipe.steps)):
         lines.append((f"{count} steps", f"{result.days(count):.2f} days"))
+    shared = result.cluster.sequence
+    if shared > 1:
+        lines.append(("all-to-all, a GPU in a step", f"{result.exchanged / 1e9:.0f} GB"))
     if result.fps is not None:
         whole, denoising = result.fps
-        lines.append(("sampling, one stream", f"{whole:.1f} FPS, {denoising:.1f} without decoding"))
+        name = "sampling, one stream" + (f" on {shared} GPUs" if shared > 1 else "")
+        lines.append((name, f"{whole:.1f} FPS, {denoising:.1f} without decoding"))
     return lines
 
 
@@ -142,6 +147,7 @@ def _as_json(result: Estimate, advice: list[Change]) -> dict[str, Any]:
         "device": result.device.name,
         "gpus": result.cluster.gpus,
         "shards": result.cluster.shards,
+        "sequence": result.cluster.sequence,
         "samples_at_once": result.plan.samples,
         "assumed": list(result.plan.networks.assumed),
         "memory": {
@@ -158,6 +164,7 @@ def _as_json(result: Estimate, advice: list[Change]) -> dict[str, Any]:
             "critic_update": result.critic_update,
             "step": result.step,
         },
+        "exchanged_bytes_a_step": result.exchanged,
         "days_to_1000_steps": result.days(1000),
         "sampling_fps": {"end_to_end": fps[0], "without_decoding": fps[1]},
         "advice": [

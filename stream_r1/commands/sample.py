@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from stream_r1.commands.console import make_console
 from stream_r1.commands.outputs import check_files, check_folder
 from stream_r1.disk.whole import written
 from stream_r1.messages import shown
+from stream_r1.models.sequence import SequenceParallel
 from stream_r1.models.text import UMT5Encoder, check_prompt
 from stream_r1.recipe import locate
 from stream_r1.sampling.pipeline import StreamR1Pipeline
@@ -105,9 +107,57 @@ def run(
     seconds: float | None,
     seed: int,
     start: Path | None,
+    processes: int = 1,
 ) -> None:
-    """Stream `seconds` (None: until Ctrl-C) of every prompt, and say how fast it was."""
-    console = make_console(lasting=True)
+    """Stream `seconds` (None: until Ctrl-C) of every prompt, and say how fast it was.
+
+    processes: that torchrun started, which share the student's passes; the first talks and writes.
+    """
+    if processes > 1 and seconds is None:
+        raise ValueError("--forever: expected --seconds with --sequence-parallel: processes end together")
+    with _sharing(processes, models) as (sequence, models):
+        _run(prompts, output, models, sequence, size=size, seconds=seconds, seed=seed, start=start)
+
+
+@contextmanager
+def _sharing(processes: int, models: ModelChoice) -> Iterator[tuple[SequenceParallel | None, ModelChoice]]:
+    """The group of this process, and its models on the device that it has there."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes != started:
+        raise ValueError(
+            "--sequence-parallel: expected the number of processes that torchrun started (--nproc-per-node), "
+            f"{started}, got {processes}"
+        )
+    if processes == 1:
+        yield None, models
+        return
+    from stream_r1.distill.ranks import join
+    from stream_r1.distill.settings import DistributedSettings
+
+    backends = {"auto": "auto", "cpu": "gloo", "cuda": "nccl"}
+    if models.device not in backends:
+        raise ValueError(
+            "--device: expected auto, cpu or cuda (a GPU a process) with --sequence-parallel, "
+            f"got {models.device}"
+        )
+    settings = DistributedSettings.model_validate({"sequence": processes, "backend": backends[models.device]})
+    with join(settings) as ranks:
+        yield SequenceParallel(), replace(models, device=str(ranks.device))
+
+
+def _run(
+    prompts: list[str],
+    output: Output,
+    models: ModelChoice,
+    sequence: SequenceParallel | None,
+    *,
+    size: str | None,
+    seconds: float | None,
+    seed: int,
+    start: Path | None,
+) -> None:
+    writes = sequence is None or sequence.rank == 0
+    console = make_console(lasting=True, quiet=not writes)
     wanted = None if size is None else as_size(size)
     if wanted is not None:
         check_side("--scale", *wanted, output.scale)
@@ -122,6 +172,8 @@ def run(
         check_folder("--text-cache", models.text_cache, {})
     with console.status("loading the models"):
         pipeline = models.load(wanted)
+        if sequence is not None:
+            pipeline.enable_sequence_parallel(sequence)
         check_side("--scale", *pipeline.size, output.scale)
         encoder = pipeline.text_encoder
         if isinstance(encoder, UMT5Encoder):
@@ -135,6 +187,10 @@ def run(
         console.print(f"{start}: continues from {found.meaning}", soft_wrap=True, highlight=False)
         given = found.frames
     stream = pipeline.stream(prompts, seed, chunks, first_frames=given)
+    if not writes:
+        for _ in stream:
+            pass
+        return
     stopped = False
     frames: list[Tensor] = []
     with ExitStack() as stack:

@@ -30,6 +30,21 @@ def velocity(model: nn.Module, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
     return v.transpose(1, 2).to(x.dtype)
 
 
+def as_own(model: nn.Module, text_len: int) -> CausalWanTransformer:
+    """A bidirectional model as our class, whose passes processes can share: the same weights, names and v.
+
+    Args:
+        model: diffusers' `WanTransformer3DModel`, or ours, which is given back.
+        text_len: of the embeddings that it will be given.
+    """
+    if isinstance(model, CausalWanTransformer):
+        return model
+    with torch.device("meta"):
+        own: CausalWanTransformer = CausalWanTransformer.from_config(model.config, text_len=text_len)
+    own.load_state_dict(model.state_dict(), assign=True)
+    return own
+
+
 class DistributionMatching:
     """The generator's and the critic's losses.
 

@@ -108,8 +108,8 @@ class InitTrainer(TrainingLoop):
         clock, scalars, losses = Clock(self.device), dict[str, float](), []
         indices = self.state.order.draw(self.settings.batch)
         seeds = torch.randint(2**62, (self.settings.batch,), generator=self.state.random).tolist()
-        size = self.settings.batch // self.ranks.size // self.settings.accumulation
-        own = self.ranks.rank * size * self.settings.accumulation  # this rank's first sample
+        size = self.settings.batch // self.ranks.parts // self.settings.accumulation
+        own = self.ranks.part * size * self.settings.accumulation  # this rank's first sample
         for start in range(own, own + size * self.settings.accumulation, size):
             noise = SampleNoise(seeds[start : start + size], self.device)
             self._seed_dropout(seeds[start:])

@@ -90,7 +90,7 @@ class TrainingLoop(ABC):
         global streams of randomness gave before, which are afterwards as they were.
         """
         with global_streams_kept(), torch.autocast(self.device.type, enabled=False):
-            seed_global_streams(self._run_settings.seed, self.step, self.ranks.rank)
+            seed_global_streams(self._run_settings.seed, self.step, self.ranks.part)
             return self._step()
 
     @abstractmethod
@@ -122,6 +122,11 @@ class TrainingLoop(ABC):
         """Gives a model adapters to train in its place, if the settings say so."""
         if lora is not None:
             self._frozen[name] = weight_sum(model)
+            if lora.dropout > 0 and self.ranks.sequence > 1:
+                raise ValueError(
+                    f"{name}.lora.dropout: expected 0 with distributed.sequence {self.ranks.sequence}, whose "
+                    f"ranks would draw other masks than one process does, got {lora.dropout}"
+                )
             self._has_dropout = self._has_dropout or lora.dropout > 0
             add_adapters(model, lora, self._run_settings.seed)
 
@@ -139,10 +144,11 @@ class TrainingLoop(ABC):
         ranks = self.ranks
         if not ranks.launched:
             return
-        if batch % (ranks.size * accumulation):
+        if batch % (ranks.parts * accumulation):
+            shared = f" / sequence {ranks.sequence}" if ranks.sequence > 1 else ""
             raise ValueError(
-                f"batch: expected a multiple of {ranks.size} processes x accumulation {accumulation}, "
-                f"got {batch}"
+                f"batch: expected a multiple of {ranks.size} processes{shared} x accumulation "
+                f"{accumulation}, got {batch}"
             )
         ranks.require_same(**self._run_settings.model_dump(mode="json"), data=data)
         ranks.require_same(weights=[weight_sum(model) for model in models])

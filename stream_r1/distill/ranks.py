@@ -42,6 +42,7 @@ class Ranks:
     local_size: how many of them are on this machine.
     device: where it computes.
     launched: whether there is a process group; without one there is one process.
+    sequence: how many neighbours see the same samples, and share their tokens.
     """
 
     rank: int = 0
@@ -50,6 +51,17 @@ class Ranks:
     device: torch.device = _CPU
     launched: bool = False
     store: Store | None = None
+    sequence: int = 1
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts a batch is divided."""
+        return self.size // self.sequence
+
+    @property
+    def part(self) -> int:
+        """Which of them this rank sees."""
+        return self.rank // self.sequence
 
     @property
     def is_main(self) -> bool:
@@ -65,12 +77,12 @@ class Ranks:
         return (total / self.size).to(x)
 
     def gather(self, x: Tensor) -> Tensor:
-        """Every rank's `x` [B, ...], one after the other: [size * B, ...]."""
+        """The `x` [B, ...] of every part of a batch, one after the other: [parts * B, ...]."""
         if not self.launched:
             return x
         out = [torch.empty_like(x) for _ in range(self.size)]
         dist.all_gather(out, x.contiguous())
-        return torch.cat(out)
+        return torch.cat(out[:: self.sequence])
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says so."""
@@ -191,6 +203,7 @@ def join(settings: DistributedSettings) -> Iterator[Ranks]:
     wake raise SystemExit, so that one message is told.
     """
     if not launched():
+        _check_sequence(settings, 1)
         yield Ranks()
         return
     ranks = _start(settings)
@@ -225,6 +238,7 @@ def _start(settings: DistributedSettings) -> Ranks:
         )
     timeout = timedelta(minutes=settings.timeout_minutes)
     store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
+    _check_sequence(settings, size)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",  # checkpoints talk over the CPU
         store=PrefixStore("group", store),
@@ -234,4 +248,13 @@ def _start(settings: DistributedSettings) -> Ranks:
         device_id=device if cuda else None,
     )
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    return Ranks(rank, size, local_size, device, launched=True, store=PrefixStore("run", store))
+    run = PrefixStore("run", store)
+    return Ranks(rank, size, local_size, device, launched=True, store=run, sequence=settings.sequence)
+
+
+def _check_sequence(settings: DistributedSettings, size: int) -> None:
+    if size % settings.sequence:
+        raise ValueError(
+            f"distributed.sequence: expected a divisor of the number of processes (torchrun "
+            f"--nproc-per-node), {size}, got {settings.sequence}"
+        )

@@ -272,6 +272,9 @@ class DistributedSettings(Settings):
         model, its gradients, optimizer and average; "hybrid": `replicas` groups, each with a whole set of
         parts.
     replicas: groups of "hybrid"; None: one a machine.
+    sequence: processes, neighbours by rank, that share every sample of student, teacher and critic: each has
+        some of a frame's tokens and some of the attention's heads. A divisor of the processes, of the heads
+        and of the tokens.
     backend: "auto" is nccl with a GPU and gloo without.
     param_dtype: of sharded weights while they compute; what is kept, and sums of gradients, stay float32.
     async_checkpoints: write checkpoints at intervals beside the training, from a copy in host memory.
@@ -280,6 +283,7 @@ class DistributedSettings(Settings):
 
     shard: Literal["none", "full", "hybrid"] = "none"
     replicas: Count | None = None
+    sequence: Count = 1
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     async_checkpoints: bool = False

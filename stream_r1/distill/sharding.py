@@ -23,13 +23,14 @@ from stream_r1.distill.lora import is_adapted, save_adapter, without_adapters
 from stream_r1.distill.ranks import Ranks
 from stream_r1.distill.settings import DistributedSettings
 from stream_r1.models.adapters import merge_adapter
+from stream_r1.models.sequence import SequenceParallel
 from stream_r1.models.transformer import CausalWanTransformer
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Sharding:
-    """Brings models to the ranks' devices, in parts where the settings say so.
+    """Brings models to the ranks' devices, in parts where the settings say so, and has ranks share samples.
 
     Raises:
         ValueError: replicas that do not divide the ranks.
@@ -39,6 +40,7 @@ class Sharding:
         self.settings = settings
         self.ranks = ranks
         self.mesh = self._make_mesh() if ranks.launched and settings.shard != "none" else None
+        self.sequence = self._make_sequence() if ranks.sequence > 1 else None
 
     def _make_mesh(self) -> DeviceMesh:
         kind, size = self.ranks.device.type, self.ranks.size
@@ -51,10 +53,22 @@ class Sharding:
             )
         return init_device_mesh(kind, (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))
 
+    def _make_sequence(self) -> SequenceParallel:
+        """Beside the mesh of the shards: whose ranks have which tokens says nothing about weights."""
+        shape = (self.ranks.parts, self.ranks.sequence)
+        mesh = init_device_mesh(self.ranks.device.type, shape, mesh_dim_names=("data", "sequence"))
+        return SequenceParallel(mesh.get_group("sequence"))
+
     def place(self, model: nn.Module) -> None:
-        """Brings a transformer to the rank's device, sharded if the settings say so; see `shard_model`."""
+        """Brings a transformer to the rank's device, sharded if the settings say so; see `shard_model`.
+
+        Raises ValueError for heads that the ranks of a sequence can't share.
+        """
         if not self.ranks.launched:
             return
+        if self.sequence is not None:
+            assert isinstance(model, CausalWanTransformer)
+            model.enable_sequence_parallel(self.sequence)
         if self.mesh is None:
             model.to(self.ranks.device)
             return

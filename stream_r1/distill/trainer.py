@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stream_r1.clock import Clock
-from stream_r1.distill.dmd import DistributionMatching
+from stream_r1.distill.dmd import DistributionMatching, as_own
 from stream_r1.distill.events import Preview, StepDone, summarise
 from stream_r1.distill.guard import Guard, figures_of
 from stream_r1.distill.long_rollout import RolloutClip, long_rollout
@@ -44,7 +44,7 @@ class _Draw:
     length: int
 
     def of_rank(self, ranks: Ranks) -> _Draw:
-        return list(self.split(ranks.size))[ranks.rank]
+        return list(self.split(ranks.parts))[ranks.part]
 
     def split(self, parts: int) -> Iterator[_Draw]:
         size = len(self.prompts) // parts
@@ -96,8 +96,11 @@ class DistillTrainer(TrainingLoop):
         super().__init__(settings, folder, ranks)
         self.settings = settings
         self.student = student.train()
+        critic = critic if critic is not None else deepcopy(teacher)
+        if self.ranks.sequence > 1:
+            teacher, critic = (as_own(model, text_encoder.text_len) for model in (teacher, critic))
         self.teacher = teacher.eval().requires_grad_(False)
-        self.critic = (critic if critic is not None else deepcopy(teacher)).train().requires_grad_(True)
+        self.critic = critic.train().requires_grad_(True)
         self.prompts = list(prompts)
         self._adapt("student", self.student, settings.student.lora)
         self._adapt("critic", self.critic, settings.critic.lora)
@@ -205,7 +208,7 @@ class DistillTrainer(TrainingLoop):
             raise ValueError("DistillTrainer: vae must be given with a guard: it needs pixels")
         count = guard.settings.videos
         prompts = [self.prompts[i % len(self.prompts)] for i in range(count)]
-        part = max(1, self.settings.batch // (self.ranks.size * self.settings.accumulation))
+        part = max(1, self.settings.batch // (self.ranks.parts * self.settings.accumulation))
         checks = []
         with clock.part("guard"):
             for start in range(0, count, part):
@@ -251,7 +254,7 @@ class DistillTrainer(TrainingLoop):
         """Adds the tokens of a rollout of so many frames, on all ranks, to the step's."""
         config: Any = self.student.config
         frame = x[:, 0].numel() // (x.shape[2] * math.prod(config.patch_size))
-        tokens = length * frame * self.ranks.size
+        tokens = length * frame * self.ranks.parts
         scalars["tokens"] = scalars.get("tokens", 0.0) + tokens
 
     def _embed(self, prompts: list[str]) -> Tensor:

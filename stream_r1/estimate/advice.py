@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from stream_r1.config import build, merge, parse_overrides
 from stream_r1.estimate.devices import DEVICES, Device
+from stream_r1.estimate.memory import MACHINE
 from stream_r1.estimate.networks import read_networks
 from stream_r1.estimate.training import Estimate, estimate
 from stream_r1.recipe import InitRecipe, Recipe
@@ -69,13 +70,16 @@ def _settings(recipe: Recipe | InitRecipe, gpus: int) -> Iterator[tuple[tuple[st
     if recipe.models.text != "minilm" and (recipe.text.cache is None or recipe.text.dtype == "float32"):
         cache = recipe.text.cache or f"{recipe.out}/prompts"
         yield (f"text={{dtype: bfloat16, cache: {cache}}}",), "encode prompts first, and free UMT5"
-    parts = recipe.batch // gpus
+    parts = recipe.batch // (gpus // recipe.distributed.sequence)
     if recipe.accumulation < parts:
         yield (f"accumulation={parts}",), "one sample at a time"
     if recipe.precision == "float32":
         yield ("precision=bfloat16",), "matrix products in bfloat16"
     if recipe.distributed.shard != "full" and gpus > 1:
         yield _shared(recipe), "one copy of the models, divided among all GPUs"
+    if (shared := _most_shared(recipe, gpus)) > recipe.distributed.sequence:
+        alone = f"accumulation={recipe.batch // (gpus // shared)}"
+        yield (f"distributed.sequence={shared}", alone), "one sample at a time on several GPUs"
     config = read_networks(recipe).student.config
     shortest = (config.get("sink_frames") or 0) + config.get("frames_per_chunk", 3)
     if (config.get("window_frames") or 0) > shortest:
@@ -87,6 +91,19 @@ def _settings(recipe: Recipe | InitRecipe, gpus: int) -> Iterator[tuple[tuple[st
         yield ("lora={rank: 64}",), "train adapters alone"
 
 
+def _most_shared(recipe: Recipe | InitRecipe, gpus: int) -> int:
+    """Into how many parts GPUs of one machine can divide heads and tokens."""
+    networks, size = read_networks(recipe), recipe.rollout
+    named = [each for each in (networks.student, networks.teacher, networks.critic) if each is not None]
+    if any(each.lora is not None and each.lora.dropout > 0 for each in named):
+        return 1
+    _, rows, columns = networks.student.config.get("patch_size", (1, 2, 2))
+    counts = [each.config.get("num_attention_heads", 40) for each in named]
+    counts.append(size.height // rows * (size.width // columns))
+    wholes = (n for n in range(min(gpus, MACHINE), 0, -1) if gpus % n == 0)
+    return next(n for n in wholes if all(count % n == 0 for count in counts))
+
+
 def _shared(recipe: Recipe | InitRecipe) -> tuple[str, ...]:
     """Sharding over all GPUs, whose weights are gathered in bfloat16 where products are in it."""
     narrow = ("distributed.param_dtype=bfloat16",) if recipe.precision != "float32" else ()
@@ -96,5 +113,5 @@ def _shared(recipe: Recipe | InitRecipe) -> tuple[str, ...]:
 
 def _for_more(recipe: Recipe | InitRecipe, gpus: int) -> tuple[str, ...]:
     shared = () if recipe.distributed.shard == "full" else _shared(recipe)
-    parts = recipe.batch // gpus
+    parts = recipe.batch // (gpus // recipe.distributed.sequence)
     return (*shared, f"accumulation={parts}")

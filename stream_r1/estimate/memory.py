@@ -42,14 +42,20 @@ GATHERED = 3  # blocks that exist whole at once: one computes, one is fetched, a
 
 @dataclass(frozen=True)
 class Cluster:
-    """How many GPUs, and how many of them divide one copy of the models."""
+    """How many GPUs, how many of them divide one copy of the models, and how many share samples."""
 
     gpus: int
     shards: int
+    sequence: int = 1
 
     @property
     def replicas(self) -> int:
         return self.gpus // self.shards
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts a batch is divided."""
+        return self.gpus // self.sequence
 
 
 def cluster(settings: RunSettings, batch: int, accumulation: int, gpus: int) -> Cluster:
@@ -65,11 +71,14 @@ def cluster(settings: RunSettings, batch: int, accumulation: int, gpus: int) -> 
             told = "distributed.replicas" if chosen.replicas else "one replica a machine of 8"
             raise ValueError(f"--gpus: expected a multiple of {replicas} ({told}), got {gpus}")
         shards = gpus // replicas
-    if batch % (gpus * accumulation):
+    if gpus % chosen.sequence:
+        raise ValueError(f"--gpus: expected a multiple of distributed.sequence {chosen.sequence}, got {gpus}")
+    if batch % (gpus // chosen.sequence * accumulation):
+        shared = f" / sequence {chosen.sequence}" if chosen.sequence > 1 else ""
         raise SettingsError(
-            f"batch: expected a multiple of {gpus} GPUs x accumulation {accumulation}, got {batch}"
+            f"batch: expected a multiple of {gpus} GPUs{shared} x accumulation {accumulation}, got {batch}"
         )
-    return Cluster(gpus, shards)
+    return Cluster(gpus, shards, chosen.sequence)
 
 
 @dataclass(frozen=True)

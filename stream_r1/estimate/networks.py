@@ -91,10 +91,10 @@ def remembered(by: Callable[..., Any] = _all_of) -> Callable[[Function], Functio
 
 @dataclass(frozen=True)
 class Network:
-    """A transformer: its configuration, and how it is trained."""
+    """A transformer: its configuration, whether it is of our class, and how it is trained."""
 
     config: Config
-    causal: bool
+    own: bool
     lora: LoraSettings | None = None
 
     @property
@@ -105,7 +105,7 @@ class Network:
         """A network of the same kind with so many layers, on the meta device."""
         config = self.config | {"num_layers": layers}
         with torch.device("meta"):
-            model: Any = CausalWanTransformer(**config) if self.causal else WanTransformer3DModel(**config)
+            model: Any = CausalWanTransformer(**config) if self.own else WanTransformer3DModel(**config)
             if self.lora is not None:
                 add_adapters(model, self.lora, seed=0)
         made: nn.Module = model
@@ -165,15 +165,18 @@ def read_networks(recipe: Recipe | InitRecipe) -> Networks:
     if paths.text != "minilm":
         text = read.other("text", paths.text, "text_encoder/config.json", UMT5, "UMT5-XXL")
     if isinstance(recipe, InitRecipe):
-        own = Network(student, causal=True, lora=recipe.lora)
-        return Networks(own, None, None, None, None, text, tuple(read.assumed))
+        alone = Network(student, own=True, lora=recipe.lora)
+        return Networks(alone, None, None, None, None, text, tuple(read.assumed))
     teacher = read.transformer("teacher", recipe.models.teacher)
     critic = teacher if recipe.models.critic is None else read.transformer("critic", recipe.models.critic)
+    own = recipe.distributed.sequence > 1
+    if own:
+        teacher, critic = (each | {"text_len": student.get("text_len", 512)} for each in (teacher, critic))
     vae = read.other("vae", recipe.models.vae, "config.json", {}, "Wan 2.1's autoencoder")
     return Networks(
-        Network(student, causal=True, lora=recipe.student.lora),
-        Network(teacher, causal=False),
-        Network(critic, causal=False, lora=recipe.critic.lora),
+        Network(student, own=True, lora=recipe.student.lora),
+        Network(teacher, own),
+        Network(critic, own, lora=recipe.critic.lora),
         vae,
         _reward(read, recipe.models.reward, recipe.reward.overrides()),
         text,

@@ -20,6 +20,7 @@ from stream_r1.distill.dmd import DistributionMatching
 from stream_r1.distill.long_rollout import long_rollout
 from stream_r1.distill.rollout import begin_rollout, self_rollout
 from stream_r1.distill.weighting import Weights
+from stream_r1.estimate.exchange import CountedSequence
 from stream_r1.estimate.networks import Network, make_vae, remembered
 from stream_r1.estimate.pixels import pixel_phases
 from stream_r1.estimate.plan import Plan, roles
@@ -38,7 +39,8 @@ def _asked(plan: Plan) -> tuple[Any, ...]:
     n = plan.networks
     networks = n.student, n.teacher, n.critic, n.vae, n.reward
     settings = plan.recipe.model_dump(exclude=_APART)
-    return settings, plan.capability, *networks, plan.samples, plan.narrow, plan.keeps_gradients
+    ranks = plan.sequence, plan.narrow, plan.keeps_gradients
+    return settings, plan.capability, *networks, plan.samples, *ranks
 
 
 @remembered(by=_asked)
@@ -72,6 +74,8 @@ def _network(run: Run, network: Network, depth: int, *, checkpointing: bool) -> 
         for name, buffer in part._buffers.items():
             if buffer is not None:
                 part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    if plan.sequence > 1:
+        model.enable_sequence_parallel(CountedSequence(plan.sequence))  # type: ignore[operator]
     for p in model.parameters():
         if p.requires_grad:
             p.register_post_accumulate_grad_hook(partial(_count_gradient, run))

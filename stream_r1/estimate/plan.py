@@ -34,6 +34,11 @@ class Plan:
     device: Device | None
 
     @property
+    def sequence(self) -> int:
+        """GPUs that share the samples."""
+        return self.recipe.distributed.sequence
+
+    @property
     def on_gpu(self) -> bool:
         return self.device is not None
 

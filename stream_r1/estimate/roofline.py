@@ -42,7 +42,9 @@ class Assumptions:
             75 % are published for H100).
         own_attention: the same by our kernels, which use mma.sync. FlashAttention-2, which does too, is
             published at 35 % on H100; a processor of a B200 is taken to be as fast at it as one of an H100.
+        link: of the links' rate in one direction, by collectives.
         kernel: seconds that a kernel takes at least.
+        collective: seconds that a collective takes at least.
         dispatch: seconds of Python and torch for an op that is launched one by one; hidden as long as the GPU
             has more to do. A CUDA graph has none.
     """
@@ -52,7 +54,9 @@ class Assumptions:
     convolution: float = 0.28
     library_attention: dict[Capability, float] = field(default_factory=_library_attention)
     own_attention: dict[Capability, float] = field(default_factory=_own_attention)
+    link: float = 0.7
     kernel: float = 2e-6
+    collective: float = 2e-5
     dispatch: float = 8e-6
 
 
@@ -60,7 +64,12 @@ ASSUMED = Assumptions()
 
 
 def seconds_a_call(work: Work, device: Device, assumed: Assumptions = ASSUMED) -> float:
-    """One call: the longer of what memory takes and what arithmetic takes, and no less than a launch."""
+    """One call: the longer of what memory takes and what arithmetic takes, and no less than a launch.
+
+    What comes from other GPUs takes the link's time; nothing else goes on meanwhile, for it is waited for.
+    """
+    if work.engine == "link":
+        return max(work.bytes / (device.link / 2 * assumed.link), assumed.collective)
     memory = work.bytes / (device.bandwidth * assumed.memory)
     return max(memory, work.flops / _rate(work, device, assumed), assumed.kernel)
 

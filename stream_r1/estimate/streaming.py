@@ -11,6 +11,7 @@ import torch
 
 from stream_r1.estimate import roofline
 from stream_r1.estimate.devices import DEVICES, Device
+from stream_r1.estimate.exchange import CountedSequence
 from stream_r1.estimate.networks import make_vae
 from stream_r1.estimate.roofline import ASSUMED, Assumptions
 from stream_r1.estimate.work import SHALLOW, Work, cast, count, fake_tensors, grown_work
@@ -56,6 +57,7 @@ def chunk_work(
     latent: tuple[int, int],
     steps: Sequence[float],
     device: Device,
+    sequence: int = 1,
 ) -> ChunkWork:
     """One stream's, all in bfloat16.
 
@@ -64,6 +66,7 @@ def chunk_work(
         latent: height and width of the latents.
         steps: timesteps of the denoising passes, before the shift.
         device: whose backends are counted.
+        sequence: GPUs that share the student's passes; the first one decodes, and its work is counted.
 
     Raises:
         ValueError: a student without a window, whose chunks are never alike.
@@ -71,7 +74,9 @@ def chunk_work(
     if student.get("window_frames") is None:
         raise ValueError("chunk_work: expected a student with window_frames, got one that sees everything")
     with fake_tensors(), as_on(device):
-        shallow, deeper = (_student_work(student | {"num_layers": n}, latent, steps) for n in SHALLOW)
+        shallow, deeper = (
+            _student_work(student | {"num_layers": n}, latent, steps, sequence) for n in SHALLOW
+        )
         work = grown_work(shallow, shallow, deeper, student["num_layers"] - SHALLOW[0])
         vae = cast(make_vae(autoencoder), torch.bfloat16)
         frames, channels = student.get("frames_per_chunk", 3), student.get("in_channels", 16)
@@ -80,8 +85,12 @@ def chunk_work(
         return ChunkWork(work, decoding[1], vae.temporal_factor * frames)
 
 
-def _student_work(student: dict[str, Any], latent: tuple[int, int], steps: Sequence[float]) -> list[Work]:
+def _student_work(
+    student: dict[str, Any], latent: tuple[int, int], steps: Sequence[float], sequence: int
+) -> list[Work]:
     model = cast(CausalWanTransformer(**student), torch.bfloat16).eval()
+    if sequence > 1:
+        model.enable_sequence_parallel(CountedSequence(sequence))
     config: Any = model.config
     text = torch.zeros(1, config.text_len, config.text_dim)
     stream = Sampler(model, steps=steps, merge_passes=False).stream(text, latent_size=latent)

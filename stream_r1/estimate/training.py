@@ -18,11 +18,11 @@ from stream_r1.estimate.phases import training_phases
 from stream_r1.estimate.plan import Plan, Role, roles
 from stream_r1.estimate.run import Phase
 from stream_r1.estimate.streaming import chunk_work
+from stream_r1.estimate.work import exchanged_bytes
 from stream_r1.recipe import InitRecipe, Recipe
 
 CONTEXT = 1.5e9  # bytes of CUDA's context, libraries' workspaces and NCCL's buffers
 SLACK = 0.05  # of what is allocated, lost between the allocator's blocks
-LINK = 0.7  # of the links' rate, by collectives
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Estimate:
         moments: every phase of a step when it needs most.
         student_update, critic_update: None where a step has none.
         step: the mean one.
+        exchanged: bytes that come to a GPU in a mean step from others that share its samples.
     """
 
     plan: Plan
@@ -42,18 +43,21 @@ class Estimate:
     student_update: float
     critic_update: float | None
     step: float
+    exchanged: float
 
     @cached_property
     def fps(self) -> tuple[float, float] | None:
         """Of a stream of the student, all in bfloat16, end to end and without decoding.
 
-        None without a window, whose chunks are never alike, and for starts. Counted when it is asked for.
+        On the GPUs of `distributed.sequence`. None without a window, whose chunks are never alike, and for
+        starts. Counted when it is asked for.
         """
         networks, size = self.plan.networks, self.plan.recipe.rollout
         student = networks.student.config
         if networks.vae is None or student.get("window_frames") is None:
             return None
-        work = chunk_work(student, networks.vae, (size.height, size.width), size.steps, self.device)
+        latent, shared = (size.height, size.width), self.plan.sequence
+        work = chunk_work(student, networks.vae, latent, size.steps, self.device, shared)
         denoising, _ = work.seconds(self.device)
         return work.fps(self.device), work.frames / denoising
 
@@ -89,7 +93,7 @@ def estimate(recipe: Recipe | InitRecipe, device: Device, gpus: int) -> Estimate
     plan = Plan(
         recipe,
         read_networks(recipe),
-        samples=recipe.batch // (gpus * recipe.accumulation),
+        samples=recipe.batch // (group.parts * recipe.accumulation),
         half=recipe.precision != "float32",
         narrow=narrow,
         keeps_gradients=group.shards == 1 and recipe.accumulation == 1,
@@ -98,10 +102,11 @@ def estimate(recipe: Recipe | InitRecipe, device: Device, gpus: int) -> Estimate
     phases = training_phases(plan)
     times = _Times(plan, group, device)
     student, critic = times.update(phases, "student"), times.update(phases, "critic")
-    step = student
+    step, exchanged = student, times.exchanged(phases, "student")
     if isinstance(recipe, Recipe):
-        updates = -(-(recipe.steps - recipe.critic_warmup) // recipe.critic_updates)
-        step = critic + student * updates / recipe.steps
+        updates = -(-(recipe.steps - recipe.critic_warmup) // recipe.critic_updates) / recipe.steps
+        step = critic + student * updates
+        exchanged = times.exchanged(phases, "critic") + exchanged * updates
     return Estimate(
         plan,
         device,
@@ -110,6 +115,7 @@ def estimate(recipe: Recipe | InitRecipe, device: Device, gpus: int) -> Estimate
         student,
         critic if isinstance(recipe, Recipe) else None,
         step,
+        exchanged,
     )
 
 
@@ -131,13 +137,22 @@ class _Times:
 
     def _phase(self, phase: Phase) -> float:
         """The longer of what it computes and what it fetches: the two run at once."""
-        busy, times = roofline.seconds(phase.work, self.device), 1.0
-        if phase.name.endswith(": rollout"):
-            times = self._rollout_passes() / phase.passes
+        busy, times = roofline.seconds(phase.work, self.device), self._times(phase)
         fetched = 0.0
         if phase.role is not None:
             fetched = self._fetched(sizes(roles(self.plan)[phase.role], self.cluster.shards), phase.backward)
         return max(busy * times, fetched * phase.passes * times)
+
+    def exchanged(self, phases: Sequence[Phase], role: Role) -> float:
+        """Bytes of an update that come from GPUs that share the samples."""
+        own = [phase for phase in phases if phase.learns == role]
+        return self.plan.recipe.accumulation * sum(
+            exchanged_bytes(phase.work) * self._times(phase) for phase in own
+        )
+
+    def _times(self, phase: Phase) -> float:
+        """How often what was counted is done."""
+        return self._rollout_passes() / phase.passes if phase.name.endswith(": rollout") else 1.0
 
     def _rollout_passes(self) -> float:
         """The mean of exits: as many passes before it as not; and one that leaves a chunk's keys behind."""
@@ -151,4 +166,4 @@ class _Times:
         shards = self.cluster.shards
         width = 2 if self.plan.narrow else 4
         numbers = size.whole * (width + 4 * backward)
-        return numbers * (shards - 1) / shards / (self.device.link / 2 * LINK)
+        return numbers * (shards - 1) / shards / (self.device.link / 2 * roofline.ASSUMED.link)

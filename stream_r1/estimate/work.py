@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 Module = TypeVar("Module", bound=nn.Module)
-Engine = Literal["matmul", "attention", "convolution", "elementwise"]
+Engine = Literal["matmul", "attention", "convolution", "elementwise", "link"]
 _Calls = Counter[tuple[str, Engine, torch.dtype, int, int]]  # of the fields of `Work`, in their order
 
 SHALLOW = (1, 2)  # layers of networks that are run; what the second adds every further one adds
@@ -41,7 +41,8 @@ class Work:
     """Equal calls of an op.
 
     `flops` and `bytes` are of one call. `bytes` are the inputs read once and the outputs written once: what
-    cannot be avoided unless ops are fused or a cache holds their inputs.
+    cannot be avoided unless ops are fused or a cache holds their inputs. On the engine "link" they are those
+    that come from other GPUs.
     """
 
     op: str  # "aten.addmm", "stream_r1.gated_add"
@@ -61,6 +62,11 @@ def total_flops(work: Sequence[Work]) -> int:
 
 def total_bytes(work: Sequence[Work]) -> int:
     return sum(w.bytes * w.calls for w in work)
+
+
+def exchanged_bytes(work: Iterable[Work]) -> int:
+    """That come from other GPUs; as many go there."""
+    return sum(w.bytes * w.calls for w in work if w.engine == "link")
 
 
 def repeat(work: Sequence[Work], times: int) -> list[Work]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stream_r1.models.module_weights import is_plain, weight_of
+from stream_r1.models.sequence import TokenShare
 from stream_r1.models.slots import FreshSlot
 from stream_r1_kernels import (
     ChunkMask,
@@ -195,10 +196,12 @@ class Block(nn.Module):
         past: Past | None = None,
         slots: Sequence[FreshSlot] = (),
         modulated: bool = False,
+        share: TokenShare | None = None,
     ) -> Tensor:
         """`x` [B, T, D], `time` [B, F, 6, D] (F may be 1), rotary phases [T, D / H / 2] -> [B, T, D].
 
-        `modulated`: `time` is what `modulation` made of it.
+        `modulated`: `time` is what `modulation` made of it. `share`: x and the phases are of this rank's
+        tokens, slots and past of its heads.
 
         Self-attention follows `mask` over the sequence, or runs on `slots` (sampling: the chunks of `x` one
         after the other, whose keys and values are written there), or sees `past` and itself (training); with
@@ -209,7 +212,7 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = time.unbind(2)  # [B, F, D] each
 
         attended = self.self_attention(
-            modulated_norm(x, shift1, scale1, eps=self.eps), cos, sin, mask, past, slots
+            modulated_norm(x, shift1, scale1, eps=self.eps), cos, sin, mask, past, slots, share
         )
         if attended.shape[1] < x.shape[1]:
             kept, frames = attended.shape[1], max(1, time.shape[1] * attended.shape[1] // x.shape[1])
@@ -229,17 +232,26 @@ class Block(nn.Module):
         mask: ChunkMask | None,
         past: Past | None,
         slots: Sequence[FreshSlot],
+        share: TokenShare | None,
     ) -> Tensor:
         """h [B, T, D] -> what its heads gathered, [B, T, D], not yet projected; of slots, the asked for."""
         attn = self.attn1
         q, k, v = project(h, attn.to_q, attn.to_k, attn.to_v)
         v = attn.split_heads(v)
-        if slots:
+        if slots and share is None:
             return self.attend_in_slots(q, k, v, cos, sin, slots)
         q, k = self.rotate(q, k, cos, sin)
-        if mask is not None:
-            return chunk_attention(q, k, v, mask).flatten(2)
-        return cached_chunk_attention(q, k, v, past).flatten(2)
+        if share is not None:
+            q, k, v = share.by_heads(q, k, v)
+        if slots:
+            attended = self.attend_written(q, k, v, slots)
+        elif mask is not None:
+            attended = chunk_attention(q, k, v, mask)
+        else:
+            attended = cached_chunk_attention(q, k, v, past)
+        if share is not None:
+            attended = share.by_tokens(attended)
+        return attended.flatten(2)
 
     def attend_in_slots(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Sequence[FreshSlot]
@@ -264,6 +276,19 @@ class Block(nn.Module):
                 visible = slot.visible
             if slot.asked:
                 attended.append(cached_chunk_attention(q, None, None, visible).flatten(2))
+        return attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
+
+    def attend_written(self, q: Tensor, k: Tensor, v: Tensor, slots: Sequence[FreshSlot]) -> Tensor:
+        """Rotated q, k and v [B, T, H, D] -> [B, T, H, D] of the chunks that are asked for."""
+        tokens, attended = [slot.k.shape[1] for slot in slots], []
+        chunks = zip(*(part.split(tokens, 1) for part in (q, k, v)), strict=True)
+        for slot, (q, k, v) in zip(slots, chunks, strict=True):
+            if slot.open is not None:
+                slot.open()
+            slot.k.copy_(k)
+            slot.v.copy_(v)
+            if slot.asked:
+                attended.append(cached_chunk_attention(q, None, None, slot.visible))
         return attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
 
     def rotate(

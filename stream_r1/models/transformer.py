@@ -19,7 +19,9 @@ from stream_r1.models.blocks import Block, ConditionEmbedder
 from stream_r1.models.contexts import TextContext, TimeContext, per_frame
 from stream_r1.models.modeling import ConfigMixin, ModelMixin, register_to_config
 from stream_r1.models.module_weights import device_of, weight_of
-from stream_r1.models.patches import patch_grid, patchify, unpatchify
+from stream_r1.models.patches import patch_grid, patchify, token_grid, unpatchify
+from stream_r1.models.sequence import SequenceParallel, TokenShare
+from stream_r1.models.sizes import refuse_unsupported
 from stream_r1.models.slots import take_slots
 from stream_r1_kernels import ChunkCache, ChunkMask, RotaryGrid, modulated_norm
 
@@ -85,19 +87,7 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         first_chunk_frames: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("image_dim", image_dim), ("added_kv_proj_dim", added_kv_proj_dim)):
-            if value is not None:
-                raise ValueError(
-                    f"CausalWanTransformer: {name} must be None (text to video only), got {value}"
-                )
-        if qk_norm != "rms_norm_across_heads":
-            raise ValueError(
-                f"CausalWanTransformer: qk_norm must be 'rms_norm_across_heads', got {qk_norm!r}"
-            )
-        if len(patch_size) != 3 or patch_size[0] != 1:
-            raise ValueError(
-                f"CausalWanTransformer: patch_size must be (1, height, width), got {tuple(patch_size)}"
-            )
+        refuse_unsupported("CausalWanTransformer", image_dim, added_kv_proj_dim, qk_norm, tuple(patch_size))
         dim = num_attention_heads * attention_head_dim
         out_channels = out_channels or in_channels
 
@@ -111,8 +101,20 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.proj_out = nn.Linear(dim, out_channels * math.prod(patch))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.gradient_checkpointing = False
+        self.sequence: SequenceParallel | None = None
         # Settings that no cache could follow are refused here, not when the first stream begins.
         self._make_cache(1, 0, 1, 1, frames_per_chunk, torch.float32, torch.device("meta"))
+
+    def enable_sequence_parallel(self, sequence: SequenceParallel) -> None:
+        """From now on passes are shared by processes, all of which make the same ones on the same latents.
+
+        Each has the whole latents, text and result; tokens and the heads of keys and values are divided.
+
+        Raises:
+            ValueError: heads that the processes can't share evenly.
+        """
+        sequence.check_heads("CausalWanTransformer", self.config["num_attention_heads"])
+        self.sequence = sequence
 
     def encode_text(self, embeds: Tensor) -> TextContext:
         """Cross-attention keys and values of a prompt, for every layer: once a prompt, not once a step.
@@ -190,25 +192,28 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 "CausalWanTransformer.forward: clean_x and a mask with teacher_forcing=True need each other"
             )
 
-        h = patchify(x, self.patch_embedding)
+        share = self._share("forward", rows, columns)
+        h = patchify(x, self.patch_embedding, share)
         cos, sin = self.rotary.phases(0, frames, rows, columns, x.device)
+        if share is not None:
+            cos, sin = share.own(cos, dim=0), share.own(sin, dim=0)
         if clean_x is not None:
             if clean_x.shape != x.shape:
                 raise ValueError(
                     f"CausalWanTransformer.forward: clean_x must have x's shape {list(x.shape)}, "
                     f"got {list(clean_x.shape)}"
                 )
-            h = torch.cat((patchify(clean_x, self.patch_embedding), h), dim=1)
+            h = torch.cat((patchify(clean_x, self.patch_embedding, share), h), dim=1)
             t = t.expand(batch, frames)
             t = torch.cat((torch.zeros_like(t), t), dim=1)
             cos, sin = cos.repeat(2, 1), sin.repeat(2, 1)
         text = self._as_context("forward", text, batch)
         embedding, time = self.condition_embedder.time(t, h.dtype)
         for block, text_k, text_v in zip(self.blocks, text.k, text.v, strict=True):
-            h = self._run(block, h, time, text_k, text_v, cos, sin, mask)
+            h = self._run(block, h, time, text_k, text_v, cos, sin, mask, None, (), False, share)
         if clean_x is not None:
             h, embedding = h[:, h.shape[1] // 2 :], embedding[:, frames:]
-        return self._head(h, self._head_modulation(embedding), rows, columns).to(x.dtype)
+        return self._head(h, self._head_modulation(embedding), rows, columns, share).to(x.dtype)
 
     def forward_chunk(
         self,
@@ -270,7 +275,8 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 )
         batch, frames, rows, columns = shape
         joined = len(chunks) > 1
-        h = patchify(torch.cat(chunks, dim=1) if joined else x, self.patch_embedding)
+        share = self._share("forward_chunk", rows, columns)
+        h = patchify(torch.cat(chunks, dim=1) if joined else x, self.patch_embedding, share)
         total = sum(chunk.shape[1] for chunk in chunks)
         text = self._as_context("forward_chunk", text, batch)
         if modulated := isinstance(t, TimeContext):
@@ -281,16 +287,18 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             embedding, time = self.condition_embedder.time(t, h.dtype)
             times, head = [time] * len(self.blocks), self._head_modulation(embedding)
         cos, sin, slots = take_slots(cache, len(chunks))
+        if share is not None:
+            cos, sin = share.own(cos, dim=0), share.own(sin, dim=0)
         snapshot = torch.is_grad_enabled() and cache.overwrites
         for block, time, layer, own, text_k, text_v in zip(
             self.blocks, times, cache.layers, slots, text.k, text.v, strict=True
         ):
             if write:
-                h = block(h, time, text_k, text_v, cos, sin, None, None, own, modulated)
+                h = block(h, time, text_k, text_v, cos, sin, None, None, own, modulated, share)
             else:
                 past = layer.past(holds_fresh=False, copy=snapshot)
-                h = self._run(block, h, time, text_k, text_v, cos, sin, None, past, (), modulated)
-        return self._head(h, head[:, -frames:], rows, columns).to(x.dtype)
+                h = self._run(block, h, time, text_k, text_v, cos, sin, None, past, (), modulated, share)
+        return self._head(h, head[:, -frames:], rows, columns, share).to(x.dtype)
 
     def new_cache(
         self,
@@ -329,7 +337,7 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return ChunkCache(
             layers,
             batch,
-            config["num_attention_heads"],
+            config["num_attention_heads"] // (1 if self.sequence is None else self.sequence.size),
             self.rotary,
             rows,
             columns,
@@ -369,20 +377,25 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         table = weight_of(self, "scale_shift_table").unsqueeze(0)
         return table + embedding.unsqueeze(2).to(table.dtype)
 
-    def _head(self, h: Tensor, modulation: Tensor, rows: int, columns: int) -> Tensor:
+    def _share(self, where: str, rows: int, columns: int) -> TokenShare | None:
+        """How the tokens of frames are shared; None: they are not."""
+        if self.sequence is None:
+            return None
+        return self.sequence.divide(f"CausalWanTransformer.{where}", rows, columns)
+
+    def _head(
+        self, h: Tensor, modulation: Tensor, rows: int, columns: int, share: TokenShare | None
+    ) -> Tensor:
         """Tokens [B, T, D] and the head's modulation [B, F, 2, D] -> [B, F, C, h, w]."""
         shift, scale = modulation.unbind(2)
         patches = self.proj_out(modulated_norm(h, shift, scale, eps=self.config["eps"]))
+        if share is not None:
+            patches = share.whole(patches)
         return unpatchify(patches, self.patch_embedding.kernel_size, rows, columns)
 
     def _check_latents(self, where: str, x: Tensor) -> tuple[int, int, int, int]:
-        channels = self.config["in_channels"]
-        if x.ndim != 5 or x.shape[2] != channels:
-            raise ValueError(
-                f"CausalWanTransformer.{where}: x must be [B, F, {channels}, h, w], got {list(x.shape)}"
-            )
-        rows, columns = self._grid(where, x.shape[3], x.shape[4])
-        return x.shape[0], x.shape[1], rows, columns
+        patch = self.patch_embedding.kernel_size
+        return token_grid(f"CausalWanTransformer.{where}", x, self.config["in_channels"], patch)
 
     def _grid(self, where: str, height: int, width: int) -> tuple[int, int]:
         return patch_grid(f"CausalWanTransformer.{where}", height, width, self.patch_embedding.kernel_size)

@@ -17,6 +17,8 @@ from stream_r1.models.autoencoder import VideoAutoencoder
 from stream_r1.models.autoencoders import load_autoencoder
 from stream_r1.models.checkpoints import load_student
 from stream_r1.models.offload import ModelOffload
+from stream_r1.models.patches import patch_grid
+from stream_r1.models.sequence import SequenceParallel
 from stream_r1.models.taehv import TinyVAE
 from stream_r1.models.text import MiniLMEncoder, TextEncoder, TransformersEncoder, UMT5Encoder
 from stream_r1.models.transformer import CausalWanTransformer
@@ -248,6 +250,27 @@ class StreamR1Pipeline:
         if isinstance(self.text_encoder, TransformersEncoder):
             self.text_encoder.enable_offload(offload)
         self.sampler.offload = offload
+
+    def enable_sequence_parallel(self, sequence: SequenceParallel) -> None:
+        """Share the student's passes with other processes, each with a pipeline of the same models.
+
+        All of them make the same streams, of the same prompts and seeds, chunk after chunk; the first decodes
+        them, chunks of the others have latents alone. Call it before streams begin.
+
+        Raises:
+            ValueError: heads or frames that the processes can't share evenly, idle models that are offloaded,
+                or passes that are CUDA graphs.
+        """
+        where, sampler = "enable_sequence_parallel", self.sampler
+        for name, wanted in (("offload", sampler.offload is not None), ("cuda_graph", sampler.cuda_graph)):
+            if wanted:
+                raise ValueError(f"{where}: {name} must be False where processes share passes, got True")
+        assert sampler.latent_size is not None
+        patch = self.student.patch_embedding.kernel_size
+        sequence.divide(where, *patch_grid(where, *sampler.latent_size, patch))
+        self.student.enable_sequence_parallel(sequence)
+        if sequence.rank > 0:
+            sampler.decoder = None
 
     def stream(
         self,

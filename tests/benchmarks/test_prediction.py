@@ -9,7 +9,7 @@ import torch
 from benchmarks.prediction import kernels, page, streaming
 from stream_r1.estimate.devices import DEVICES
 from stream_r1.estimate.roofline import seconds
-from stream_r1.estimate.work import Work, count, fake_tensors, total_bytes, total_flops
+from stream_r1.estimate.work import Work, count, exchanged_bytes, fake_tensors, total_bytes, total_flops
 from stream_r1_kernels import backends, dispatch
 
 ROOT = Path(__file__).parents[2]
@@ -126,3 +126,20 @@ def test_every_section_says_that_it_is_a_prediction() -> None:
     headings = [line for line in PAGE.splitlines() if line.startswith("#")]
     assert len(headings) > 5
     assert all("prediction" in heading.lower() for heading in headings)
+
+
+def test_a_shared_chunk_is_a_part_of_its_work_and_the_bytes_that_are_sent(
+    on_h100: streaming.ChunkWork,
+) -> None:
+    """Queries, keys, values and results of every layer and pass, and the head's patches."""
+    gpus, tokens, dim = 4, 3 * 30 * 52, 1536
+    shared = streaming.ours(DEVICES["H100"], gpus)
+    own, others = tokens // gpus, gpus - 1
+    exchanged = 5 * (30 * 4 * own * dim * 2 * others // gpus + others * own * 64 * 2)
+    assert exchanged_bytes(shared.student) == exchanged
+    for engine in ("attention", "matmul"):
+        part, whole = (
+            total_flops([w for w in each.student if w.engine == engine]) for each in (shared, on_h100)
+        )
+        assert gpus * part == whole
+    assert shared.decoder == on_h100.decoder

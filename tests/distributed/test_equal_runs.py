@@ -55,8 +55,17 @@ def alone() -> tuple:
         ),
         (4, {}),
         (4, {"distributed": {"shard": "hybrid", "replicas": 2}}),
+        (2, {"distributed": {"sequence": 2, "shard": "full"}, "rollout": {"gradient_checkpointing": True}}),
+        (4, {"distributed": {"sequence": 2}, "accumulation": 2}),
     ],
-    ids=["2-whole-accumulated", "2-sharded-accumulated-checkpointed", "4-whole", "4-hybrid"],
+    ids=[
+        "2-whole-accumulated",
+        "2-sharded-accumulated-checkpointed",
+        "4-whole",
+        "4-hybrid",
+        "2-sequence-sharded-checkpointed",
+        "2x2-sequence-accumulated",
+    ],
 )
 def test_distillation(alone: tuple, size: int, changes: dict[str, Any]) -> None:
     results = launch(size, train, None, settings(**changes))
@@ -147,9 +156,9 @@ def test_resumed_after_every_step_in_bfloat16(shard: str, tmp_path: Path) -> Non
         assert all(torch.equal(part[1][key], value) for key, value in run[1].items())
 
 
-@pytest.mark.parametrize("shard", ["none", "full"])
-def test_the_training_of_a_start(shard: str) -> None:
+@pytest.mark.parametrize("divided", [{}, {"shard": "full"}, {"sequence": 2}])
+def test_the_training_of_a_start(divided: dict[str, Any]) -> None:
     chosen = {"steps": 4, "batch": 4, "optimizer": {"lr": 1e-2, "eps": 1e-2, "clip": 1.0}, "warmup": 2}
     expected = train_alone(None, InitSettings.model_validate(chosen))
-    got = launch(2, train, None, InitSettings.model_validate(chosen | {"distributed": {"shard": shard}}))
+    got = launch(2, train, None, InitSettings.model_validate(chosen | {"distributed": divided}))
     assert_same_run(got[0], expected, {})

@@ -23,9 +23,14 @@ from stream_r1.distill.events import Saved
 from stream_r1.distill.initialise import InitTrainer
 from stream_r1.distill.ode import OdePairs, OdeRegression
 from stream_r1.distill.ranks import Ranks, join
-from stream_r1.distill.settings import DistillSettings, InitSettings
+from stream_r1.distill.rollout import begin_rollout, self_rollout
+from stream_r1.distill.settings import DistillSettings, DistributedSettings, InitSettings
 from stream_r1.distill.sharding import full_tensor
 from stream_r1.distill.trainer import DistillTrainer
+from stream_r1.models.sequence import SequenceParallel
+from stream_r1.models.transformer import CausalWanTransformer
+from stream_r1.sampling.sampler import Sampler
+from stream_r1.schedule import FlowSchedule
 
 
 class Processes:
@@ -160,3 +165,74 @@ def train_and_note(folder: Path, chosen: Any, log: Path) -> None:
                 if ranks.is_main:
                     notes.write(f"{'saved' if isinstance(event, Saved) else 'step'} {event.step}\n")
                     notes.flush()
+
+
+# Four heads of 12 and frames of 8 tokens, for two and for four processes.
+SHARED = {"num_attention_heads": 4, "window_frames": 7, "sink_frames": 3, "positions": "window"}
+SHARED_LATENT = (4, 4, 8)  # channels, rows, columns
+
+
+def shared_student(size: int | None, **settings: Any) -> CausalWanTransformer:
+    """A student whose passes `size` processes share; None: one alone."""
+    student = tiny_student(**SHARED | settings)
+    if size is not None:
+        student.enable_sequence_parallel(SequenceParallel())
+    return student
+
+
+def passes(size: int | None, checkpointing: bool) -> dict[str, Tensor]:
+    """Whole clips under three masks and a rollout of chunks: velocities, and gradients meant over ranks."""
+    g = torch.Generator().manual_seed(3)
+    x, clean, text, t = (
+        torch.randn(2, 9, *SHARED_LATENT, generator=g),
+        torch.randn(2, 9, *SHARED_LATENT, generator=g),
+        torch.randn(2, 8, 16, generator=g),
+        1000 * torch.rand(2, 9, generator=g),
+    )
+    weight, out = torch.randn(x.shape, generator=g), {}
+    with join(DistributedSettings()) as ranks:
+        for name in ("bidirectional", "causal", "teacher forcing", "rollout"):
+            student = shared_student(size).train()
+            if checkpointing:
+                student.enable_gradient_checkpointing()
+            given = x.clone().requires_grad_()
+            if name == "rollout":
+                loop = begin_rollout(
+                    student,
+                    student.encode_text(text),
+                    (2, *SHARED_LATENT[1:]),
+                    max_frames=9,
+                    schedule=FlowSchedule(5.0),
+                    steps=[1000.0, 600.0],
+                    exit_step=1,
+                    renoise=torch.sin,
+                )
+                v = self_rollout(loop, x)
+            else:
+                mask = {} if name == "bidirectional" else {"mask": "causal"}
+                v = student(given, t, text, **mask, clean_x=clean if name == "teacher forcing" else None)
+            (v * weight).mean().backward()
+            ranks.average_gradients(student.parameters())
+            out[name] = v.detach()
+            out |= {f"{name}/{key}": p.grad for key, p in student.named_parameters()}
+            if name != "rollout":
+                out[f"{name}/x"] = given.grad
+    return out
+
+
+def streams(size: int | None, merge: bool, moving: bool) -> dict[str, Tensor]:
+    """Seven chunks of two streams that go on from given frames and switch; and the numbers in a cache."""
+    more = {"window_frames": 9, "sink_ema": 0.9} if moving else {"first_chunk_frames": 1}
+    with join(DistributedSettings()) as ranks, torch.no_grad():
+        student = shared_student(size, **more).eval()
+        g = torch.Generator().manual_seed(4)
+        text = torch.randn(3, 8, 16, generator=g)
+        sampler = Sampler(student, steps=(1000, 500), latent_size=SHARED_LATENT[1:], merge_passes=merge)
+        first = torch.randn(2, 3 if moving else 1, *SHARED_LATENT, generator=g)
+        stream = sampler.stream(text[:2], seed=5, chunks=7, first_frames=first)
+        out = {}
+        for chunk in stream:
+            out[f"chunk {chunk.index}"] = chunk.latents
+            if chunk.index == 3:
+                stream.switch(text[1:], recache=moving)
+        return out | {"cache": torch.tensor(stream.cache.storage.numel() * ranks.size)}

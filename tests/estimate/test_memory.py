@@ -15,9 +15,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from stream_r1 import assembly, recipe
 from stream_r1.clock import Clock
+from stream_r1.distill.dmd import as_own
 from stream_r1.distill.trainer import DistillTrainer
 from stream_r1.distill.weighting import StreamR1Weights
 from stream_r1.estimate import memory, phases, pixels
+from stream_r1.estimate.exchange import CountedSequence
 from stream_r1.estimate.memory import cluster, moments, resident, shard_of, sizes
 from stream_r1.estimate.networks import read_networks
 from stream_r1.estimate.phases import training_phases
@@ -61,12 +63,27 @@ def trainer(plan: Plan, frozen: dict[str, Any], **more: Any) -> DistillTrainer:
     settings = plan.settings
     assert isinstance(settings, recipe.Recipe)
     student = CausalWanTransformer.from_pretrained(settings.models.student, **settings.stream.overrides())
-    teacher = WanTransformer3DModel.from_pretrained(settings.models.teacher)
+    teacher: Any = WanTransformer3DModel.from_pretrained(settings.models.teacher)
+    if plan.sequence > 1:
+        teacher = as_own(teacher, 32)
     trainer = DistillTrainer(
         settings.distillation(), student=student, teacher=teacher, prompts=["one", "two"], **frozen | more
     )
+    if plan.sequence > 1:
+        for model in (trainer.student, trainer.teacher, trainer.critic):
+            model.enable_sequence_parallel(_Echo(plan.sequence))  # type: ignore[operator]
     trainer.train_step()
     return trainer
+
+
+class _Echo(CountedSequence):
+    """Other ranks that have what this one has."""
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        return x.clone()
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return torch.stack([x] * self.size)
 
 
 def allocated(run: Callable[[], Any]) -> tuple[int, Any]:
@@ -111,6 +128,7 @@ CASES = {
     "no window": ["models.student={folder}/open"],
     "bfloat16, two parts": ["precision=bfloat16", "accumulation=2"],
     "long": ["rollout.length=12"],
+    "three ranks a sample": ["distributed.sequence=3", "rollout.width=12"],
 }
 
 
@@ -234,6 +252,10 @@ def test_groups(folder: Path) -> None:
     assert cluster(settings, 64, 1, 16) == memory.Cluster(16, 8)
     with pytest.raises(ValueError, match=r"--gpus: expected a multiple of 3 \(distributed.replicas\), got 8"):
         cluster(load(folder, "distributed={shard: hybrid, replicas: 3}"), 64, 1, 8)
+    shared = load(folder, "distributed.sequence=3", "rollout.width=12", "batch=64")
+    assert cluster(shared, 64, 4, 12) == memory.Cluster(12, 1, 3)
+    with pytest.raises(ValueError, match=r"--gpus: expected a multiple of distributed\.sequence 3, got 8"):
+        cluster(shared, 64, 1, 8)
     with pytest.raises(ValueError, match="--gpus: expected at least 1, got 0"):
         cluster(settings, 64, 1, 0)
     with pytest.raises(ValueError, match="batch: expected a multiple of 8 GPUs x accumulation 16, got 64"):

@@ -108,6 +108,22 @@ def test_a_change_that_is_named_can_be_made() -> None:
     assert tried.student.lora.rank == 8
 
 
+def test_gpus_that_share_a_sample_hold_a_part_of_it_and_send_the_rest() -> None:
+    size = "rollout={frames: 9, gradient_checkpointing: true, steps: [1000]}"
+    alone = estimate(recipe.load(TINY, ["batch=1", size]), DEVICES["H100"], 1)
+    shared = estimate(recipe.load(TINY, ["batch=1", size, "distributed.sequence=4"]), DEVICES["H100"], 4)
+    assert shared.plan.samples == 1
+    whole, part = (
+        next(m.parts for m in each.moments if m.phase == "student: rollout") for each in (alone, shared)
+    )
+    assert part["cache"] == whole["cache"] / 4
+    assert part["activations"] < whole["activations"] / 3
+    assert alone.exchanged == 0
+    assert shared.exchanged > 0
+    twice = recipe.load(TINY, ["batch=2", "accumulation=2", size, "distributed.sequence=4"])
+    assert estimate(twice, DEVICES["H100"], 4).exchanged == pytest.approx(2 * shared.exchanged)
+
+
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as stopped:
         main(["estimate", *arguments])
