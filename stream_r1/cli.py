@@ -33,7 +33,7 @@ app = typer.Typer(
 
 TakeOver = Annotated[
     bool,
-    typer.Option("--take-over", help="Use the folder though a process on another machine seems to have it."),
+    typer.Option("--take-over", help="Use the folder even if a process on another machine seems to hold it."),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -53,7 +53,7 @@ def demo(
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("out/demo"),
     recipe: Annotated[
-        Path | None, typer.Option(help="Recipe to distil by (default: recipes/tiny/stream-r1.yaml).")
+        Path | None, typer.Option(help="Recipe of the distillation (default: recipes/tiny/stream-r1.yaml).")
     ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Settings of the demo itself, as --set chunks=4.")
@@ -86,7 +86,7 @@ def train(
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")] = False,
     take_over: TakeOver = False,
 ) -> None:
-    """Train a student by a recipe; resume where an earlier run stopped.
+    """Train a student from a recipe; resume where an earlier run stopped.
 
     On several GPUs: torchrun --nproc-per-node N -m stream_r1 train RECIPE.
     """
@@ -136,7 +136,7 @@ Prompts = Annotated[str, typer.Option(help="Prompts of the drawn world, one a li
 def data_sheet(
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("out/drawings.png"),
     prompts: Prompts = "recipes/tiny/prompts.txt",
-    seed: Annotated[int, typer.Option(min=0, help="Of everything that the prompts leave to chance.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything that the prompts leave open.")] = 0,
 ) -> None:
     """Write a picture with frames of a drawing of every prompt."""
     from stream_r1.commands.data import sheet
@@ -174,11 +174,13 @@ def data_baselines(
 
 @data_app.command("ode-pairs")
 def data_ode_pairs(
-    recipe: Annotated[Path, typer.Argument(help="A recipe of a start, as wan2.1-1.3b/ode-init.yaml.")],
+    recipe: Annotated[
+        Path, typer.Argument(help="A recipe of an initialization, as wan2.1-1.3b/ode-init.yaml.")
+    ],
     overrides: Overrides = None,
     take_over: TakeOver = False,
 ) -> None:
-    """Write the teacher's trajectories that a student's start is learnt from; resumes where it stopped."""
+    """Write the teacher's trajectories for a student's initialization; resumes where it stopped."""
     from stream_r1.commands.data import ode_pairs
 
     ode_pairs(recipe, overrides or [], take_over=take_over)
@@ -197,7 +199,7 @@ def study(
         bool, typer.Option("--report-only", help="Write tables and page from the runs that are done.")
     ] = False,
 ) -> None:
-    """Compare ways of weighting: train every arm with every seed, judge them in pairs, write a page.
+    """Compare ways of weighting: train every arm with every seed, compare them in pairs, write a page.
 
     Resumes where it was stopped.
     """
@@ -287,7 +289,7 @@ def _one_line(error: Exception) -> str:
 
     text = str(error).strip() or type(error).__name__
     if isinstance(error, _Misused):
-        return one_line(f"{error.format_message()}{_got(error)} ({_command(error)} --help tells more)")
+        return one_line(f"{error.format_message()}{_got(error)} ({_command(error)} --help says more)")
     if isinstance(error, OSError) and error.strerror and error.filename:
         text = f"{os.fsdecode(error.filename)}: {error.strerror.lower()}"
     expected = isinstance(error, ValueError | TypeError | OSError) or type(error).__module__.startswith(

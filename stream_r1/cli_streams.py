@@ -33,11 +33,13 @@ def _model_choice(
     ] = None,
     network: Annotated[
         str | None,
-        typer.Option(help="Of several in the checkpoint: generator_ema (default, if there) or generator."),
+        typer.Option(help="Which network of the checkpoint: generator_ema (default, if there) or generator."),
     ] = None,
-    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter's folder, merged into it.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="LoRA adapter's folder, merged into the student.")
+    ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="How it streams: stream-r1, reward-forcing or self-forcing.")
+        str | None, typer.Option(help="Streaming settings: stream-r1, reward-forcing or self-forcing.")
     ] = None,
     decoder: Annotated[
         str | None, typer.Option(help="taehv:PATH decodes with the tiny taew2_1.pth instead of the VAE.")
@@ -48,12 +50,12 @@ def _model_choice(
     vae_dtype: Annotated[
         str,
         typer.Option(
-            help="The same, of VAE or decoder; auto: float32, small assets bfloat16 where the CPU has it."
+            help="Dtype of VAE or decoder; auto: float32, small assets bfloat16 where the CPU has it."
         ),
     ] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto: a GPU if there is one.")] = "auto",
-    vae_device: Annotated[str | None, typer.Option(help="Of the VAE, if another.")] = None,
-    text_device: Annotated[str | None, typer.Option(help="Of the text encoder, if another.")] = None,
+    vae_device: Annotated[str | None, typer.Option(help="Device of the VAE, if another.")] = None,
+    text_device: Annotated[str | None, typer.Option(help="Device of the text encoder, if another.")] = None,
     offload: Annotated[
         bool, typer.Option("--offload", help="Keep idle models in CPU memory; one at a time is on the GPU.")
     ] = False,
@@ -108,12 +110,12 @@ def sample(
         list[str] | None, typer.Argument(help="One or more prompts; they make one batch.")
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt, as an option; repeatable.")] = None,
-    out: Annotated[Path, typer.Option(help="The mp4; several prompts are numbered.")] = Path(
+    out: Annotated[Path, typer.Option(help="The mp4 file; with several prompts, numbered files.")] = Path(
         "out/sample.mp4"
     ),
     size: Size = None,
     seconds: Annotated[float, typer.Option(min=0.1, max=1e6, help="Length; Ctrl-C ends it earlier.")] = 5.0,
-    forever: Annotated[bool, typer.Option("--forever", help="Until Ctrl-C.")] = False,
+    forever: Annotated[bool, typer.Option("--forever", help="Stream until Ctrl-C.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same video, bit for bit.")] = 0,
     start: Annotated[Path | None, typer.Option(help="Video or picture to continue from.")] = None,
     scale: Annotated[int, typer.Option(min=1, help="Enlarge the pictures by a whole factor.")] = 1,
@@ -163,7 +165,7 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8600,
     prompt: Annotated[str | None, typer.Option(help="What a stream shows at first.")] = None,
     token: Annotated[
-        str | None, typer.Option(help="Token of the link (default: drawn where needed).")
+        str | None, typer.Option(help="Token of the link (default: random where needed).")
     ] = None,
     origin: Annotated[
         list[str] | None, typer.Option(help="Another origin whose pages may connect; repeatable.")

@@ -1,7 +1,7 @@
-"""A recipe: everything one run is told, and whether it fits the models it names.
+"""A recipe: all settings of a run, and whether they fit the models it names.
 
-`Recipe` distils (``kind: distill``, or none given); `InitRecipe` trains a student's start before that, by ODE
-regression (``kind: ode-init``) or teacher forcing (``kind: teacher-forcing``).
+`Recipe` distils (``kind: distill``, or none given); `InitRecipe` trains a student's initialization before
+that, by ODE regression (``kind: ode-init``) or teacher forcing (``kind: teacher-forcing``).
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ DRAWN_PROMPTS = "drawn"
 class ModelPaths(Settings):
     """Where the models are: folders, relative to where the command runs or to the project's root.
 
-    student: what learns: a diffusers folder, or a checkpoint under Wan's original names.
+    student: the network that is distilled: a diffusers folder, or a checkpoint with Wan's original names.
     teacher: the bidirectional model whose distribution is matched.
     vae: Wan's autoencoder.
     reward: a reward's folder; its `config.json` says which kind.
-    critic: what learns to score the student's videos; None: it starts as a copy of the teacher.
+    critic: the network that is trained on the student's videos; None: initialized as a copy of the teacher.
     text: "minilm", or a folder with UMT5 and its tokenizer.
     """
 
@@ -85,7 +85,7 @@ class TextSettings(Settings):
 
     dtype: of its weights and of the embeddings.
     cache: folder that keeps embeddings. With one, every prompt is encoded before the training begins, the
-        processes sharing the work, and the encoder's memory is given back. None: it stays in memory.
+        processes sharing the work, and the encoder's memory is freed. None: it stays in memory.
     """
 
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -93,17 +93,17 @@ class TextSettings(Settings):
 
 
 class RewardSettings(Settings):
-    """How the VideoAlign reward is run; None keeps what its folder says. The small one has the first alone.
+    """How the VideoAlign reward is run; None keeps what its folder says. The small reward has only `wrong`.
 
     wrong: make it wrong on purpose, for a study: see `WrongReward`.
 
-    fps: frames a second that it is shown; "checkpoint": as it was trained; "all": every frame. What it is not
-        shown has no saliency.
+    fps: frames a second that it sees; "checkpoint": as it was trained; "all": every frame. Other frames have
+        no saliency.
     video_fps: frames a second of the student's videos.
-    max_pixels: of a frame that it is shown.
+    max_pixels: of a resized frame.
     dtype: of its weights.
-    gradient_checkpointing: keep a layer's input alone for the backward.
-    samples_at_once: videos that it sees together.
+    gradient_checkpointing: keep only a layer's input for the backward.
+    samples_at_once: videos scored together.
     """
 
     wrong: WrongKind | None = None
@@ -129,7 +129,7 @@ class Recipe(DistillSettings):
     text: how prompts are encoded.
     prompts: a text file, one prompt a line, a .parquet file, or "drawn": every prompt of the drawn world.
     out: folder for checkpoints, metrics and the student.
-    watch: what is watched, and where it goes.
+    watch: what is recorded, and where.
     """
 
     kind: Literal["distill"] = "distill"
@@ -157,7 +157,7 @@ class Recipe(DistillSettings):
 class InitModelPaths(Settings):
     """Where the models are: folders, as those of a distillation.
 
-    student: the weights that it starts from.
+    student: the initial weights.
     teacher: the model that makes the trajectories.
     vae: Wan's autoencoder, which decodes sample videos; None: there are none.
     text: "minilm", or a folder with UMT5 and its tokenizer.
@@ -170,7 +170,7 @@ class InitModelPaths(Settings):
 
 
 class PairSettings(GuidanceSettings):
-    """The teacher's trajectories that a start is learnt from: arguments of `make_ode_pairs`.
+    """The teacher's trajectories that an initialization is trained on: arguments of `make_ode_pairs`.
 
     folder: where they are kept.
     count: how many.
@@ -178,7 +178,7 @@ class PairSettings(GuidanceSettings):
     guidance_scale: as `matching.guidance_scale` of a distillation.
     negative_prompt: as `matching.negative_prompt` of a distillation.
     order: of the solver: 1 is Euler's, 2 a second-order one.
-    batch: trajectories made together.
+    batch: trajectories generated together.
     """
 
     folder: str
@@ -189,20 +189,20 @@ class PairSettings(GuidanceSettings):
 
 
 class InitRecipe(InitSettings):
-    """The settings of the training of a start, its models, its data and where results go.
+    """The settings of the training of an initialization, its models, its data and where results go.
 
-    Both kinds learn from `pairs`, which ``stream-r1 data ode-pairs`` makes: ODE regression from whole
+    Both kinds are trained on `pairs`, which ``stream-r1 data ode-pairs`` makes: ODE regression from whole
     trajectories, teacher forcing from their ends, the teacher's videos.
 
     kind: which of the two.
     models: where the models are.
     stream: how the student streams.
-    rollout: sizes, steps and shift count, the rest does not.
+    rollout: only sizes, steps and shift are used.
     pairs: the trajectories.
     text: how prompts are encoded.
     prompts: a text file, one prompt a line, a .parquet file, or "drawn": every prompt of the drawn world.
     out: folder for checkpoints, metrics and the student.
-    watch: what is watched, and where it goes.
+    watch: what is recorded, and where.
     """
 
     kind: Literal["ode-init", "teacher-forcing"]
@@ -252,7 +252,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def load_start(path: str | Path, overrides: Sequence[str] = ()) -> InitRecipe:
-    """A recipe of a start, see `load_any`; another kind is refused."""
+    """A recipe of an initialization, see `load_any`; another kind is refused."""
     recipe = load_any(path, overrides)
     if not isinstance(recipe, InitRecipe):
         raise SettingsError(f"{path}: kind: expected ode-init or teacher-forcing, got {recipe.kind!r}")

@@ -23,7 +23,7 @@ from stream_r1.tiny_world.teacher import TeacherSettings
 RECIPES = Path(__file__).parents[2] / "recipes"
 _MEANING = re.compile(r"^(?P<names>[a-z_]\w*(?:, [a-z_]\w*)*): (?P<text>.+(?:\n    .+)*)", re.M)
 
-# What settings are for, where they are told, and the class that declares them.
+# Title, introduction and the class that declares the settings.
 SECTIONS: list[tuple[str, str, type[Settings]]] = [
     (
         "Settings of a distillation",
@@ -31,14 +31,14 @@ SECTIONS: list[tuple[str, str, type[Settings]]] = [
         Recipe,
     ),
     (
-        "Settings of a student's start",
+        "Settings of a student's initialization",
         "Recipes of `kind: ode-init` and `kind: teacher-forcing`, for `stream-r1 train`; also read by "
         "`stream-r1 data ode-pairs`.",
         InitRecipe,
     ),
     (
         "Settings of the demo",
-        "`stream-r1 demo --set key=value`; what it distils by is a recipe of the first kind.",
+        "`stream-r1 demo --set key=value`; its training has a recipe of the first kind.",
         DemoSettings,
     ),
     (
@@ -68,7 +68,7 @@ SECTIONS: list[tuple[str, str, type[Settings]]] = [
         TeacherSettings,
     ),
     (
-        "Settings of the tiny student's start",
+        "Settings of the tiny student's initialization",
         "`python -m stream_r1.tiny_world student RECIPE [key=value ...]`.",
         StudentSettings,
     ),
@@ -81,9 +81,9 @@ SECTIONS: list[tuple[str, str, type[Settings]]] = [
 
 _HEAD = """# Recipes and settings
 
-A recipe is a YAML file that tells one run everything: `stream-r1 train RECIPE [key=value ...]`. What it
-leaves out has a default; `base:` starts from another recipe, so that an ablation says only what it changes;
-`key=value` on the command line, with dotted keys (`weighting.beta=1`), goes over both.
+A recipe is a YAML file with all settings of a run: `stream-r1 train RECIPE [key=value ...]`. Keys that it
+leaves out have defaults; `base:` starts from another recipe, so an ablation lists only what it changes;
+`key=value` on the command line, with dotted keys (`weighting.beta=1`), overrides both.
 `stream-r1 train RECIPE --check` shows the result and runs nothing.
 
 Unknown keys, wrong types, values out of range and combinations that can't work are refused before anything

@@ -1,4 +1,4 @@
-"""Training of a student's start: the trainer that ODE regression and teacher forcing share."""
+"""Training of a student's initialization: the trainer that ODE regression and teacher forcing share."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from stream_r1.schedule import FlowSchedule
 
 
 class Objective(Protocol):
-    """What a student's start learns: data, and a loss on some of it."""
+    """What an initialization is trained on: data, and a loss on some of it."""
 
     def __len__(self) -> int:
         """How many samples there are."""

@@ -1,7 +1,7 @@
 """Settings of the distillation, with the published values as defaults.
 
-What a setting means stands in its class's docstring as `name: meaning`; the documentation's table of all
-settings is made from that.
+A setting's meaning is in its class's docstring as `name: meaning`; the documentation's table of all settings
+is generated from that.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class OptimizerSettings(Settings):
     lr: learning rate.
     betas: decay of the averages of gradients and of their squares.
     eps: added to the root of the second average.
-    weight_decay: decoupled: lr * weight_decay of a weight is taken off it in each step.
-    clip: largest norm of all gradients together.
+    weight_decay: decoupled: each step subtracts lr * weight_decay * weight.
+    clip: maximum norm of all gradients together.
     """
 
     lr: Positive
@@ -54,8 +54,8 @@ class LoraSettings(Settings):
     """Low-rank adapters that are trained in place of a network's own weights.
 
     rank: inner width of an adapter.
-    alpha: an adapter's part is multiplied by alpha / rank; None: by 1.
-    dropout: share of an adapter's input that is left out where gradients go.
+    alpha: an adapter's output is scaled by alpha / rank; None: by 1.
+    dropout: probability with which an adapter's input is dropped in training.
     targets: linear layers, by the ends of their names.
     """
 
@@ -75,7 +75,7 @@ class LoraSettings(Settings):
 class NetworkSettings(OptimizerSettings):
     """How a network is trained: all of it, or adapters.
 
-    lora: train adapters alone; None: all weights.
+    lora: train only adapters; None: all weights.
     """
 
     lora: LoraSettings | None = None
@@ -84,7 +84,7 @@ class NetworkSettings(OptimizerSettings):
 class EmaSettings(Settings):
     """Moving average of the student's weights, from step `start` on; before, the average is the student.
 
-    decay: share of the average that stays in each update of the student.
+    decay: of the average, per update of the student.
     start: step from which it averages.
     """
 
@@ -93,16 +93,16 @@ class EmaSettings(Settings):
 
 
 class RolloutSettings(Settings):
-    """What the student makes in training: latents [frames, channels, height, width] in few steps.
+    """What the student generates in training: latents [frames, channels, height, width] in few steps.
 
     frames: latent frames; 1 + 4 (frames - 1) pixel frames.
-    length: frames that it makes in all, or the least and the most of them, drawn for every update; the losses
-        see the last `frames`. None: no more than these.
+    length: frames of a whole rollout, or their minimum and maximum, drawn for every update; the losses see
+        the last `frames`. None: the same as `frames`.
     height, width: of the latents; an eighth of the pixels'.
-    steps: the student's timesteps before the shift, falling.
+    steps: the student's timesteps before the shift, decreasing.
     shift: of the schedule, for the steps and for the timesteps of the loss.
-    context_noise: timestep of the pass that leaves a chunk in the cache; 0 is clean.
-    gradient_checkpointing: compute a block's inside again in the backward instead of keeping it.
+    context_noise: timestep of the cache-update pass; 0 is clean.
+    gradient_checkpointing: recompute a block's activations in the backward instead of keeping them.
     """
 
     frames: Frames = 21
@@ -182,11 +182,11 @@ class GuidanceSettings(Settings):
 
 
 class MatchingSettings(GuidanceSettings):
-    """How the scores are compared.
+    """How the predictions of teacher and critic are compared.
 
     guidance_scale: uncond + scale (cond - uncond), as diffusers counts; 1 is no guidance.
     negative_prompt: the text that it leads away from, or "wan" for the one that Wan's teachers are used with.
-    timestep_low, timestep_high: the timesteps at which scores are compared are held to these.
+    timestep_low, timestep_high: the timesteps at which scores are compared are clamped to these.
     """
 
     timestep_low: Timestep = 20.0
@@ -207,12 +207,12 @@ class WeightingSettings(Settings):
 
     mode: what of the reward is used; "uniform" is plain DMD, "re-dmd" Reward Forcing, "full" Stream-R1.
     beta: a sample counts exp(beta * (mean of its scores - balance * P)).
-    balance: strength of the penalty P on axes that rise unevenly.
-    history: updates that P looks back on; it is 0 before.
+    balance: strength of the penalty P on axes that improve unevenly.
+    history: past updates from which P is computed; it is 0 until there are as many.
     temperature: of the softmax over axes; with a lower one, a weak axis gets more of the saliency.
-    spatial_floor, temporal_floor: what saliency can't take from a cell's or a frame's weight.
-    spatial_strength, temporal_strength: how far weights move from uniform; 0 is not at all.
-    log_bound: the logarithm of a sample's weight is held to this; None: free, as published.
+    spatial_floor, temporal_floor: minimum weight of a cell and of a frame, before the mean is set to 1.
+    spatial_strength, temporal_strength: how far weights may differ from uniform; 0: uniform.
+    log_bound: the logarithm of a sample's weight is clamped to +- this; None: not clamped, as published.
     motion_axis: the axis that "re-dmd" reads.
     samples_at_once: how many samples the reward sees at a time; None: all of a batch.
     """
@@ -266,18 +266,18 @@ class GuardSettings(Settings):
 
 
 class DistributedSettings(Settings):
-    """How a run that a launcher started as several processes divides its models among them.
+    """How the processes of a run, started by a launcher, share the models.
 
-    shard: "none": every process holds every model, gradients are averaged; "full": each holds a part of every
-        model, its gradients, optimizer and average; "hybrid": `replicas` groups, each with a whole set of
-        parts.
-    replicas: groups of "hybrid"; None: one a machine.
+    shard: "none": every process holds every model, gradients are averaged; "full": each holds a shard of
+        every model, its gradients, optimizer and average; "hybrid": `replicas` groups, each with a full set
+        of shards.
+    replicas: groups of "hybrid"; None: one per machine.
     sequence: processes, neighbours by rank, that share every sample of student, teacher and critic: each has
         some of a frame's tokens and some of the attention's heads. A divisor of the processes, of the heads
         and of the tokens.
     backend: "auto" is nccl with a GPU and gloo without.
-    param_dtype: of sharded weights while they compute; what is kept, and sums of gradients, stay float32.
-    async_checkpoints: write checkpoints at intervals beside the training, from a copy in host memory.
+    param_dtype: of sharded weights in computation; stored weights and gradient reductions stay float32.
+    async_checkpoints: write checkpoints at intervals in the background, from a copy in host memory.
     timeout_minutes: how long a process waits for the others.
     """
 
@@ -305,8 +305,7 @@ class RunSettings(Settings):
     seed: of everything that is drawn; same seed, same machine, same run, bit for bit.
     precision: of matrix products; weights, optimizer and average stay float32; "auto": bfloat16 where the
         machine has it in hardware.
-    max_skipped: updates of a network in a row that may fail to be finite and are skipped; one more ends the
-        run.
+    max_skipped: updates in a row of a network that are skipped if they are not finite; one more ends the run.
     checkpoint_every: steps between checkpoints.
     keep_checkpoints: how many of the last are kept.
     distributed: how several processes divide the work.
@@ -340,17 +339,17 @@ class DistillSettings(RunSettings):
 
     A step is one critic update; every `critic_updates`-th step, the generator is updated first.
 
-    batch: samples that an update sees, of all processes together.
-    accumulation: equal parts in which a process goes through its share of the batch.
+    batch: samples of an update, over all processes.
+    accumulation: micro-batches of a process's share of the batch.
     critic_updates: critic updates for one update of the student.
-    critic_warmup: steps at the start in which the critic learns alone.
+    critic_warmup: steps at the start in which only the critic is trained.
     student, critic: how each is trained.
     ema: moving average of the student.
-    rollout: what the student makes.
+    rollout: what the student generates.
     matching: how teacher and critic are compared.
     weighting: how the reward weights the loss.
-    guard: what may change while the student learns, and what is kept if it does; None: nothing is watched, as
-        published. What the guard sees changes no update.
+    guard: limits of what may change while the student is trained; None: no guard, as published. The guard
+        changes no update.
     """
 
     batch: Annotated[int, Field(ge=1, le=2**20)] = 64
@@ -380,15 +379,15 @@ class DistillSettings(RunSettings):
 
 
 class InitSettings(RunSettings):
-    """Training of a student's start: ODE regression or teacher forcing.
+    """Training of a student's initialization: ODE regression or teacher forcing.
 
-    batch: samples that an update sees, of all processes together.
-    accumulation: equal parts in which a process goes through its share of the batch.
+    batch: samples of an update, over all processes.
+    accumulation: micro-batches of a process's share of the batch.
     optimizer: how the student is trained.
-    lora: train adapters alone; None: all weights.
+    lora: train only adapters; None: all weights.
     warmup: steps over which the learning rate rises.
-    ema: moving average of the weights, which is what one wants in the end.
-    gradient_checkpointing: compute a block's inside again in the backward instead of keeping it.
+    ema: moving average of the weights, which is what is exported.
+    gradient_checkpointing: recompute a block's activations in the backward instead of keeping them.
     """
 
     batch: Annotated[int, Field(ge=1, le=2**20)] = 64

@@ -93,7 +93,7 @@ def _student_work(
         model.enable_sequence_parallel(CountedSequence(sequence))
     config: Any = model.config
     text = torch.zeros(1, config.text_len, config.text_dim)
-    stream = Sampler(model, steps=steps, merge_passes=False).stream(text, latent_size=latent)
+    stream = Sampler(model, steps=steps, fuse_cache_update=False).stream(text, latent_size=latent)
     for _ in range(-(-config.window_frames // config.frames_per_chunk)):  # as if chunks had been made
         stream.cache.begin_chunk()
         stream.cache.commit()

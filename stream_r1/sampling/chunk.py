@@ -12,7 +12,7 @@ class ChunkTimings:
     """Seconds that went into one chunk."""
 
     denoise: float
-    cache: float  # clean passes since the chunk before: over that chunk (if not merged), or over given frames
+    cache: float  # cache-update passes since the last chunk: over it (if not fused), or over given frames
     decode: float
     elapsed: float  # spent in the stream up to this chunk's frames; of the first chunk: first-frame latency
 

@@ -57,7 +57,7 @@ class StreamR1Pipeline:
         fps: frames a second that the student was trained at.
         steps, shift: of the schedule, see `Sampler` and `FlowSchedule`.
         decoder: decodes instead of the VAE.
-        cuda_graph, merge_passes: see `Sampler`.
+        cuda_graph, fuse_cache_update: see `Sampler`.
 
     Raises:
         ValueError: a size the VAE or the student's patches do not divide, or parts that do not fit.
@@ -75,7 +75,7 @@ class StreamR1Pipeline:
         shift: float = 5.0,
         decoder: VideoAutoencoder | None = None,
         cuda_graph: bool = False,
-        merge_passes: bool | None = None,
+        fuse_cache_update: bool | None = None,
     ) -> None:
         if not fps > 0:
             raise ValueError(f"StreamR1Pipeline: fps must be positive, got {fps}")
@@ -100,7 +100,7 @@ class StreamR1Pipeline:
             decoder=decoder,
             latent_size=(latent_size[0], latent_size[1]),
             cuda_graph=cuda_graph,
-            merge_passes=merge_passes,
+            fuse_cache_update=fuse_cache_update,
         )
 
     @classmethod
@@ -125,7 +125,7 @@ class StreamR1Pipeline:
         text_device: str | torch.device | None = None,
         offload: bool = False,
         cuda_graph: bool = False,
-        merge_passes: bool | None = None,
+        fuse_cache_update: bool | None = None,
         **settings: Any,
     ) -> StreamR1Pipeline:
         """Load a pipeline.
@@ -158,7 +158,7 @@ class StreamR1Pipeline:
             offload: keep all models in the CPU's memory and on `device` the one at work alone, see
                 `enable_model_cpu_offload`.
             cuda_graph: replay the student's passes as CUDA graphs, see `Sampler`.
-            merge_passes: a chunk's clean pass and the next one's first as one, see `Sampler`.
+            fuse_cache_update: fuse a chunk's cache-update pass with the next one's first pass, see `Sampler`.
             settings: of `CausalWanTransformer`, over those of the preset: `window_frames=12`, ...
 
         Raises:
@@ -224,7 +224,7 @@ class StreamR1Pipeline:
             fps=fps or (24 if parts.small else 16),
             decoder=tiny,
             cuda_graph=cuda_graph,
-            merge_passes=merge_passes,
+            fuse_cache_update=fuse_cache_update,
             steps=schedule.steps,
             shift=schedule.shift,
         )

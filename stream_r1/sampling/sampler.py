@@ -38,13 +38,13 @@ class Sampler:
         context_noise: timestep of the pass that leaves keys and values; 0 is the clean chunk. As in training.
         cuda_graph: replay the passes as CUDA graphs once a stream's window is full, one graph a slot of the
             ring (`PassGraphs`): for a student on a GPU, with a window. Every stream captures its own.
-        merge_passes: run a chunk's clean pass and the next chunk's first denoising pass as one, the same to
-            rounding: True, False, or None where that is the faster, with few tokens a chunk on a CPU.
+        fuse_cache_update: fuse a chunk's cache-update pass with the next chunk's first denoising pass, the
+            same to rounding: True, False, or None where that is the faster, with few tokens a chunk on a CPU.
 
     `offload`, None at first, brings student, vae and decoder to the device when they work.
 
     Raises:
-        ValueError: parts that do not fit each other, or CUDA graphs or merged passes of a student that can't
+        ValueError: parts that do not fit each other, or CUDA graphs or fused passes of a student that can't
             have them.
     """
 
@@ -60,7 +60,7 @@ class Sampler:
         latent_size: tuple[int, int] | None = None,
         context_noise: float = 0.0,
         cuda_graph: bool = False,
-        merge_passes: bool | None = None,
+        fuse_cache_update: bool | None = None,
     ) -> None:
         self.schedule = schedule or FlowSchedule()
         self.steps = self.schedule.denoising_steps(steps)
@@ -76,9 +76,9 @@ class Sampler:
             raise ValueError(f"Sampler: the decoder must have {expected}, got {_factors(decoder)}")
         if cuda_graph:
             refuse_graphs("Sampler", student)
-        if merge_passes and cuda_graph:
+        if fuse_cache_update and cuda_graph:
             raise ValueError(
-                "Sampler: merge_passes must not be True with cuda_graph, whose passes are single"
+                "Sampler: fuse_cache_update must not be True with cuda_graph, whose passes are single"
             )
         width = student.config["text_dim"]
         if text_encoder is not None and text_encoder.dim != width:
@@ -91,7 +91,7 @@ class Sampler:
         self.latent_size = latent_size
         self.context_noise = context_noise
         self.cuda_graph = cuda_graph
-        self.merge_passes = merge_passes
+        self.fuse_cache_update = fuse_cache_update
         self.offload: ModelOffload | None = None
 
     @property
@@ -185,10 +185,10 @@ class Sampler:
         return (first - later if given is None else given.shape[1]) + chunks * later
 
     def _fuses(self, cache: ChunkCache) -> bool:
-        wanted = self.merge_passes
+        wanted = self.fuse_cache_update
         if wanted and not cache.keeps_last:
             expected = "a student whose window keeps a chunk beside the next one"
-            raise ValueError(f"stream: merge_passes needs {expected}, got {cache.window_frames} frames")
+            raise ValueError(f"stream: fuse_cache_update needs {expected}, got {cache.window_frames} frames")
         if wanted is not None:
             return wanted
         tokens = cache.batch * cache.frames_per_chunk * cache.tokens_per_frame

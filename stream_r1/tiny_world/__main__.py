@@ -37,7 +37,7 @@ def teacher(recipe: Recipe, overrides: Overrides = None) -> None:
 
 @app.command()
 def student(recipe: Recipe, overrides: Overrides = None) -> None:
-    """The causal student's start, from the teacher."""
+    """The causal student's initialization, from the teacher."""
     from stream_r1.tiny_world.student import StudentSettings, train_student
 
     train_student(load_recipe(StudentSettings, recipe, overrides or []))

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class StudentSettings(TeacherSettings):
-    """The student's start.
+    """The student's initialization.
 
     The clips are the teacher's; what else the teacher's settings say of a network is not used.
 

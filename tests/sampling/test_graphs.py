@@ -74,7 +74,7 @@ def ring_slots(student: CausalWanTransformer) -> int:
 
 
 def plain(student: CausalWanTransformer, **settings: Any) -> Stream:
-    single = {"merge_passes": False}  # as graphs are
+    single = {"fuse_cache_update": False}  # as graphs are
     sampler = Sampler(student, text_encoder=WordEncoder(), latent_size=SIZE, **single, **settings)
     return sampler.stream(PROMPTS, seed=3)
 

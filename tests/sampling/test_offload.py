@@ -57,7 +57,7 @@ def whole_life(sampler: Sampler) -> list[Tensor]:
     return [part for chunk in made for part in (chunk.latents, chunk.frames)]
 
 
-@pytest.mark.parametrize("settings", [{}, {"merge_passes": False, "context_noise": 100.0}])
+@pytest.mark.parametrize("settings", [{}, {"fuse_cache_update": False, "context_noise": 100.0}])
 def test_turns_give_the_same_bits(settings: dict[str, Any]) -> None:
     def sampler() -> Sampler:
         encoder = WordEncoder()

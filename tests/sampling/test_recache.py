@@ -35,7 +35,7 @@ def test_the_next_chunk_sees_the_window_as_the_new_prompt_makes_it(
 ) -> None:
     """All frames still in the window: [clean chunks | noisy chunk] as one clip under the new text."""
     student = tiny_student(**({"window_frames": 15, "positions": "absolute"} | settings | {"sink_frames": 0}))
-    one = sampler(student, merge_passes=merge, context_noise=context_noise)
+    one = sampler(student, fuse_cache_update=merge, context_noise=context_noise)
     stream = one.stream(OLD, seed=5, chunks=4)
     clean = take(stream, 3)
     stream.switch(NEW, recache=True)
@@ -60,7 +60,7 @@ def test_the_next_chunk_sees_the_window_as_the_new_prompt_makes_it(
 def test_it_goes_on_as_a_stream_that_begins_with_the_window(
     made: int, ema: float | None, merge: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = sampler(tiny_student(sink_ema=ema), merge_passes=merge)
+    one = sampler(tiny_student(sink_ema=ema), fuse_cache_update=merge)
     stream = one.stream(OLD, seed=5)
     chunks = take(stream, made)
     stream.switch(NEW, recache=True)

@@ -78,7 +78,7 @@ def test_frames_are_the_decoded_latents() -> None:
 
 def test_a_chunk_writes_only_its_slot(monkeypatch: pytest.MonkeyPatch) -> None:
     student = tiny_student()
-    watched = sampler(student, vae=tiny_vae(), merge_passes=False).stream(PROMPTS, chunks=7)
+    watched = sampler(student, vae=tiny_vae(), fuse_cache_update=False).stream(PROMPTS, chunks=7)
     cache, forward_chunk = watched.cache, student.forward_chunk
     passes: list[str] = []
 
@@ -234,7 +234,7 @@ def test_switch_changes_what_follows() -> None:
 
 
 def test_timings_add_up() -> None:
-    stream = sampler(vae=tiny_vae(), merge_passes=False).stream("a", chunks=3)
+    stream = sampler(vae=tiny_vae(), fuse_cache_update=False).stream("a", chunks=3)
     chunks, total = list(stream), stream.timings
     assert (total.chunks, total.frames) == (3, 33)
     for part in ("denoise", "cache", "decode"):

@@ -80,7 +80,7 @@ def close(got: Tensor, expected: Tensor) -> None:
 
 
 def stream(student: Any, merge: bool | None, **settings: Any) -> list[Tensor]:
-    one = Sampler(student, text_encoder=WordEncoder(), latent_size=SIZE, merge_passes=merge, **settings)
+    one = Sampler(student, text_encoder=WordEncoder(), latent_size=SIZE, fuse_cache_update=merge, **settings)
     return [chunk.latents for chunk in one.stream(TEXT, seed=5, chunks=CHUNKS)]
 
 
@@ -126,7 +126,9 @@ def test_a_chunk_comes_as_early_as_without_merging(monkeypatch: pytest.MonkeyPat
 
 def test_where_passes_can_not_be_merged() -> None:
     short = tiny_student(window_frames=6)  # the next chunk's slot is the last chunk's
-    with pytest.raises(ValueError, match=r"merge_passes needs a student whose window keeps .* got 6 frames"):
+    with pytest.raises(
+        ValueError, match=r"fuse_cache_update needs a student whose window keeps .* got 6 frames"
+    ):
         stream(short, True)
     stream(short, None)
     student = tiny_student()
