@@ -227,7 +227,7 @@ def streams(size: int | None, merge: bool, moving: bool) -> dict[str, Tensor]:
         student = shared_student(size, **more).eval()
         g = torch.Generator().manual_seed(4)
         text = torch.randn(3, 8, 16, generator=g)
-        sampler = Sampler(student, steps=(1000, 500), latent_size=SHARED_LATENT[1:], merge_passes=merge)
+        sampler = Sampler(student, steps=(1000, 500), latent_size=SHARED_LATENT[1:], fuse_cache_update=merge)
         first = torch.randn(2, 3 if moving else 1, *SHARED_LATENT, generator=g)
         stream = sampler.stream(text[:2], seed=5, chunks=7, first_frames=first)
         out = {}
