@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import WanTransformer3DModel
 from torch import nn
 
 from stream_r1.config import SettingsError, problems_of
@@ -25,8 +24,7 @@ from stream_r1.distill.teacher_forcing import TeacherForcing
 from stream_r1.distill.trainer import DistillTrainer, hashed
 from stream_r1.models.autoencoder import VideoAutoencoder
 from stream_r1.models.autoencoders import load_autoencoder
-from stream_r1.models.checkpoints import load_student
-from stream_r1.models.library import read_library_model
+from stream_r1.models.checkpoints import load_score_model, load_student
 from stream_r1.models.prompt_cache import PromptEmbeddings
 from stream_r1.models.text import TextEncoder, TransformersEncoder, cleaning, load_text_encoder
 from stream_r1.models.transformer import CausalWanTransformer
@@ -67,8 +65,10 @@ def load_models(recipe: Recipe, ranks: Ranks | None = None) -> Models:
         reward = WrongReward(reward, recipe.reward.wrong)
     return Models(
         student=_student(recipe, ranks),
-        teacher=_score_model(paths.teacher, _home(recipe, ranks)),
-        critic=None if paths.critic is None else _score_model(paths.critic, _home(recipe, ranks)),
+        teacher=load_score_model(locate(paths.teacher), device=_home(recipe, ranks)),
+        critic=None
+        if paths.critic is None
+        else load_score_model(locate(paths.critic), device=_home(recipe, ranks)),
         vae=load_autoencoder(locate(paths.vae), device=device),
         reward=reward,
         text=text,
@@ -144,7 +144,7 @@ def write_ode_pairs(recipe: InitRecipe, ranks: Ranks | None = None) -> Iterator[
     prompts = read_prompts(recipe.prompts)
     used = prompts[: recipe.pairs.count]  # pair i has prompt i, in a circle
     text, negative = _embeddings(recipe, ranks, used, [recipe.pairs.negative_text])
-    teacher = _score_model(recipe.models.teacher, ranks.device).eval().requires_grad_(False)
+    teacher = load_score_model(locate(recipe.models.teacher), device=ranks.device).requires_grad_(False)
     channels: int = teacher.config.in_channels  # type: ignore[union-attr, assignment]
     yield from make_ode_pairs(
         teacher,
@@ -232,11 +232,6 @@ def _home(recipe: Recipe | InitRecipe, ranks: Ranks | None) -> torch.device:
 def _student(recipe: Recipe | InitRecipe, ranks: Ranks | None) -> CausalWanTransformer:
     path = locate(recipe.models.student)
     return load_student(path, device=_home(recipe, ranks), **recipe.stream.overrides())
-
-
-def _score_model(path: str, device: torch.device) -> nn.Module:
-    model: nn.Module = read_library_model(WanTransformer3DModel, locate(path), torch_dtype=torch.float32)
-    return model.to(device)
 
 
 def _text_encoder(recipe: Recipe | InitRecipe, prompts: list[str], ranks: Ranks) -> TransformersEncoder:

@@ -44,8 +44,8 @@ DRAWN_PROMPTS = "drawn"
 class ModelPaths(Settings):
     """Where the models are: folders, relative to where the command runs or to the project's root.
 
-    student: the network that is distilled: a diffusers folder, or a checkpoint with Wan's original names.
-    teacher: the bidirectional model whose distribution is matched.
+    student: the network that is distilled: a folder or a file of weights, see `load_student`.
+    teacher: the bidirectional model whose distribution is matched, in the same formats.
     vae: Wan's autoencoder.
     reward: a reward's folder; its `config.json` says which kind.
     critic: the network that is trained on the student's videos; None: initialized as a copy of the teacher.

@@ -6,14 +6,18 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stream_r1.files import FileError
 from stream_r1.messages import shown, some
 from stream_r1.models.sizes import read_sizes
 from stream_r1.models.text import MINILM_DIM
+from stream_r1.models.wan import refuse_unsupported_place, under_diffusers_keys, unsupported_setting
+from stream_r1.models.weight_files import model_folder
 from stream_r1.places import locate
 
 if TYPE_CHECKING:
     from stream_r1.recipe import InitRecipe, Recipe
 
+_ROLES = ("student", "teacher", "critic")
 _TRANSFORMERS = ("WanTransformer3DModel", "CausalWanTransformer")
 _CLASSES = {
     "student": _TRANSFORMERS,
@@ -25,12 +29,21 @@ _CLASSES = {
 
 def misfits(recipe: Recipe | InitRecipe) -> list[str]:
     """Combinations that cannot work, one sentence each."""
-    configs = {name: _config(path) for name, path in recipe.models.model_dump(exclude={"text"}).items()}
-    problems = [
-        f"models.{name}: expected {' or '.join(_CLASSES[name])}, got {some([config['_class_name']])}"
-        for name, config in configs.items()
-        if name in _CLASSES and config.get("_class_name", _CLASSES[name][0]) not in _CLASSES[name]
-    ]
+    configs: dict[str, dict[str, Any]] = {}
+    problems = []
+    for name, path in recipe.models.model_dump(exclude={"text"}, exclude_none=True).items():
+        try:
+            config = configs[name] = _transformer(path) if name in _ROLES else _config(path)
+        except FileError as error:
+            problems.append(f"models.{name}: {error}")
+            continue
+        classes = _CLASSES.get(name, ())
+        if classes and config.get("_class_name", classes[0]) not in classes:
+            problems.append(
+                f"models.{name}: expected {' or '.join(classes)}, got {some([config['_class_name']])}"
+            )
+        elif name in _ROLES and (problem := unsupported_setting(config)) is not None:
+            problems.append(f"models.{name}: {problem}")
     if problems:
         return problems
     student, teacher, vae, reward = (
@@ -141,9 +154,14 @@ def _text_width(text: str) -> int | None:
     return width if isinstance(width, int) else None
 
 
-def _config(folder: str | None) -> dict[str, Any]:
+def _transformer(path: str) -> dict[str, Any]:
+    """The configuration of a transformer, as `_config`. Raises FileError for one that is not supported."""
+    folder = model_folder(locate(path))
+    refuse_unsupported_place(folder)
+    return under_diffusers_keys(_config(str(folder)), str(folder / "config.json"))
+
+
+def _config(folder: str) -> dict[str, Any]:
     """The folder's config.json, or nothing if it is not there (weight files carry no configuration)."""
-    if folder is None:
-        return {}
     path = locate(folder) / "config.json"
     return read_sizes(path) if os.path.lexists(path) else {}

@@ -21,22 +21,19 @@ from stream_r1.config import SettingsError
 from stream_r1.distill.lora import add_adapters
 from stream_r1.distill.settings import LoraSettings
 from stream_r1.estimate.memoize import alike_pieces
-from stream_r1.files import read_json
+from stream_r1.files import FileError, read_json
 from stream_r1.models.autoencoder import VideoAutoencoder
 from stream_r1.models.block_vae import BlockVAE
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.models.vae import VideoVAE
+from stream_r1.models.wan import PUBLISHED, WanModel, published_model
+from stream_r1.models.weight_files import read_config
 from stream_r1.recipe import InitRecipe, Recipe, locate
 from stream_r1.rewards.base import Reward
 
 Config = dict[str, Any]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# Published sizes of Wan 2.1 (2503.20314), by what folders' names hold.
-PUBLISHED: dict[str, Config] = {
-    "1.3B": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
-    "14B": {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40},
-}
 # UMT5-XXL, Wan's text encoder.
 UMT5 = {
     "d_model": 4096,
@@ -131,14 +128,16 @@ class _Reader:
 
     def transformer(self, what: str, path: str, otherwise: str = "") -> Config:
         """A folder's configuration, or published sizes by its name, or by another one's."""
-        config = _read(locate(path) / "config.json") or _read(locate(path) / "transformer" / "config.json")
-        if config:
-            return {key: value for key, value in config.items() if not key.startswith("_")}
-        for name in (path, otherwise):
-            for size, published in PUBLISHED.items():
-                if size in name:
-                    self.assumed.append(f"models.{what}: {path} is not there: taken for a Wan 2.1 of {size}")
-                    return published
+        try:
+            config = read_config(locate(path))
+            published = config or published_model(path) or published_model(otherwise)
+        except FileError as error:
+            raise SettingsError(f"models.{what}: {error}") from None
+        if isinstance(published, WanModel):
+            self.assumed.append(f"models.{what}: {path} is not there: taken for {published.name}")
+            return dict(published.transformer)
+        if published:
+            return published
         raise SettingsError(
             f"models.{what}: {path}: expected a folder with a config.json, or a name with "
             f"{' or '.join(PUBLISHED)} in it, so that its sizes are known"
@@ -172,7 +171,9 @@ def read_networks(recipe: Recipe | InitRecipe) -> Networks:
     own = recipe.distributed.sequence > 1
     if own:
         teacher, critic = (each | {"text_len": student.get("text_len", 512)} for each in (teacher, critic))
-    vae = read.other("vae", recipe.models.vae, "config.json", {}, "Wan 2.1's autoencoder")
+    version, size = ("2.2", "5B") if student.get("in_channels", 16) == 48 else ("2.1", "1.3B")
+    published = dict(PUBLISHED[size].autoencoder)
+    vae = read.other("vae", recipe.models.vae, "config.json", published, f"Wan {version}'s autoencoder")
     return Networks(
         Network(student, own=True, lora=recipe.student.lora),
         Network(teacher, own),
@@ -209,7 +210,9 @@ def make_vae(config: Config) -> VideoAutoencoder:
     sizes = {key: value for key, value in config.items() if not key.startswith("_")}
     if config.get("_class_name") == BlockVAE.__name__:
         return alike_pieces(BlockVAE(**sizes).eval().requires_grad_(False))
-    return alike_pieces(VideoVAE(AutoencoderKLWan(**sizes)))
+    channels = sizes.get("z_dim", 16)
+    scale: Config = {"latents_mean": [0.0] * channels, "latents_std": [1.0] * channels}  # change no size
+    return alike_pieces(VideoVAE(AutoencoderKLWan(**(sizes | scale))))
 
 
 @remembered()

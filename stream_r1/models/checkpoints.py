@@ -1,4 +1,4 @@
-"""A student from weights in whatever format (`weight_files`), under whatever names (`weight_names`)."""
+"""Transformers from weights in whatever format (`weight_files`), under whatever names (`weight_names`)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from stream_r1.messages import first_line, shown, some
 from stream_r1.models.adapters import merge_adapter
 from stream_r1.models.tensor_files import require_finite
 from stream_r1.models.transformer import FLOAT32_PARTS, CausalWanTransformer
+from stream_r1.models.wan import refuse_unsupported_weights, unsupported_setting
 from stream_r1.models.weight_files import model_folder, read_config, read_tensors
 from stream_r1.models.weight_names import BLOCK_NAME, normalise
 
@@ -29,11 +30,13 @@ _TELLING = {  # weights that tell sizes, and their dimensions
 
 
 def read_weights(path: str | Path, network: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a student's checkpoint under diffusers' names.
+    """The tensors of a transformer's checkpoint under diffusers' names.
 
-    Arguments and errors are those of `read_tensors`.
+    Arguments and errors are those of `read_tensors`; weights of models that are not supported are refused.
     """
-    return normalise(read_tensors(path, network), str(path))
+    state = read_tensors(path, network)
+    refuse_unsupported_weights(state, str(path))
+    return normalise(state, str(path))
 
 
 def infer_config(
@@ -154,8 +157,8 @@ def load_student(
         raise ValueError(
             f"load_student: no such setting: {', '.join(strange)}; there are {', '.join(sorted(known))}"
         )
+    own = _config(path)
     state = read_weights(path, network)
-    own = read_config(path)
     if own is None:
         own = dict(config or {})
         head_dim = head_dim or own.get("attention_head_dim", 128)
@@ -166,6 +169,61 @@ def load_student(
         state = merge_adapter(state, adapter)
     own = {name: value for name, value in own.items() if name in known} | settings
     return student_from_state(own, state, dtype=dtype, device=device, source=str(path))
+
+
+def load_score_model(
+    path: str | Path, *, device: torch.device | str = "cpu", head_dim: int | None = None
+) -> nn.Module:
+    """A teacher or a critic, a `WanTransformer3DModel` in float32 and eval mode, from any of the formats.
+
+    Args:
+        path: a file or a folder of weights, as for `load_student`.
+        head_dim: width of a head where weights have no `config.json`; None: 128, as all published ones have.
+
+    Raises:
+        FileNotFoundError, FileError: as of `load_student`; it is conditioned by more than text.
+    """
+    from diffusers import WanTransformer3DModel
+    from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
+
+    path = Path(path)
+    config = _config(path)
+    state = read_weights(path)
+    source = str(path if config is None else model_folder(path) / "config.json")
+    if config is None:
+        config = infer_config(state, head_dim=head_dim or 128, source=source)
+        _require_supported(config, source)
+    else:
+        require_told(config, state, source)
+    known = inspect.signature(WanTransformer3DModel.__init__).parameters
+    try:
+        with torch.device("meta"):
+            made: Any = WanTransformer3DModel(**{name: x for name, x in config.items() if name in known})
+        sizes = made.config
+        rotary = WanRotaryPosEmbed(sizes.attention_head_dim, sizes.patch_size, sizes.rope_max_seq_len)
+    except Exception as error:  # whatever settings of any kind lead to
+        raise FileError(f"{source}: {first_line(error)}") from error
+    made.rope = rotary  # has no weights: its tables would stay on the meta device
+    model: nn.Module = made
+    check_fit(model, state, source)
+    placed = {name: value.to(device, torch.float32) for name, value in state.items()}
+    require_finite(placed.items(), source)
+    model.load_state_dict(placed, assign=True)
+    return model.to(device).requires_grad_(True).eval()
+
+
+def _config(path: Path) -> dict[str, Any] | None:
+    """As `read_config`; what is conditioned by more than text is refused."""
+    config = read_config(path)
+    if config is not None:
+        _require_supported(config, str(model_folder(path) / "config.json"))
+    return config
+
+
+def _require_supported(config: Mapping[str, Any], source: str) -> None:
+    problem = unsupported_setting(config)
+    if problem is not None:
+        raise FileError(f"{source}: {problem}")
 
 
 def require_told(config: Mapping[str, Any], state: Mapping[str, Tensor], source: str | Path) -> None:

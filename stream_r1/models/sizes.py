@@ -101,21 +101,6 @@ def require_sizes(config: dict[str, Any], source: str) -> None:
     _require({k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}, source, "")
 
 
-def refuse_unsupported(
-    where: str, image_dim: Any, added_kv_proj_dim: Any, qk_norm: Any, patch_size: tuple[Any, ...]
-) -> None:
-    """Raises ValueError, beginning with `where`, for settings of diffusers' Wan that our student has no use
-    for.
-    """
-    for name, value in (("image_dim", image_dim), ("added_kv_proj_dim", added_kv_proj_dim)):
-        if value is not None:
-            raise ValueError(f"{where}: {name} must be None (text to video only), got {value}")
-    if qk_norm != "rms_norm_across_heads":
-        raise ValueError(f"{where}: qk_norm must be 'rms_norm_across_heads', got {qk_norm!r}")
-    if len(patch_size) != 3 or patch_size[0] != 1:
-        raise ValueError(f"{where}: patch_size must be (1, height, width), got {patch_size}")
-
-
 def _require(value: Any, path: str, key: str) -> None:
     name = key.rpartition(".")[2]
     good, told = _CHECKS.get(name, (None, ""))

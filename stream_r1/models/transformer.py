@@ -21,8 +21,8 @@ from stream_r1.models.modeling import ConfigMixin, ModelMixin, register_to_confi
 from stream_r1.models.module_weights import device_of, weight_of
 from stream_r1.models.patches import patch_grid, patchify, token_grid, unpatchify
 from stream_r1.models.sequence import SequenceParallel, TokenShare
-from stream_r1.models.sizes import refuse_unsupported
 from stream_r1.models.slots import take_slots
+from stream_r1.models.wan import unsupported_setting
 from stream_r1_kernels import ChunkCache, ChunkMask, RotaryGrid, modulated_norm
 
 # Parts that stay float32 when a model is loaded in half precision, as in diffusers.
@@ -87,7 +87,9 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         first_chunk_frames: int | None = None,
     ) -> None:
         super().__init__()
-        refuse_unsupported("CausalWanTransformer", image_dim, added_kv_proj_dim, qk_norm, tuple(patch_size))
+        problem = unsupported_setting(self.config)
+        if problem is not None:
+            raise ValueError(f"CausalWanTransformer: {problem}")
         dim = num_attention_heads * attention_head_dim
         out_channels = out_channels or in_channels
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from stream_r1.files import FileError, read_json, require_file
 from stream_r1.messages import shown, some
-from stream_r1.models.sizes import read_sizes
+from stream_r1.models.sizes import read_sizes, require_sizes
 from stream_r1.models.tensor_files import TORCH_SUFFIXES, read_file, require_plain, shapes_in
+from stream_r1.models.wan import refuse_unsupported_place, under_diffusers_keys
 
 NETWORKS = ("generator_ema", "generator", "critic")
 
@@ -61,15 +62,18 @@ def model_folder(path: Path) -> Path:
 
 
 def read_config(path: Path) -> dict[str, Any] | None:
-    """The settings in a student's `config.json`; None for a file or a folder without one.
+    """The settings in a transformer's `config.json`, under diffusers' keys; None for a file or a folder
+    without one.
 
     Raises:
         FileError: it is another kind of model's.
     """
+    refuse_unsupported_place(model_folder(path))
     file = model_folder(path) / "config.json"
     if not file.is_file():
         return None
-    config = read_sizes(file)
+    config = under_diffusers_keys(read_sizes(file), str(file))
+    require_sizes(config, str(file))
     kind = config.get("_class_name", _CLASSES[0])
     if kind not in _CLASSES:
         raise FileError(f"{file}: expected _class_name {' or '.join(_CLASSES)}, got {some([kind])}")

@@ -5,14 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from stream_r1.files import read_json
+from stream_r1.models.wan import unsupported_part
 from stream_r1.places import BROUGHT, locate
-
-# Parts of diffusers folders of other Wan models, and what they would take.
-_NOT_SUPPORTED = {
-    "transformer_2": "a second expert transformer (Wan 2.2 A14B)",
-    "image_encoder": "image conditioning (Wan I2V); start from given frames with first_frames instead",
-}
 
 
 @dataclass(frozen=True)
@@ -49,12 +43,9 @@ def find_parts(folder_or_repo: str | Path, checkpoint: str | Path | None, *, wit
     """
     folder = _local_folder(folder_or_repo, with_student=checkpoint is None, with_text=with_text)
     parts = Parts(folder, small=(folder / "student").is_dir() and not (folder / "transformer").is_dir())
-    index = folder / "model_index.json"  # of a repository only the parts that are needed are here
-    listed = read_json(index) if index.is_file() else {}
-    for part, meaning in _NOT_SUPPORTED.items():
-        named = listed.get(part)
-        if (folder / part).is_dir() or (any(named) if isinstance(named, list) else named):
-            raise NotImplementedError(f"from_pretrained: {folder} has {part}/: {meaning} is not supported")
+    problem = unsupported_part(folder)
+    if problem is not None:
+        raise NotImplementedError(f"from_pretrained: {folder} {problem}")
     needed = ["vae/config.json"]
     if checkpoint is None:
         needed.append(f"{parts.student.name}/config.json")

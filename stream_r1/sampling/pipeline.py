@@ -22,6 +22,7 @@ from stream_r1.models.sequence import SequenceParallel
 from stream_r1.models.taehv import TinyVAE
 from stream_r1.models.text import MiniLMEncoder, TextEncoder, TransformersEncoder, UMT5Encoder
 from stream_r1.models.transformer import CausalWanTransformer
+from stream_r1.models.wan import video_of
 from stream_r1.models.weight_files import read_config
 from stream_r1.sampling.chunk import StreamTimings
 from stream_r1.sampling.folders import find_parts
@@ -144,8 +145,8 @@ class StreamR1Pipeline:
             adapter: a LoRA adapter's folder, merged into the student.
             decoder: "taehv:PATH": TAEHV's tiny decoder decodes, from its file `taew2_1.pth`; the VAE only
                 encodes given frames. None: the VAE decodes.
-            size: height and width in pixels; None: 480 x 832, small assets 64 x 112.
-            fps: None: 16, small assets 24.
+            size: height and width in pixels; None: 480 x 832, Wan 2.2 5B 704 x 1280, small assets 64 x 112.
+            fps: None: 16, Wan 2.2 5B and small assets 24.
             text_encoder: instead of the folder's.
             text_cache: a folder to keep UMT5's embeddings in; a prompt that is kept does not load UMT5.
             keep_text_encoder: whether UMT5 stays in memory after prompts are encoded.
@@ -216,12 +217,14 @@ class StreamR1Pipeline:
         tiny = None
         if decoder_file is not None:
             tiny = TinyVAE.from_pretrained(decoder_file, dtype=vae_dtype, device=at)
+        vae = load_autoencoder(parts.vae, dtype=vae_dtype, device=at if offload else vae_device)
+        usual_size, usual_fps = ((64, 112), 24.0) if parts.small else video_of(vae.spatial_factor)
         pipeline = cls(
             student.requires_grad_(False),
-            load_autoencoder(parts.vae, dtype=vae_dtype, device=at if offload else vae_device),
+            vae,
             text_encoder,
-            size=size or ((64, 112) if parts.small else (480, 832)),
-            fps=fps or (24 if parts.small else 16),
+            size=size or usual_size,
+            fps=usual_fps if fps is None else fps,
             decoder=tiny,
             cuda_graph=cuda_graph,
             fuse_cache_update=fuse_cache_update,

@@ -23,7 +23,7 @@ SIZES = {
     "num_attention_heads": 2,
     "attention_head_dim": 8,
     "in_channels": 4,
-    "out_channels": 6,
+    "out_channels": 4,
     "text_dim": 12,
     "freq_dim": 10,
     "ffn_dim": 20,
@@ -264,7 +264,7 @@ def test_weights_that_do_not_fit_are_named(student):
     assert re.fullmatch(
         r"student\.pt: the weights do not fit the model; 1 missing: blocks\.1\.attn1\.to_q\.bias; "
         r"1 unexpected: image_embedder\.weight; "
-        r"1 of another shape: proj_out\.bias \(expected \[24\], got \[3\]\)",
+        r"1 of another shape: proj_out\.bias \(expected \[16\], got \[3\]\)",
         str(error.value),
     )
     assert same(student.state_dict(), before)
