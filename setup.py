@@ -11,6 +11,7 @@ STREAM_R1_SANITIZE=1 adds AddressSanitizer and UBSan, and leaves out avx512 (see
 import json
 import os
 import platform
+import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -89,6 +90,7 @@ class BuildKernels(build_ext):
             "oldest_torch": target,
             "isa": list(ISA_FLAGS),
             "left_out": LEFT_OUT,
+            "schemas": runpy.run_path(str(ROOT / "stream_r1_kernels/schemas.py"))["SCHEMAS"],
         }
         if CUDA:
             record["cuda_archs"] = cuda.archs()

@@ -37,6 +37,7 @@ from .dispatch import (
     choose,
     refusal,
 )
+from .schemas import SCHEMAS
 
 _OLDEST_TRITON = (3, 6)
 
@@ -50,7 +51,7 @@ def _release(version: str) -> tuple[int, int]:
 
 
 def read_build_record() -> dict[str, Any] | None:
-    """What setup.py wrote beside the extension (torch, instruction sets, what was left out), or None."""
+    """What setup.py wrote beside the extension (torch, instruction sets, ops, what was left out), or None."""
     path = _FOLDER / "_build.json"
     return json.loads(path.read_text()) if path.exists() else None
 
@@ -65,13 +66,19 @@ def _load_extension() -> str | None:
         return f"STREAM_R1_EXTENSION: expected a folder with the extension, _C*.so, got {_FOLDER}"
     if not found:
         return "the compiled extension is not built: run `pip install -e .` (or install a wheel)"
-    if record is None or "oldest_torch" not in record:
+    if record is None or not record.keys() >= {"oldest_torch", "schemas"}:
         note = found[0].parent / "_build.json"
         return f"the compiled extension's {note} is missing or of an older build: build it again"
     oldest = record["oldest_torch"]
     built = f"the compiled extension, for torch {oldest} and later (built with {record['torch']})"
     if _release(torch.__version__) < _release(oldest):
         return f"{built}, can't be loaded with torch {torch.__version__}: install torch>={oldest}"
+    differ = sorted({schema.partition("(")[0] for schema in {*record["schemas"]} ^ {*SCHEMAS}})
+    if differ:  # the kernels would take their arguments for others
+        return (
+            f"the compiled extension {found[0]} was built for another version of {', '.join(differ)} "
+            "than this package's: build it again (`pip install -e .` in a checkout)"
+        )
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:  # torch hides why

@@ -19,7 +19,19 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad, profiler
 from torch.autograd.graph import increment_version
 
-from .schemas import LIBRARIES
+from .schemas import SCHEMAS
+
+# As csrc/common/registration.h says, too: what torch sees, and what nothing watches.
+try:
+    LIBRARIES = tuple(torch.library.Library(name, "DEF") for name in ("stream_r1", "stream_r1_unrecorded"))
+except RuntimeError as error:
+    raise ImportError(
+        "stream_r1_kernels: expected one import in a process, as torch keeps the ops of the first; got a "
+        "second (a module reloaded, or another copy of the package on the path): restart Python"
+    ) from error
+for _library in LIBRARIES:
+    for _schema in SCHEMAS:
+        _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 RECORDED: Any = torch.ops.stream_r1
 _UNRECORDED: Any = torch.ops.stream_r1_unrecorded

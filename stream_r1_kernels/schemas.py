@@ -2,9 +2,8 @@
 
 Kernels are in csrc/cpu/<op>.cpp and csrc/cuda/*_bindings.cpp, shapes for tracing in <family>/fake.py,
 gradients in <family>/autograd.py. Schemas are not in C++: libtorch's stable ABI knows tags from 2.12 on only.
+So setup.py records them beside the extension, and `backends` refuses one that was built for others.
 """
-
-import torch
 
 SCHEMAS = (
     # The instruction set that the CPU kernels run with on this machine.
@@ -63,15 +62,3 @@ SCHEMAS = (
     "dmd_gradient_(Tensor(a!) buffer, Tensor x, Tensor fake, Tensor real_cond, Tensor? real_uncond, "
     "float guidance, Tensor? w_intra, Tensor? w_inter, Tensor? mask, float scale) -> ()",
 )
-
-# As registration.py and csrc/common/registration.h say: what torch sees, and what nothing watches.
-try:
-    LIBRARIES = tuple(torch.library.Library(name, "DEF") for name in ("stream_r1", "stream_r1_unrecorded"))
-except RuntimeError as error:
-    raise ImportError(
-        "stream_r1_kernels: expected one import in a process, as torch keeps the ops of the first; got a "
-        "second (a module reloaded, or another copy of the package on the path): restart Python"
-    ) from error
-for _library in LIBRARIES:
-    for _schema in SCHEMAS:
-        _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..schemas import LIBRARIES
+from ..registration import LIBRARIES
 from .mask import Block, blocks_of
 
 _QUERIES = 512  # at a time: bounds the memory of the scores

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ptx_executor import Kernel, Module, Pointer
 from stream_r1_kernels.attention.cuda_backward import BACKWARDS
-from stream_r1_kernels.schemas import LIBRARIES
+from stream_r1_kernels.registration import LIBRARIES
 
 FAMILIES = ("attention", "dmd", "norm", "rotary", "saliency")
 KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)

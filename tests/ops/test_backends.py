@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from stream_r1_kernels import ChunkMask, backends, cached_chunk_attention, chunk_attention, dispatch, info
 from stream_r1_kernels.attention import Past
+from stream_r1_kernels.schemas import SCHEMAS
 
 EVERY_OP_OF_AN_INSTRUCTION_SET = """
 import torch
@@ -78,7 +79,7 @@ def test_an_unknown_instruction_set_is_an_error(wish: str, message: str | None) 
 
 
 def test_a_build_for_a_later_torch_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    record = {"torch": "3.1.0", "oldest_torch": "3.0", "isa": [], "left_out": {}}
+    record = {"torch": "3.1.0", "oldest_torch": "3.0", "isa": [], "left_out": {}, "schemas": []}
     monkeypatch.setattr(backends, "read_build_record", lambda: record)
     why = backends._load_extension()
     assert why is not None
@@ -100,11 +101,38 @@ def test_an_extension_without_its_record_is_explained(tmp_path, monkeypatch: pyt
     why = backends._load_extension()
     note = tmp_path / "_build.json"
     assert why == f"the compiled extension's {note} is missing or of an older build: build it again"
-    (tmp_path / "_build.json").write_text(json.dumps({"torch": "2.99.1", "oldest_torch": "2.0"}))
+    record = {"torch": "2.99.1", "oldest_torch": "2.0"}
+    note.write_text(json.dumps(record))  # of before it had schemas
+    assert backends._load_extension() == why
+    note.write_text(json.dumps(record | {"schemas": SCHEMAS}))
     why = backends._load_extension()
     assert why is not None
     assert "built with 2.99.1" in why
     assert f"with torch {torch.__version__}: {tmp_path / '_C.abi3.so'}: file too short" in why
+
+
+@pytest.mark.parametrize(
+    ("built_for", "named"),
+    [
+        ([s.replace("Tensor x, Tensor y", "Tensor y, Tensor x") for s in SCHEMAS], "gated_add"),
+        (SCHEMAS[1:-1], "cpu_isa, dmd_gradient_"),  # the package has gained ops
+        ([*SCHEMAS, "roll(Tensor x) -> Tensor"], "roll"),  # or lost one
+    ],
+)
+def test_a_build_for_other_schemas_is_refused_before_it_is_loaded(
+    built_for, named, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its kernels, called with other arguments, would fail or compute something else."""
+    record = backends.read_build_record()
+    assert record is not None  # of the build that runs here, by setup.py
+    assert record["schemas"] == list(SCHEMAS)
+    monkeypatch.setattr(backends, "_FOLDER", tmp_path)
+    (tmp_path / "_C.abi3.so").touch()  # can't be loaded
+    (tmp_path / "_build.json").write_text(json.dumps(record | {"schemas": built_for}))
+    assert backends._load_extension() == (
+        f"the compiled extension {tmp_path / '_C.abi3.so'} was built for another version of {named} "
+        "than this package's: build it again (`pip install -e .` in a checkout)"
+    )
 
 
 @pytest.mark.parametrize("folder", ["empty", "none"])
