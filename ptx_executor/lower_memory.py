@@ -12,7 +12,7 @@ _SPACES = ("global", "shared", "shared::cta", "local", "const", "param", "param:
 # Caching, ordering and scope: the executor has no caches and runs instructions in order.
 _HINTS = (
     "weak", "volatile", "relaxed", "acquire", "release", "acq_rel", "sc", "cta", "cluster", "gpu", "sys",
-    "nc", "ca", "cg", "cs", "lu", "cv", "wb", "wt",
+    "ca", "cg", "cs", "lu", "cv", "wb", "wt",
 )  # fmt: skip
 
 
@@ -46,11 +46,12 @@ def _space_of(e: Emitter, operand: Operand, space: str) -> str:
 def load(e: Emitter, op: Operation) -> None:
     kind = op.kind()
     count = int(op.choice("v2", "v4", "v8", default="v1")[1])
+    unchanging = op.flag("nc")
     space = _space_of(e, op.operands[1], _space(op))
     # A cache policy may follow; it has no effect.
     destination, source = op.operands[:2]
     where = f"'{space}', {address(e, source)}, {e.lanes()}"
-    values = e.let(f"row.load({where}, {BYTES[kind]}, {count}, {e.line})")
+    values = e.let(f"row.load({where}, {BYTES[kind]}, {count}, {e.line}, {unchanging})")
     for i, item in enumerate(items(destination)):
         e.scatter(item, kind, f"{values}[:, {i}]")
 

@@ -98,7 +98,8 @@ class GlobalMemory(Arena):
             self._first[touched] = region.start
             self._limit[touched] = region.start + region.size
             self._store_limit[touched] = region.start + region.size if region.writable else 0
-        self.loaded = self.stored = 0
+        self._unchanging: NDArray[np.bool_] | None = None  # bytes read by `ld.global.nc`
+        self._stored = np.zeros(self.bytes.size, bool)
 
     def offsets(self, address: Array, size: int, place: Place, store: bool = False) -> Offsets:
         """Byte offsets into the arena for `address [n]` (uint64).
@@ -109,7 +110,37 @@ class GlobalMemory(Arena):
         """
         offset = self.spans(address, size, place, store)
         _check_alignment(offset, size, "global", place)
+        if store:
+            self._note_stored(offset, size, place)
         return offset
+
+    def note_unchanging(self, address: Array, size: int, place: Place) -> None:
+        """Bytes that are read past the coherent caches: a launch that stores to them too has no defined
+        result.
+
+        Raises:
+            MemoryAccessError: it did so before. What is stored later is refused by `offsets`.
+        """
+        offset = self.offsets(address, size, place)
+        if self._unchanging is None:
+            self._unchanging = np.zeros(self.bytes.size, bool)
+        self._unchanging.reshape(-1, size)[offset // size] = True
+        self._refuse_both(offset, size, place, self._stored)
+
+    def _note_stored(self, offset: Offsets, size: int, place: Place) -> None:
+        self._stored.reshape(-1, size)[offset // size] = True
+        if self._unchanging is not None:
+            self._refuse_both(offset, size, place, self._unchanging)
+
+    @staticmethod
+    def _refuse_both(offset: Offsets, size: int, place: Place, before: NDArray[np.bool_]) -> None:
+        both = before.reshape(-1, size)[offset // size].any(1)
+        if both.any():
+            at = int(np.flatnonzero(both)[0])
+            raise MemoryAccessError(
+                f"{place(at)}: the launch stores to global address {int(offset[at]) + GLOBAL_BASE:#x} and "
+                "reads it by ld.global.nc, which sees unchanging memory alone"
+            )
 
     def spans(self, address: Array, size: int, place: Place, store: bool = False) -> Offsets:
         """`offsets` for any number of bytes, which need not be aligned."""

@@ -101,12 +101,26 @@ class Row:
     def _within(address: Array, space: str) -> Array:
         return address if space == "global" else address & np.uint64((1 << WINDOW_BITS) - 1)
 
-    def load(self, space: str, address: Array, lanes: Lanes, element: int, count: int, line: int) -> Array:
-        """`[n, count]` unsigned elements of the lanes that take part."""
+    def load(
+        self,
+        space: str,
+        address: Array,
+        lanes: Lanes,
+        element: int,
+        count: int,
+        line: int,
+        unchanging: bool = False,
+    ) -> Array:
+        """`[n, count]` unsigned elements of the lanes that take part.
+
+        `unchanging` (`.nc`): the launch must not store to this memory.
+        """
         if space == "param" and address.size == 1:
             offset = int(address[0])
             return self.wave.parameters[offset : offset + element * count].view(UNSIGNED[element])[None]
         address = self.pick(address, lanes)
+        if unchanging:
+            self.wave.memory.note_unchanging(address, element * count, self.place(lanes))
         if space != "generic":
             return self._load(space, address, lanes, element, count, line)
         result = np.empty((address.size, count), UNSIGNED[element])

@@ -382,3 +382,21 @@ def test_what_a_launch_refuses(kernel):
         run.launch(1, 32, [x, torch.eye(4).to_sparse()])
     with pytest.raises(KeyError, match="this module has test"):
         Module.from_ptx("\n.version 8.7\n.target sm_80\n.entry test() { ret; }")["other"]
+
+
+@pytest.mark.parametrize("store_first", [False, True])
+@pytest.mark.parametrize(("hint", "distance", "fine"), [("", 0, True), (".nc", 0, False), (".nc", 40, True)])
+def test_what_a_launch_stores_to_is_not_read_as_unchanging(kernel, store_first, hint, distance, fine):
+    steps = [f"ld.global{hint}.b32 %r0, [%rd1];", "st.global.b32 [%rd2], %tid;"]
+    run = kernel(
+        f"mad.wide.u32 %rd1, %tid, 4, %rd0;\nadd.u64 %rd2, %rd1, {4 * distance};\n"
+        + "\n".join(steps[::-1] if store_first else steps),
+        1,
+    )
+    x = np.arange(80, dtype=np.uint32)
+    if fine:
+        run.launch(1, 40, [x])
+        np.testing.assert_array_equal(x[distance : distance + 40], np.arange(40))
+    else:
+        with pytest.raises(MemoryAccessError, match="unchanging memory"):
+            run.launch(1, 40, [x])
