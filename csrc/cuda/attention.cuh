@@ -355,7 +355,7 @@ __device__ __forceinline__ void combine_parts(const AttentionArgs& args) {
     const float* from = args.partial_out + (s * rows + row) * args.head_dim + piece * 8;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint4 four = prim::load16(from + 4 * half);
+      const uint4 four = prim::load16_unchanging(from + 4 * half);
       sums[4 * half] += weight * __uint_as_float(four.x);
       sums[4 * half + 1] += weight * __uint_as_float(four.y);
       sums[4 * half + 2] += weight * __uint_as_float(four.z);

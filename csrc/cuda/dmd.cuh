@@ -34,16 +34,17 @@ __device__ __forceinline__ void for_packs(const DmdArgs& args, const Body& body)
   }
 }
 
-template <class T>
+template <class T, Memory kMemory = Memory::unchanging>
 __device__ __forceinline__ Pack load_plane(const void* data, const Planes& planes, const PlanePack& at) {
-  return load_pack(static_cast<const T*>(data) + planes.offset(at.b, at.f, at.c) + at.start, at.count);
+  return load_pack<kMemory>(static_cast<const T*>(data) + planes.offset(at.b, at.f, at.c) + at.start,
+                            at.count);
 }
 
 // real = cond + guidance * (cond - uncond)
-template <class T>
+template <class T, Memory kMemory = Memory::unchanging>
 __device__ __forceinline__ Pack load_real(const DmdArgs& args, const PlanePack& at) {
-  Pack real = load_plane<T>(args.real_cond, args.real_cond_planes, at);
-  const Pack uncond = load_plane<T>(args.real_uncond, args.real_uncond_planes, at);
+  Pack real = load_plane<T, kMemory>(args.real_cond, args.real_cond_planes, at);
+  const Pack uncond = load_plane<T, kMemory>(args.real_uncond, args.real_uncond_planes, at);
 #pragma unroll
   for (int j = 0; j < kPack; ++j) real.v[j] += args.guidance * (real.v[j] - uncond.v[j]);
   return real;
@@ -133,14 +134,16 @@ __device__ __forceinline__ void dmd_directions(const DmdArgs& args) {
   const float kept = sum_of_blocks(args.kept, b, args.blocks);
   const float weight_of_sample = args.w_inter == nullptr ? 1.f : args.w_inter[b];
   const float factor = prim::divide(weight_of_sample, static_cast<float>(args.batch) * fmaxf(kept, 1));
+  // the buffer that is added to may be one of the predictions, element by element
+  constexpr Memory kMemory = kAdds ? Memory::own : Memory::unchanging;
   constexpr bool kShrinks = !kAdds && std::is_same_v<T, Fp16>;
   const float shrink = kShrinks ? shrinkage(args, b, inverse_scale) : 1.f;
   float squares = 0;
   for_packs(args, [&](const PlanePack& at) {
-    Pack g = load_plane<T>(args.fake, args.fake_planes, at);
-    const Pack real = load_real<T>(args, at), weight = load_weight(args, at);
+    Pack g = load_plane<T, kMemory>(args.fake, args.fake_planes, at);
+    const Pack real = load_real<T, kMemory>(args, at), weight = load_weight(args, at);
     Out* to = static_cast<Out*>(args.direction) + args.direction_planes.offset(at.b, at.f, at.c) + at.start;
-    Pack result = kAdds ? load_pack(to, at.count) : Pack{};
+    Pack result = kAdds ? load_pack<kMemory>(to, at.count) : Pack{};
 #pragma unroll
     for (int j = 0; j < kPack; ++j) {
       const float difference = (g.v[j] - real.v[j]) * inverse_scale;

@@ -27,10 +27,18 @@ auto* pick(const GatedAddArgs& args, bool backward) {
 
 }  // namespace
 
-LaunchError launch_gated_add(const GatedAddArgs& args, Stream stream) {
+LaunchError launch_gated_add(GatedAddArgs args, Stream stream) {
   const int64_t rows = args.batch * args.tokens;
   if (rows == 0 || args.width == 0) return nullptr;
-  pick(args, false)<<<blocks_for(rows, kGateWarps), kGateWarps * kWarp, 0, stream>>>(args);
+  RowGrid grid;
+  if (const LaunchError error = row_grid(rows, kGateWarps, 1, grid)) return error;
+  args.rows_a_warp = grid.rows_a_warp;
+  args.whole = args.width % kPack == 0 &&
+               rows_start_aligned(args.x, args.x_element, {args.x_batch, args.x_token}) &&
+               rows_start_aligned(args.y, args.y_element, {args.y_batch, args.y_token}) &&
+               rows_start_aligned(args.gate.data, args.gate.element, {args.gate_batch, args.gate_frame}) &&
+               rows_start_aligned(args.out, args.x_element, {args.width});
+  pick(args, false)<<<grid.blocks, kGateWarps * kWarp, 0, stream>>>(args);
   return launch_error();
 }
 

@@ -22,21 +22,52 @@ struct GateRow {
   }
 };
 
+template <class X, class Y, bool kWhole>
+__device__ __forceinline__ void gated_add_rows(const GatedAddArgs& args) {
+  const int width = args.width;
+  for_rows<kGateWarps>(args.batch * args.tokens, args.rows_a_warp, [&](int64_t index) {
+    const GateRow place(args, index);
+    const X* x_row = static_cast<const X*>(args.x) + place.x;
+    const Y* y_row = static_cast<const Y*>(args.y) + place.y;
+    X* out = static_cast<X*>(args.out) + index * width;
+    const auto add = [&](int i, auto count, Pack x, const Pack& y) {
+      const Pack gate = load_pack(args.gate, place.gate + i, count);
+#pragma unroll
+      for (int j = 0; j < kPack; ++j) x.v[j] += y.v[j] * gate.v[j];
+      store_pack(out + i, count, x);
+    };
+    const int first = threadIdx.x % kWarp * kPack;
+    if constexpr (kWhole) {
+      constexpr int kAtOnce = 6 / sizeof(X);  // packs of a lane that are under way together
+      for (int i = first; i < width; i += kAtOnce * kWarp * kPack) {
+        Words<X> x[kAtOnce];
+        Words<Y> y[kAtOnce];
+#pragma unroll
+        for (int n = 0; n < kAtOnce; ++n) {  // past the end the last pack, which is not used
+          const int next = i + n * kWarp * kPack, at = next < width ? next : width - kPack;
+          x[n] = load_words(x_row + at);
+          y[n] = load_words(y_row + at);
+        }
+#pragma unroll
+        for (int n = 0; n < kAtOnce; ++n)
+          if (const int at = i + n * kWarp * kPack; at < width)
+            add(at, WholePack{}, to_pack(x[n]), to_pack(y[n]));
+      }
+    } else {
+      for (int i = first; i < width; i += kWarp * kPack) {
+        const int count = least(width - i, kPack);
+        add(i, count, load_pack(x_row + i, count), load_pack(y_row + i, count));
+      }
+    }
+  });
+}
+
 template <class X, class Y>
 __device__ __forceinline__ void gated_add(const GatedAddArgs& args) {
-  const int64_t index = int64_t(blockIdx.x) * kGateWarps + threadIdx.x / kWarp;
-  if (index >= args.batch * args.tokens) return;
-  const GateRow row(args, index);
-  const int width = args.width;
-  for (int i = threadIdx.x % kWarp * kPack; i < width; i += kWarp * kPack) {
-    const int count = least(width - i, kPack);
-    Pack x = load_pack(static_cast<const X*>(args.x) + row.x + i, count);
-    const Pack y = load_pack(static_cast<const Y*>(args.y) + row.y + i, count),
-               gate = load_pack(args.gate, row.gate + i, count);
-#pragma unroll
-    for (int j = 0; j < kPack; ++j) x.v[j] += y.v[j] * gate.v[j];
-    store_pack(static_cast<X*>(args.out) + index * width + i, count, x);
-  }
+  if (args.whole)
+    gated_add_rows<X, Y, true>(args);
+  else
+    gated_add_rows<X, Y, false>(args);
 }
 
 // grad_y = grad * gate, and parts of grad_gate = sum of grad * y over a frame's tokens. Block (b, frame,

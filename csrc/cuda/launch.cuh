@@ -4,6 +4,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <initializer_list>
+
 #include "common/views.h"
 #include "cuda/launch.h"
 
@@ -21,6 +23,36 @@ namespace stream_r1::cuda {
 
 inline unsigned blocks_for(int64_t items, int64_t items_a_block) {
   return static_cast<unsigned>((items + items_a_block - 1) / items_a_block);
+}
+
+constexpr int kBlocksAProcessor = 3;  // of the row kernels, at least: they are compiled for it
+
+struct RowGrid {
+  unsigned blocks;
+  int64_t rows_a_warp;
+};
+
+// Blocks of `warps` warps for `rows` rows, each `sides` times. With a row for each warp a few blocks would
+// have to wait for the others to end and then be nearly alone; so warps get several rows, up to four, such
+// that all blocks run at once. Where four are not enough there are many rounds, and the last one matters
+// little.
+inline LaunchError row_grid(int64_t rows, int warps, int sides, RowGrid& grid) {
+  Device device{};
+  const LaunchError error = current_device(device);
+  if (error != nullptr) return error;
+  const int64_t at_once = int64_t(kBlocksAProcessor) * device.processors * warps;
+  int64_t rows_a_warp = (sides * rows + at_once - 1) / at_once;
+  rows_a_warp = rows_a_warp < 1 ? 1 : rows_a_warp > 4 ? 4 : rows_a_warp;
+  grid = {blocks_for(rows, warps * rows_a_warp), rows_a_warp};
+  return nullptr;
+}
+
+// Does every row start at a multiple of 16 bytes? Strides in elements.
+inline bool rows_start_aligned(const void* data, Element element, std::initializer_list<int64_t> strides) {
+  const int64_t size = element == Element::float32 ? 4 : 2;
+  bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  for (const int64_t stride : strides) aligned &= stride * size % 16 == 0;
+  return aligned;
 }
 
 template <class Kernel>

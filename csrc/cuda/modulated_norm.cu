@@ -14,11 +14,19 @@ STREAM_R1_MODULATED_NORM(fp32, float)
 STREAM_R1_MODULATED_NORM(bf16, Bf16)
 STREAM_R1_MODULATED_NORM(fp16, Fp16)
 
-LaunchError launch_modulated_norm(const ModulatedNormArgs& args, Stream stream) {
+LaunchError launch_modulated_norm(ModulatedNormArgs args, Stream stream) {
   const int64_t rows = args.batch * args.tokens;
   if (rows == 0 || args.width == 0) return nullptr;
+  RowGrid grid;
+  if (const LaunchError error = row_grid(rows, kNormWarps, 1, grid)) return error;
+  args.rows_a_warp = grid.rows_a_warp;
+  args.whole =
+      args.width % kPack == 0 && rows_start_aligned(args.x, args.element, {args.x_batch, args.x_token}) &&
+      rows_start_aligned(args.shift.data, args.shift.element, {args.shift_batch, args.shift_frame}) &&
+      rows_start_aligned(args.scale.data, args.scale.element, {args.scale_batch, args.scale_frame}) &&
+      rows_start_aligned(args.out, args.element, {args.width});
   const auto kernel = STREAM_R1_BY_ELEMENT(args.element, modulated_norm);
-  kernel<<<blocks_for(rows, kNormWarps), kNormWarps * kWarp, 0, stream>>>(args);
+  kernel<<<grid.blocks, kNormWarps * kWarp, 0, stream>>>(args);
   return launch_error();
 }
 

@@ -1,5 +1,5 @@
-// LN(x) * (1 + scale) + shift with a shift and a scale per frame. A warp has one token; a lane packs of 8
-// channels. The row is read again where it is needed again: it is in the L1 cache by then.
+// LN(x) * (1 + scale) + shift with a shift and a scale per frame. A warp has a token at a time; a lane packs
+// of 8 channels. The backward reads a row again where it needs it again: it is in the L1 cache by then.
 
 #pragma once
 
@@ -25,41 +25,46 @@ struct NormRow {
   }
 };
 
+template <class T, bool kWhole>
+__device__ __forceinline__ void modulated_norm_rows(const ModulatedNormArgs& args) {
+  const int width = args.width;
+  for_rows<kNormWarps>(args.batch * args.tokens, args.rows_a_warp, [&](int64_t index) {
+    const NormRow<T> place(args, index);
+    const LaneRow<T, kWhole> row(place.x, width);
+    float sum = 0;
+    row.walk([&](int, auto, const Pack& x) {
+#pragma unroll
+      for (int j = 0; j < kPack; ++j) sum += x.v[j];
+    });
+    const float mean = warp_sum(sum) / width;
+    float squares = 0;
+    row.walk([&](int, auto count, const Pack& x) {
+#pragma unroll
+      for (int j = 0; j < kPack; ++j)
+        if (j < count) squares += (x.v[j] - mean) * (x.v[j] - mean);
+    });
+    const float rstd = prim::divide(1.f, prim::square_root(warp_sum(squares) / width + args.eps));
+    T* out = static_cast<T*>(args.out) + index * width;
+    row.walk([&](int i, auto count, Pack x) {
+      const Pack shift = load_pack(args.shift, place.shift + i, count),
+                 scale = load_pack(args.scale, place.scale + i, count);
+#pragma unroll
+      for (int j = 0; j < kPack; ++j) x.v[j] = (x.v[j] - mean) * rstd * (1 + scale.v[j]) + shift.v[j];
+      store_pack(out + i, count, x);
+    });
+    if (threadIdx.x % kWarp == 0) {
+      args.mean[index] = mean;
+      args.rstd[index] = rstd;
+    }
+  });
+}
+
 template <class T>
 __device__ __forceinline__ void modulated_norm(const ModulatedNormArgs& args) {
-  const int64_t index = int64_t(blockIdx.x) * kNormWarps + threadIdx.x / kWarp;
-  if (index >= args.batch * args.tokens) return;
-  const NormRow<T> row(args, index);
-  const int lane = threadIdx.x % kWarp, width = args.width;
-  float sum = 0;
-  for (int i = lane * kPack; i < width; i += kWarp * kPack) {
-    const Pack x = load_pack(row.x + i, width - i);
-#pragma unroll
-    for (int j = 0; j < kPack; ++j) sum += x.v[j];
-  }
-  const float mean = warp_sum(sum) / width;
-  float squares = 0;
-  for (int i = lane * kPack; i < width; i += kWarp * kPack) {
-    const Pack x = load_pack(row.x + i, width - i);
-#pragma unroll
-    for (int j = 0; j < kPack; ++j)
-      if (j < width - i) squares += (x.v[j] - mean) * (x.v[j] - mean);
-  }
-  const float rstd = prim::divide(1.f, prim::square_root(warp_sum(squares) / width + args.eps));
-  T* out = static_cast<T*>(args.out) + index * width;
-  for (int i = lane * kPack; i < width; i += kWarp * kPack) {
-    const int count = least(width - i, kPack);
-    Pack x = load_pack(row.x + i, count);
-    const Pack shift = load_pack(args.shift, row.shift + i, count),
-               scale = load_pack(args.scale, row.scale + i, count);
-#pragma unroll
-    for (int j = 0; j < kPack; ++j) x.v[j] = (x.v[j] - mean) * rstd * (1 + scale.v[j]) + shift.v[j];
-    store_pack(out + i, count, x);
-  }
-  if (lane == 0) {
-    args.mean[index] = mean;
-    args.rstd[index] = rstd;
-  }
+  if (args.whole)
+    modulated_norm_rows<T, true>(args);
+  else
+    modulated_norm_rows<T, false>(args);
 }
 
 // With n = (x - mean) * rstd and u = grad * (1 + scale): grad_x = rstd * (u - mean(u) - n * mean(u * n)).

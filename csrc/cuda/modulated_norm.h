@@ -17,7 +17,8 @@ struct ModulatedNormArgs {
   int64_t batch, tokens, frames;
   int32_t width;
   float eps;
-  Element element;  // of x, out, grad_out, grad_x
+  Element element;             // of x, out, grad_out, grad_x
+  int64_t rows_a_warp, whole;  // the forward's launch sets them: whether all rows are of `WholePack`s
   // The backward's:
   const void* grad_out;            // [B, T, D] contiguous
   void* grad_x;                    // [B, T, D] contiguous
@@ -25,7 +26,7 @@ struct ModulatedNormArgs {
   int64_t parts, rows_a_part;      // of a frame's tokens
 };
 
-LaunchError launch_modulated_norm(const ModulatedNormArgs& args, Stream stream);
+LaunchError launch_modulated_norm(ModulatedNormArgs args, Stream stream);
 
 // Writes grad_x, and the sums that the gradients of shift and scale are made of.
 LaunchError launch_modulated_norm_backward(const ModulatedNormArgs& args, Stream stream);

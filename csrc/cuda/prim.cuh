@@ -105,7 +105,17 @@ __device__ __forceinline__ float exchange(float value, int mask) {
   return other;
 }
 
-// 16 bytes from or to global memory; the address is a multiple of 16.
+// 16 bytes of global memory that nothing stores to while the kernel runs; the address is a multiple of 16.
+// The result depends on the address alone: the compiler moves such loads past others and past stores.
+__device__ __forceinline__ uint4 load16_unchanging(const void* global) {
+  uint4 v;
+  asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(global));
+  return v;
+}
+
+// The same of memory that the kernel stores to as well: in order with its stores.
 __device__ __forceinline__ uint4 load16(const void* global) {
   uint4 v;
   asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"

@@ -13,11 +13,20 @@ STREAM_R1_NORM_ROTARY(fp32, float)
 STREAM_R1_NORM_ROTARY(bf16, Bf16)
 STREAM_R1_NORM_ROTARY(fp16, Fp16)
 
-LaunchError launch_norm_rotary(const NormRotaryArgs& args, Stream stream) {
+LaunchError launch_norm_rotary(NormRotaryArgs args, Stream stream) {
   const int64_t rows = args.batch * args.tokens;
   if (rows * args.heads * args.head_dim == 0) return nullptr;
+  RowGrid grid;
+  if (const LaunchError error = row_grid(rows, kRotaryWarps, 2, grid)) return error;
+  args.rows_a_warp = grid.rows_a_warp;
+  args.whole = args.head_dim % kPack == 0 && rows_start_aligned(args.cos, Element::float32, {}) &&
+               rows_start_aligned(args.sin, Element::float32, {});
+  for (const NormRotarySide& side : args.sides)
+    args.whole &= rows_start_aligned(side.x, args.element, {side.x_batch, side.x_token}) &&
+                  rows_start_aligned(side.weight.data, side.weight.element, {}) &&
+                  rows_start_aligned(side.y, args.element, {side.y_batch, side.y_token, side.y_head});
   const auto kernel = STREAM_R1_BY_ELEMENT(args.element, norm_rotary);
-  kernel<<<dim3(blocks_for(rows, kRotaryWarps), 2), kRotaryWarps * kWarp, 0, stream>>>(args);
+  kernel<<<dim3(grid.blocks, 2), kRotaryWarps * kWarp, 0, stream>>>(args);
   return launch_error();
 }
 

@@ -1,6 +1,6 @@
-// RMSNorm over the full width, head split and rotary of q and k. A warp has one row (b, t) of q (blockIdx.y =
-// 0) or k (1); a lane has packs of 8 channels, which are 4 pairs. The row is read again where it is needed
-// again: it is in the L1 cache by then.
+// RMSNorm over the full width, head split and rotary of q and k. A warp has a row (b, t) of q (blockIdx.y =
+// 0) or k (1) at a time; a lane has packs of 8 channels, which are 4 pairs. The backward reads a row again
+// where it needs it again: it is in the L1 cache by then.
 
 #pragma once
 
@@ -30,6 +30,12 @@ __device__ __forceinline__ Pack load_heads(const T* row, int64_t head_stride, in
 }
 
 template <class T>
+__device__ __forceinline__ void store_heads(T* row, int64_t head_stride, int head_dim, int i, WholePack count,
+                                            const Pack& pack) {
+  store_pack(row + i / head_dim * head_stride + i % head_dim, count, pack);
+}
+
+template <class T>
 __device__ __forceinline__ void store_heads(T* row, int64_t head_stride, int head_dim, int i, int count,
                                             const Pack& pack) {
   if (head_dim % kPack == 0) {
@@ -50,13 +56,15 @@ struct Phases {
   float v[kPack / 2];
 };
 
+__device__ __forceinline__ Phases load_phases(const float* row, int head_dim, int i, WholePack) {
+  const uint4 four = prim::load16_unchanging(row + i % head_dim / 2);
+  return {__uint_as_float(four.x), __uint_as_float(four.y), __uint_as_float(four.z), __uint_as_float(four.w)};
+}
+
 __device__ __forceinline__ Phases load_phases(const float* row, int head_dim, int i, int count) {
   Phases phases{};
-  const float* first = row + i % head_dim / 2;
-  if (head_dim % kPack == 0 && is_aligned(first)) {
-    const uint4 four = prim::load16(first);
-    phases = {__uint_as_float(four.x), __uint_as_float(four.y), __uint_as_float(four.z),
-              __uint_as_float(four.w)};
+  if (head_dim % kPack == 0 && is_aligned(row + i % head_dim / 2)) {
+    phases = load_phases(row, head_dim, i, WholePack{});
   } else {
 #pragma unroll
     for (int j = 0; j < kPack / 2; ++j)
@@ -91,16 +99,6 @@ struct RotaryRow {
     y = static_cast<T*>(side.y) + b * side.y_batch + t * side.y_token;
   }
 
-  __device__ float inverse_rms(int width, float eps) const {
-    float squares = 0;
-    for (int i = threadIdx.x % kWarp * kPack; i < width; i += kWarp * kPack) {
-      const Pack p = load_pack(x + i, width - i);
-#pragma unroll
-      for (int j = 0; j < kPack; ++j) squares += p.v[j] * p.v[j];
-    }
-    return prim::divide(1.f, prim::square_root(warp_sum(squares) / width + eps));
-  }
-
   // The gradient by the normed and weighted row: y's gradient, rotated back.
   __device__ Pack unrotated(const NormRotaryArgs& args, int64_t y_head, int i, int count) const {
     const Phases cos = load_phases(args.cos + t * (args.head_dim / 2), args.head_dim, i, count),
@@ -109,24 +107,43 @@ struct RotaryRow {
   }
 };
 
+template <class T, bool kWhole>
+__device__ __forceinline__ float inverse_rms(const LaneRow<T, kWhole>& row, int width, float eps) {
+  float squares = 0;
+  row.walk([&](int, auto, const Pack& p) {
+#pragma unroll
+    for (int j = 0; j < kPack; ++j) squares += p.v[j] * p.v[j];
+  });
+  return prim::divide(1.f, prim::square_root(warp_sum(squares) / width + eps));
+}
+
+template <class T, bool kWhole>
+__device__ __forceinline__ void norm_rotary_rows(const NormRotaryArgs& args) {
+  const NormRotarySide& side = args.sides[blockIdx.y];
+  const int width = args.heads * args.head_dim;
+  for_rows<kRotaryWarps>(args.batch * args.tokens, args.rows_a_warp, [&](int64_t index) {
+    const RotaryRow<T> place(args, side, index);
+    const LaneRow<T, kWhole> row(place.x, width);
+    const float scale = inverse_rms(row, width, args.eps);
+    const float *cos_row = args.cos + place.t * (args.head_dim / 2),
+                *sin_row = args.sin + place.t * (args.head_dim / 2);
+    row.walk([&](int i, auto count, Pack p) {
+      const Pack weight = load_pack(side.weight, i, count);
+#pragma unroll
+      for (int j = 0; j < kPack; ++j) p.v[j] *= scale * weight.v[j];
+      const Phases cos = load_phases(cos_row, args.head_dim, i, count),
+                   sin = load_phases(sin_row, args.head_dim, i, count);
+      store_heads(place.y, side.y_head, args.head_dim, i, count, rotate(p, cos, sin, 1.f));
+    });
+  });
+}
+
 template <class T>
 __device__ __forceinline__ void norm_rotary(const NormRotaryArgs& args) {
-  const NormRotarySide& side = args.sides[blockIdx.y];
-  const int64_t index = int64_t(blockIdx.x) * kRotaryWarps + threadIdx.x / kWarp;
-  if (index >= args.batch * args.tokens) return;
-  const RotaryRow<T> row(args, side, index);
-  const int width = args.heads * args.head_dim;
-  const float scale = row.inverse_rms(width, args.eps);
-  for (int i = threadIdx.x % kWarp * kPack; i < width; i += kWarp * kPack) {
-    const int count = least(width - i, kPack);
-    Pack p = load_pack(row.x + i, count);
-    const Pack weight = load_pack(side.weight, i, count);
-#pragma unroll
-    for (int j = 0; j < kPack; ++j) p.v[j] *= scale * weight.v[j];
-    const Phases cos = load_phases(args.cos + row.t * (args.head_dim / 2), args.head_dim, i, count),
-                 sin = load_phases(args.sin + row.t * (args.head_dim / 2), args.head_dim, i, count);
-    store_heads(row.y, side.y_head, args.head_dim, i, count, rotate(p, cos, sin, 1.f));
-  }
+  if (args.whole)
+    norm_rotary_rows<T, true>(args);
+  else
+    norm_rotary_rows<T, false>(args);
 }
 
 // y = R (n * w), n = x * s, s = (mean x^2 + eps)^-1/2. With g = R^T grad_y:
@@ -138,7 +155,7 @@ __device__ __forceinline__ void norm_rotary_grad_x(const NormRotaryArgs& args) {
   if (index >= args.batch * args.tokens) return;
   const RotaryRow<T> row(args, side, index);
   const int width = args.heads * args.head_dim, lane = threadIdx.x % kWarp;
-  const float s = row.inverse_rms(width, args.eps);
+  const float s = inverse_rms(LaneRow<T, false>(row.x, width), width, args.eps);
   if (lane == 0) side.inverse_rms[index] = s;
   float product = 0;
   for (int i = lane * kPack; i < width; i += kWarp * kPack) {

@@ -27,10 +27,11 @@ struct NormRotaryArgs {
   int32_t heads, head_dim;
   float eps;
   Element element;             // of x and y
+  int64_t rows_a_warp, whole;  // the forward's launch sets them: whether all rows are of `WholePack`s
   int64_t parts, rows_a_part;  // of the backward's sums over the B * T rows
 };
 
-LaunchError launch_norm_rotary(const NormRotaryArgs& args, Stream stream);
+LaunchError launch_norm_rotary(NormRotaryArgs args, Stream stream);
 
 // Writes grad_x, inverse_rms and weight_sums; the weight's gradient is the sum of its parts.
 LaunchError launch_norm_rotary_backward(const NormRotaryArgs& args, Stream stream);

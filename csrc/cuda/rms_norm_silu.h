@@ -1,4 +1,4 @@
-// [before | silu(RMSNorm(x) * weight)] along the tokens, on raw pointers. Plain C++.
+// [before | silu(RMSNorm(x) * weight)] along the tokens, or without silu, on raw pointers. Plain C++.
 
 #pragma once
 
@@ -15,12 +15,12 @@ struct RmsNormSiluArgs {
   int64_t before_batch, before_token;
   void* out;  // [B, P + T, D] contiguous
   int64_t batch, leading, tokens;
-  int64_t lanes;  // of a row: the launch sets it
+  int64_t lanes, whole;  // the launch sets them: lanes of a row; whether all rows are of `WholePack`s
   int32_t width;
   float eps;
   Element element;  // of x, before, out
 };
 
-LaunchError launch_rms_norm_silu(RmsNormSiluArgs args, Stream stream);
+LaunchError launch_rms_norm_silu(RmsNormSiluArgs args, bool silu, Stream stream);
 
 }  // namespace stream_r1::cuda

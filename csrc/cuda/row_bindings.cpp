@@ -1,4 +1,5 @@
-// qk_norm_rotary, modulated_norm, gated_add and rms_norm_silu on CUDA: checks, allocation and registration.
+// qk_norm_rotary, modulated_norm, gated_add, rms_norm_silu and rms_norm on CUDA: checks, allocation and
+// registration.
 
 #include "common/checks.h"
 #include "cuda/column_sums.h"
@@ -242,10 +243,14 @@ std::tuple<Tensor, Tensor> gated_add_backward(const Tensor& grad_out_, const Ten
   return {grad_y, add_parts(op, args.gate_sums, args.batch * args.frames, split.parts, gate, device.stream)};
 }
 
-// --- rms_norm_silu ---
+// --- rms_norm_silu, rms_norm ---
 
-Tensor rms_norm_silu(const Tensor& x_, const Tensor& weight_, const OptionalTensor& before_, double eps) {
-  check_rms_norm_silu(x_, weight_, before_);
+Tensor normed(const char* op, const Tensor& x_, const Tensor& weight_, const OptionalTensor& before_,
+              double eps, bool silu) {
+  if (silu)
+    check_rms_norm_silu(x_, weight_, before_);
+  else
+    check_rms_norm(op, x_, weight_);
   const OnDevice device(x_);
   const Tensor x = with_dense_rows(x_), weight = read_by_kernels(weight_);
   const Tensor before = before_ ? with_dense_rows(*before_) : x;  // of x none is read
@@ -265,8 +270,16 @@ Tensor rms_norm_silu(const Tensor& x_, const Tensor& weight_, const OptionalTens
   args.element = element_of(x);
   Tensor out = allocate({x.size(0), args.leading + x.size(1), x.size(2)}, x);
   args.out = out.mutable_data_ptr();
-  check_launch("rms_norm_silu", launch_rms_norm_silu(args, device.stream));
+  check_launch(op, launch_rms_norm_silu(args, silu, device.stream));
   return out;
+}
+
+Tensor rms_norm_silu(const Tensor& x, const Tensor& weight, const OptionalTensor& before, double eps) {
+  return normed("rms_norm_silu", x, weight, before, eps, true);
+}
+
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+  return normed("rms_norm", x, weight, std::nullopt, eps, false);
 }
 
 }  // namespace
@@ -281,4 +294,5 @@ STREAM_R1_REGISTER(STREAM_R1_CUDA_KEY, m) {
   m.impl("gated_add", TORCH_BOX(&stream_r1::cuda::gated_add));
   m.impl("gated_add_backward", TORCH_BOX(&stream_r1::cuda::gated_add_backward));
   m.impl("rms_norm_silu", TORCH_BOX(&stream_r1::cuda::rms_norm_silu));
+  m.impl("rms_norm", TORCH_BOX(&stream_r1::cuda::rms_norm));
 }

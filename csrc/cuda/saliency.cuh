@@ -111,7 +111,7 @@ __device__ __forceinline__ void fuse_frame(const IntraWeightsArgs& args) {
     const float* saliency = args.saliency + (m * args.batch * args.frames + unit) * n;
     for (int64_t i = threadIdx.x * kPack; i < n; i += kMapThreads * kPack) {
       const int count = least(n - i, kPack);
-      Pack fused = m == 0 ? Pack{} : load_pack(weights + i, count);
+      Pack fused = m == 0 ? Pack{} : load_pack<Memory::own>(weights + i, count);
       const Pack s = load_pack(saliency + i, count);
 #pragma unroll
       for (int j = 0; j < kPack; ++j) {
@@ -132,7 +132,7 @@ __device__ __forceinline__ void fuse_frame(const IntraWeightsArgs& args) {
   float map_sum = 0;
   for (int64_t i = threadIdx.x * kPack; i < n; i += kMapThreads * kPack) {
     const int count = least(n - i, kPack);
-    Pack map = load_pack(weights + i, count);
+    Pack map = load_pack<Memory::own>(weights + i, count);
 #pragma unroll
     for (int j = 0; j < kPack; ++j) {
       const float blended =
@@ -187,7 +187,7 @@ __device__ __forceinline__ void weigh_frame(const IntraWeightsArgs& args) {
   float* const weights = args.weights + unit * n;
   for (int64_t i = threadIdx.x * kPack; i < n; i += kMapThreads * kPack) {
     const int count = least(n - i, kPack);
-    Pack map = load_pack(weights + i, count);
+    Pack map = load_pack<Memory::own>(weights + i, count);
 #pragma unroll
     for (int j = 0; j < kPack; ++j) map.v[j] *= factor;
     store_pack(weights + i, count, map);

@@ -39,17 +39,20 @@ __device__ __forceinline__ void renew_sink(const RenewSinkArgs& args) {
   };
 
   Kept* const kept_k = static_cast<Kept*>(args.sink_k) + kept_row * args.head_dim + i;
-  Pack k = args.first ? load_pack(stored(0, token), count) : load_pack(kept_k, count);
+  Pack k =
+      args.first ? load_pack<Memory::own>(stored(0, token), count) : load_pack<Memory::own>(kept_k, count);
   if (args.averages)
-    average(k, turned(load_pack(stored(0, args.slot + token), count), args.evicted_cos, args.evicted_sin));
+    average(k, turned(load_pack<Memory::own>(stored(0, args.slot + token), count), args.evicted_cos,
+                      args.evicted_sin));
   if (args.averages || args.first) store_pack(kept_k, count, k);
   store_pack(stored(0, token), count,
              args.window_cos == nullptr ? k : turned(k, args.window_cos, args.window_sin));
 
   if (args.sink_v == nullptr) return;
   Kept* const kept_v = static_cast<Kept*>(args.sink_v) + kept_row * args.head_dim + i;
-  Pack v = args.first ? load_pack(stored(1, token), count) : load_pack(kept_v, count);
-  if (args.averages) average(v, load_pack(stored(1, args.slot + token), count));
+  Pack v =
+      args.first ? load_pack<Memory::own>(stored(1, token), count) : load_pack<Memory::own>(kept_v, count);
+  if (args.averages) average(v, load_pack<Memory::own>(stored(1, args.slot + token), count));
   store_pack(kept_v, count, v);
   store_pack(stored(1, token), count, v);
 }

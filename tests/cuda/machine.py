@@ -76,6 +76,7 @@ class Machine:
 
     Attributes:
         launches: names of the kernels that were launched, in order.
+        grids: their blocks in x, y, z.
     """
 
     def __init__(self) -> None:
@@ -90,7 +91,9 @@ class Machine:
         self._error: Exception | None = None
         self._replaced: dict[str, Kernel] = {}
         self._seed = 0
+        self._execute = True
         self.launches: list[str] = []
+        self.grids: list[tuple[int, ...]] = []
 
     def run(self, op: str, *args: Any, seed: int = 0, processors: int = 1) -> Any:
         """The CUDA implementation of torch.ops.stream_r1.<op>.
@@ -101,7 +104,7 @@ class Machine:
         """
         self._library.set_processors(processors)
         self._memory = [value for value in args if isinstance(value, Tensor)] + _TABLES
-        self._error, self._seed, self.launches = None, seed, []
+        self._error, self._seed, self.launches, self.grids = None, seed, [], []
         overload = getattr(torch.ops.stream_r1, op).default
         with torch.no_grad(), _Allocations(self._memory):
             result = overload.redispatch(KEY, *args)
@@ -124,6 +127,15 @@ class Machine:
                 module.resolve = before
 
     @contextmanager
+    def only_launching(self) -> Iterator[None]:
+        """Within it `launches` and `grids` are all that comes of a launch: for sizes that take too long."""
+        self._execute = False
+        try:
+            yield
+        finally:
+            self._execute = True
+
+    @contextmanager
     def replaced(self, ptx: str) -> Iterator[None]:
         """Within it the kernels of `ptx` stand in for those of the same name."""
         self._replaced = dict(Module.from_ptx(ptx))
@@ -137,6 +149,9 @@ class Machine:
             return
         try:
             self.launches.append(name.decode())
+            self.grids.append(tuple(grid[:3]))
+            if not self._execute:
+                return
             kernel = self._replaced.get(name.decode()) or self._module[name.decode()]
             (parameter,) = kernel.parameters
             data = ctypes.string_at(argument, parameter.size)

@@ -44,7 +44,7 @@ REQUIRED = {
     r"modulated_norm(_grad_x)?_(fp32|bf16|fp16)": WHOLE_PACKS,
     r"modulated_norm_grad_modulation_\w+": LOADS_ONLY,
     r"gated_add_\w+": WHOLE_PACKS,
-    r"rms_norm_silu_\w+": WHOLE_PACKS,
+    r"rms_norm_(silu_)?\w+": WHOLE_PACKS,
     r"dmd_distances_\w+": LOADS_ONLY,
     r"dmd_(directions|gradient|scale)_\w+": WHOLE_PACKS,
     r"region_saliency_\w+": LOADS_ONLY,

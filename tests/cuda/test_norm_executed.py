@@ -1,4 +1,4 @@
-"""modulated_norm and gated_add: forward and backward, run on real tensors, against float64."""
+"""The norms and gated_add: forward and backward, run on real tensors, against float64."""
 
 from collections.abc import Callable
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from stream_r1_kernels.norm.reference import (
     gated_add_reference,
     modulated_norm_reference,
+    rms_norm_reference,
     rms_norm_silu_reference,
 )
 
@@ -106,6 +107,56 @@ def test_gated_add(
         strict=True,
     ):
         exact.assert_close(a, b, c)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "width", "processors"),
+    [
+        (25, 1536, 1),  # a row more than there are warps at once: two rows a warp, some with one
+        (49, 264, 2),
+        (110, 40, 1),  # more than four rows a warp would take: several rounds of blocks
+        (9, 1800, 3),  # wider than what is held in registers; blocks with one row
+    ],
+)
+def test_several_whole_rows_a_warp(
+    machine: Machine, rows: int, width: int, processors: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    x, y = (torch.randn(1, rows, width) + 1).to(dtype), torch.randn(1, rows, width).to(dtype)
+    six = torch.randn(1, 1, 6, width)
+    shift, scale, gate = six[:, :, 0], six[:, :, 4], six[:, :, 2]
+    for seed in range(2):
+        on = {"seed": seed, "processors": processors}
+        out = machine.run("modulated_norm", x, shift, scale, 1e-6, **on)[0]
+        true = modulated_norm_reference(x.double(), shift.double(), scale.double(), 1e-6)
+        exact.assert_close(out, true, modulated_norm_reference(x, shift, scale, 1e-6))
+        out = machine.run("gated_add", x, y, gate, **on)
+        true = gated_add_reference(x.double(), y.double(), gate.double())
+        exact.assert_close(out, true, gated_add_reference(x, y, gate))
+        out = machine.run("rms_norm", x, gate[0, 0], 1e-6, **on)
+        true = rms_norm_reference(x.double(), gate[0, 0].double(), 1e-6)
+        exact.assert_close(out, true, rms_norm_reference(x, gate[0, 0], 1e-6))
+
+
+def test_blocks_run_all_at_once(machine: Machine) -> None:
+    """At the sizes of 1.3B: 4680 rows of 8 a block, where three blocks fit each of 132 processors."""
+    for rows, blocks in ((3168, 396), (3169, 199), (4680, 293), (12672, 396), (12673, 397), (32760, 1024)):
+        x = torch.zeros(1, rows, 1)
+        with machine.only_launching():
+            machine.run("gated_add", x, x, x[:, :1], processors=132)
+        assert machine.grids == [(blocks, 1, 1)], rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "width"), [(1, 1), (7, 33), (5, 96), (3, 1536)])
+def test_rms_norm(machine: Machine, tokens: int, width: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = (3 * torch.randn(2, tokens, 2 * width)).to(dtype)[:, :, :width]
+    for weight in (1 + torch.randn(width), torch.randn(width).to(dtype)):
+        out = machine.run("rms_norm", x, weight, 1e-6)
+        true = rms_norm_reference(x.double(), weight.double(), 1e-6)
+        exact.assert_close(out, true, rms_norm_reference(x, weight, 1e-6))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -98,6 +98,15 @@ def norm(machine: Machine, seed: int) -> None:
     exact.assert_close(out, true, modulated_norm_reference(x, shift, scale, 1e-6))
 
 
+def whole_norm(machine: Machine, seed: int) -> None:
+    """More rows than warps fit at once, of whole packs, and wider than what a lane holds in registers."""
+    torch.manual_seed(seed)
+    x, shift, scale = torch.randn(1, 60, 1800).bfloat16() + 1, torch.randn(1, 2, 1800), torch.randn(1, 2, 1800)
+    out = machine.run("modulated_norm", x, shift, scale, 1e-6, seed=seed)[0]
+    true = modulated_norm_reference(x.double(), shift.double(), scale.double(), 1e-6)
+    exact.assert_close(out, true, modulated_norm_reference(x, shift, scale, 1e-6))
+
+
 def silu(machine: Machine, seed: int) -> None:
     torch.manual_seed(seed)
     x, before = 3 * torch.randn(2, 5, 96).bfloat16(), torch.randn(2, 3, 96).bfloat16()
@@ -145,6 +154,18 @@ def dmd(machine: Machine, seed: int) -> None:
     torch.testing.assert_close(loss.double(), true, rtol=1e-3, atol=0)  # one element of 98304 counts as 0
 
 
+def dmd_in_place(machine: Machine, seed: int) -> None:
+    """The buffer is one of the predictions."""
+    torch.manual_seed(seed)
+    x, fake, cond = (torch.randn(1, 2, 2, 8, 16) for _ in range(3))
+    ours, theirs = fake.clone(), fake.clone()
+    machine.run("dmd_gradient_", ours, x, ours, cond, None, 0.0, None, None, None, 1.0, seed=seed)
+    leaf = x.double().requires_grad_()
+    loss = dmd_loss_reference(leaf, fake.double(), cond.double(), None, 0.0, None, None, None)
+    theirs = theirs.double() + torch.autograd.grad(loss, leaf)[0]
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-6)
+
+
 def saliency(machine: Machine, seed: int) -> None:
     torch.manual_seed(seed)
     grads = torch.randn(1, 1, 9, 3, 4, 320).bfloat16()  # cells of more than one pack, of more than one warp
@@ -186,7 +207,8 @@ KERNELS = {
         "norm_rotary_grad_x_fp32", "qk_norm_rotary", "NormRotaryArgs", "norm_rotary_grad_x<float>"
     ),
     norm: kernel("modulated_norm_bf16", "modulated_norm", "ModulatedNormArgs", "modulated_norm<Bf16>"),
-    silu: kernel("rms_norm_silu_bf16", "rms_norm_silu", "RmsNormSiluArgs", "rms_norm_silu<Bf16>"),
+    whole_norm: kernel("modulated_norm_bf16", "modulated_norm", "ModulatedNormArgs", "modulated_norm<Bf16>"),
+    silu: kernel("rms_norm_silu_bf16", "rms_norm_silu", "RmsNormSiluArgs", "rms_norm_silu<Bf16, true>"),
     gate: kernel("gated_add_bf16", "gated_add", "GatedAddArgs", "gated_add<Bf16, Bf16>"),
     gate_backward: kernel(
         "gated_add_backward_bf16", "gated_add", "GatedAddArgs", "gated_add_backward<Bf16, Bf16>"
@@ -194,6 +216,7 @@ KERNELS = {
     dmd: kernel("dmd_distances_fp32", "dmd", "DmdArgs", "dmd_distances<float>")
     + 'extern "C" __global__ void dmd_directions_fp32(const __grid_constant__ DmdArgs args)'
     " { dmd_directions<float, float, false>(args); }\n",
+    dmd_in_place: kernel("dmd_gradient_fp32", "dmd", "DmdArgs", "dmd_directions<float, float, true>"),
     saliency: kernel("region_saliency_bf16", "saliency", "RegionSaliencyArgs", "region_saliency<Bf16>"),
     sink: kernel("renew_sink_bf16_fp32", "sink", "RenewSinkArgs", "renew_sink<Bf16, float>"),
     weights: kernel("intra_weights_fuse", "saliency", "IntraWeightsArgs", "fuse_frame")
@@ -285,13 +308,41 @@ FAULTS = [
     Fault(
         "a sum over half a warp", norm, R, "mask > 0; mask /= 2) value += ", "mask > 1; mask /= 2) value += "
     ),
-    Fault("padding counts in the variance", norm, N, "if (j < width - i) squares", "squares"),
+    Fault("padding counts in the variance", norm, N, "if (j < count) squares", "squares"),
     Fault(
         "the next frame's modulation",
         norm,
         N,
         "frame = t / (args.tokens / args.frames)",
         "frame = t % args.frames",
+    ),
+    Fault("a warp's last row left out", whole_norm, R, "i < rows_a_warp && row", "i < rows_a_warp - 1 && row"),
+    Fault("a row past the end", whole_norm, R, "row < rows; ++i", "row <= rows; ++i"),
+    Fault("a row for two warps", whole_norm, R, "row += kWarps", "row += 1"),
+    Fault(
+        "a held pack used in place of the next",
+        whole_norm,
+        R,
+        "body(i, WholePack{}, to_pack(held_[n]))",
+        "body(i, WholePack{}, to_pack(held_[n / 2 * 2]))",
+    ),
+    Fault(
+        "packs that are not held left out",
+        whole_norm,
+        R,
+        "for (; i < width_; i += step_)",
+        "for (; i + step_ < width_; i += step_)",
+    ),
+    Fault("rows of part packs taken for whole ones", gate, G, "if (args.whole)", "if (true)"),
+    Fault(
+        "the buffer read as unchanging",
+        dmd_in_place,
+        D,
+        "kAdds ? Memory::own : Memory::unchanging",
+        "Memory::unchanging",
+    ),
+    Fault(
+        "the kept sink read as unchanging", sink, K, "load_pack<Memory::own>(kept_k", "load_pack(kept_k"
     ),
     Fault("rows without a sum over their lanes", silu, RMS, "int mask = lanes / 2", "int mask = lanes / 4"),
     Fault("the past taken for rows to norm", silu, RMS, "copied = t < 0", "copied = t < -1"),
