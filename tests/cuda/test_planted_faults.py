@@ -101,7 +101,11 @@ def norm(machine: Machine, seed: int) -> None:
 def whole_norm(machine: Machine, seed: int) -> None:
     """More rows than warps fit at once, of whole packs, and wider than what a lane holds in registers."""
     torch.manual_seed(seed)
-    x, shift, scale = torch.randn(1, 60, 1800).bfloat16() + 1, torch.randn(1, 2, 1800), torch.randn(1, 2, 1800)
+    x, shift, scale = (
+        torch.randn(1, 60, 1800).bfloat16() + 1,
+        torch.randn(1, 2, 1800),
+        torch.randn(1, 2, 1800),
+    )
     out = machine.run("modulated_norm", x, shift, scale, 1e-6, seed=seed)[0]
     true = modulated_norm_reference(x.double(), shift.double(), scale.double(), 1e-6)
     exact.assert_close(out, true, modulated_norm_reference(x, shift, scale, 1e-6))
@@ -316,7 +320,9 @@ FAULTS = [
         "frame = t / (args.tokens / args.frames)",
         "frame = t % args.frames",
     ),
-    Fault("a warp's last row left out", whole_norm, R, "i < rows_a_warp && row", "i < rows_a_warp - 1 && row"),
+    Fault(
+        "a warp's last row left out", whole_norm, R, "i < rows_a_warp && row", "i < rows_a_warp - 1 && row"
+    ),
     Fault("a row past the end", whole_norm, R, "row < rows; ++i", "row <= rows; ++i"),
     Fault("a row for two warps", whole_norm, R, "row += kWarps", "row += 1"),
     Fault(
@@ -341,9 +347,7 @@ FAULTS = [
         "kAdds ? Memory::own : Memory::unchanging",
         "Memory::unchanging",
     ),
-    Fault(
-        "the kept sink read as unchanging", sink, K, "load_pack<Memory::own>(kept_k", "load_pack(kept_k"
-    ),
+    Fault("the kept sink read as unchanging", sink, K, "load_pack<Memory::own>(kept_k", "load_pack(kept_k"),
     Fault("rows without a sum over their lanes", silu, RMS, "int mask = lanes / 2", "int mask = lanes / 4"),
     Fault("the past taken for rows to norm", silu, RMS, "copied = t < 0", "copied = t < -1"),
     Fault("phases of the wrong head", rotary, QK, "row[(i + 2 * j) % head_dim / 2]", "row[i % head_dim / 2]"),
