@@ -56,8 +56,8 @@ class ChunkCache:
             window.
         ema: keep the sink as a moving average, `sink = ema * sink + (1 - ema) * evicted chunk`, where every
             chunk is as long as the sink; None: leave it as it is.
-        max_frames: room for a stream without a window, in frames (ignored with a window, which streams for
-            ever).
+        max_frames: room for a stream without a window, in frames. With a window, which streams for ever, it
+            says alone whether the stream `evicts`.
         first_chunk_frames: frames of the first chunk where it differs (1: independent first frame).
         dtype: of keys and values. A moving average is kept in float32: in bfloat16 an update of 0.1 % rounds
             away.
@@ -112,6 +112,7 @@ class ChunkCache:
         self.ema = ema
         self.moves_sink = positions == "window"
         self.capacity = self._layout.capacity
+        self.evicts = window_frames is not None and (max_frames is None or max_frames > window_frames)
 
         tokens = (self.capacity + self._layout.spare) * self.tokens_per_frame
         shape = (layers, 2, batch, tokens, heads, rotary.head_dim)

@@ -21,6 +21,7 @@ from stream_r1.distill.rollout import begin_rollout, self_rollout
 from stream_r1.distill.run_state import Ema, RunState
 from stream_r1.distill.settings import InitSettings, RolloutSettings
 from stream_r1.models.autoencoder import Decoder
+from stream_r1.models.recompute import enable_checkpointing
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.schedule import FlowSchedule
 
@@ -87,7 +88,7 @@ class InitTrainer(TrainingLoop):
         self._adapt("student", self.student, settings.lora)
         self._shard_models([self.student], settings.batch, settings.accumulation, len(objective))
         if settings.gradient_checkpointing:
-            student.enable_gradient_checkpointing()
+            enable_checkpointing(student, keep_attention=settings.keep_attention)
         self.objective = objective
         self.samples = samples
         self.vae = samples.vae if samples is not None else None

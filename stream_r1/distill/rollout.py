@@ -36,7 +36,8 @@ def begin_rollout(
     Args:
         text: `student.encode_text(...)`; with a graph when its weights should learn.
         size: batch, height and width of the latents.
-        max_frames: of the video; a student with a window makes any number of frames in the same memory.
+        max_frames: of the video. A student with a window makes any number of frames in the same memory; where
+            they fit in it, no chunk's past has to be copied for the backward.
         steps: the student's timesteps, already warped, falling, in (0, 1000].
         exit_step: index of the step whose x0 a chunk is, for all chunks.
         renoise: fresh noise like the tensor it is given.

@@ -103,6 +103,7 @@ class RolloutSettings(Settings):
     shift: of the schedule, for the steps and for the timesteps of the loss.
     context_noise: timestep of the cache-update pass; 0 is clean.
     gradient_checkpointing: recompute a block's activations in the backward instead of keeping them.
+    keep_attention: but keep what self-attention gave: as much again as checkpointing keeps, and less time.
     """
 
     frames: Frames = 21
@@ -113,6 +114,7 @@ class RolloutSettings(Settings):
     shift: Positive = 5.0
     context_noise: Timestep = 0.0
     gradient_checkpointing: bool = False
+    keep_attention: bool = True
 
     @model_validator(mode="after")
     def _small_enough(self) -> RolloutSettings:
@@ -329,9 +331,10 @@ class RunSettings(Settings):
         return self
 
     def maths(self) -> dict[str, Any]:
-        """What a resumed run may not change. How it is divided among processes it may."""
-        free = {"steps", "max_skipped", "checkpoint_every", "keep_checkpoints", "distributed", "guard"}
-        return self.model_dump(mode="json", exclude=free)
+        """What a resumed run may not change. How it is divided among processes it may, and what it keeps."""
+        free = ("steps", "max_skipped", "checkpoint_every", "keep_checkpoints", "distributed", "guard")
+        kept: dict[str, Any] = {"keep_attention": True}
+        return self.model_dump(mode="json", exclude=dict.fromkeys(free, True) | kept | {"rollout": kept})
 
 
 class DistillSettings(RunSettings):
@@ -388,6 +391,7 @@ class InitSettings(RunSettings):
     warmup: steps over which the learning rate rises.
     ema: moving average of the weights, which is what is exported.
     gradient_checkpointing: recompute a block's activations in the backward instead of keeping them.
+    keep_attention: as `rollout.keep_attention` of a distillation.
     """
 
     batch: Annotated[int, Field(ge=1, le=2**20)] = 64
@@ -397,6 +401,7 @@ class InitSettings(RunSettings):
     warmup: Annotated[int, Field(ge=0)] = 0
     ema: EmaSettings = EmaSettings(decay=0.99, start=0)
     gradient_checkpointing: bool = False
+    keep_attention: bool = True
 
     @model_validator(mode="after")
     def _whole_parts(self) -> InitSettings:

@@ -28,6 +28,7 @@ from stream_r1.distill.run_state import Ema, RunState, trained
 from stream_r1.distill.settings import DistillSettings
 from stream_r1.distill.weighting import StreamR1Weights
 from stream_r1.models.autoencoder import Decoder, VideoAutoencoder
+from stream_r1.models.recompute import enable_checkpointing
 from stream_r1.models.text import TextEncoder
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.rewards.base import Reward
@@ -109,7 +110,7 @@ class DistillTrainer(TrainingLoop):
         self.device = next(student.parameters()).device
         if settings.rollout.gradient_checkpointing:
             for model in (self.student, self.critic):
-                model.enable_gradient_checkpointing()  # type: ignore[operator]
+                enable_checkpointing(model, keep_attention=settings.rollout.keep_attention)
 
         self.text_encoder = text_encoder
         self.vae = vae
@@ -282,7 +283,7 @@ class DistillTrainer(TrainingLoop):
                 self.student,
                 self.student.encode_text(text),
                 (len(noise), shape.height, shape.width),
-                max_frames=shape.frames,
+                max_frames=draw.length,
                 schedule=self.schedule,
                 steps=self.steps,
                 exit_step=draw.exit_step,

@@ -73,6 +73,9 @@ def _settings(recipe: Recipe | InitRecipe, gpus: int) -> Iterator[tuple[tuple[st
     parts = recipe.batch // (gpus // recipe.distributed.sequence)
     if recipe.accumulation < parts:
         yield (f"accumulation={parts}",), "one sample at a time"
+    if owner.keep_attention:
+        name = "rollout.keep_attention" if distils else "keep_attention"
+        yield (f"{name}=false",), "compute attention again, too"
     if recipe.precision == "float32":
         yield ("precision=bfloat16",), "matrix products in bfloat16"
     if recipe.distributed.shard != "full" and gpus > 1:

@@ -19,6 +19,7 @@ from stream_r1.chunk_loop import ChunkLoop
 from stream_r1.distill.dmd import DistributionMatching
 from stream_r1.distill.long_rollout import long_rollout
 from stream_r1.distill.rollout import begin_rollout, self_rollout
+from stream_r1.distill.settings import InitSettings, RolloutSettings
 from stream_r1.distill.weighting import Weights
 from stream_r1.estimate.exchange import CountedSequence
 from stream_r1.estimate.networks import Network, make_vae, remembered
@@ -26,6 +27,7 @@ from stream_r1.estimate.pixels import pixel_phases
 from stream_r1.estimate.plan import Plan, roles
 from stream_r1.estimate.run import Phase, Run, grown
 from stream_r1.estimate.work import SHALLOW
+from stream_r1.models.recompute import enable_checkpointing
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.recipe import InitRecipe, Recipe
 from stream_r1.schedule import FlowSchedule
@@ -62,7 +64,10 @@ def training_phases(plan: Plan) -> list[Phase]:
     return phases
 
 
-def _network(run: Run, network: Network, depth: int, *, checkpointing: bool) -> nn.Module:
+def _network(
+    run: Run, network: Network, depth: int, memory: RolloutSettings | InitSettings | None = None
+) -> nn.Module:
+    """memory: says whether activations are kept; None: nothing is learnt."""
     plan = run.plan
     with unset_fake_temporarily():  # peft moves what it makes, which fake tensors do not let it
         model = network.make(depth or network.layers)
@@ -79,8 +84,8 @@ def _network(run: Run, network: Network, depth: int, *, checkpointing: bool) -> 
     for p in model.parameters():
         if p.requires_grad:
             p.register_post_accumulate_grad_hook(partial(_count_gradient, run))
-    if checkpointing:
-        model.enable_gradient_checkpointing()  # type: ignore[operator]
+    if memory is not None and memory.gradient_checkpointing:
+        enable_checkpointing(model, keep_attention=memory.keep_attention)
     return model.train()
 
 
@@ -97,13 +102,12 @@ def _distillation(plan: Plan, depth: int) -> list[Phase]:
     settings, networks = plan.settings, plan.networks
     with ExitStack() as stack:
         run = Run(plan, stack)
-        checkpointing = settings.rollout.gradient_checkpointing
-        student = _network(run, networks.student, depth, checkpointing=checkpointing)
+        student = _network(run, networks.student, depth, settings.rollout)
         assert isinstance(student, CausalWanTransformer)
         assert networks.teacher is not None
         assert networks.critic is not None
-        teacher = _network(run, networks.teacher, depth, checkpointing=False).eval().requires_grad_(False)
-        critic = _network(run, networks.critic, depth, checkpointing=checkpointing)
+        teacher = _network(run, networks.teacher, depth).eval().requires_grad_(False)
+        critic = _network(run, networks.critic, depth, settings.rollout)
         codec = [make_vae(networks.vae or {})] if settings.rollout.bounds[1] > settings.rollout.frames else []
         run.begin(student, teacher, critic, *codec)
         passes = _count_passes(plan)
@@ -181,12 +185,12 @@ def _text(plan: Plan) -> Tensor:
 
 
 def _rollout_loop(run: Run, student: CausalWanTransformer, text: Tensor, schedule: FlowSchedule) -> ChunkLoop:
-    size, (batch, frames, _, height, width) = run.plan.recipe.rollout, run.plan.latents
+    size, (batch, _, _, height, width) = run.plan.recipe.rollout, run.plan.latents
     rollout = begin_rollout(
         student,
         student.encode_text(text),
         (batch, height, width),
-        max_frames=frames,
+        max_frames=size.bounds[1],
         schedule=schedule,
         steps=schedule.denoising_steps(size.steps),
         exit_step=0,
@@ -238,7 +242,7 @@ def _start(plan: Plan, depth: int) -> list[Phase]:
     assert isinstance(recipe, InitRecipe)
     with ExitStack() as stack:
         run = Run(plan, stack)
-        student = _network(run, plan.networks.student, depth, checkpointing=recipe.gradient_checkpointing)
+        student = _network(run, plan.networks.student, depth, recipe)
         run.begin(student)
         text = _text(plan)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,11 +55,9 @@ else:
         def device(self) -> torch.device:
             return next(self.parameters()).device
 
-        def enable_gradient_checkpointing(self) -> None:
+        def enable_gradient_checkpointing(self, function: Callable[..., Any] | None = None) -> None:
             self.gradient_checkpointing = True
-
-        def _gradient_checkpointing_func(self, block: nn.Module, *inputs: Any) -> Any:
-            return checkpoint(block, *inputs, use_reentrant=False)
+            self._gradient_checkpointing_func = function or functools.partial(checkpoint, use_reentrant=False)
 
         @classmethod
         def from_pretrained(cls, folder: Any, **settings: Any) -> Any:

@@ -291,7 +291,7 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         cos, sin, slots = take_slots(cache, len(chunks))
         if share is not None:
             cos, sin = share.own(cos, dim=0), share.own(sin, dim=0)
-        snapshot = torch.is_grad_enabled() and cache.overwrites
+        snapshot = torch.is_grad_enabled() and cache.evicts
         for block, time, layer, own, text_k, text_v in zip(
             self.blocks, times, cache.layers, slots, text.k, text.v, strict=True
         ):
@@ -314,7 +314,8 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """An empty cache for a stream of latents `height` x `width`.
 
         Args:
-            max_frames: latent frames the stream can get to; needed by a model without a window, else ignored.
+            max_frames: latent frames the stream can get to; needed by a model without a window. With one, a
+                chunk whose past no later chunk will evict is learnt from without a copy of that past.
             dtype: of the keys and values; None: that in which the model computes, autocast included.
         """
         rows, columns = self._grid("new_cache", height, width)

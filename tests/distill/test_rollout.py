@@ -139,6 +139,32 @@ def test_checkpointing_gives_the_same_gradients(cache: dict) -> None:
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-7)
 
 
+def test_a_past_that_is_not_evicted_is_not_copied() -> None:
+    """A window of the whole clip holds for the backward what a student without a window does."""
+    held, gradients = [], []
+    for cache in ({}, {"window_frames": 12}, {"window_frames": 9}):
+        student, storages = tiny_student(**cache), {}
+
+        def keep(x: Tensor, storages: dict[int, int] = storages) -> Tensor:
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            x0 = self_rollout(
+                student,
+                student.encode_text(texts()),
+                noise(12),
+                schedule=SCHEDULE,
+                steps=STEPS,
+                exit_step=0,
+                renoise=renoiser(),
+            )
+        held.append(sum(storages.values()))
+        gradients.append(torch.autograd.grad(x0.square().mean(), list(student.parameters())))
+    assert held[1] == held[0] < held[2]
+    assert all(map(torch.equal, gradients[0], gradients[1]))
+
+
 def test_a_chunks_gradient_is_that_of_its_exit_step_on_frozen_context() -> None:
     """The weights' gradient stops at the past too: it is that of a single call on a cache made before."""
     student, text, start = tiny_student(), texts(), noise(6)

@@ -16,7 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 from stream_r1 import assembly, recipe
 from stream_r1.clock import Clock
 from stream_r1.distill.dmd import as_own
-from stream_r1.distill.trainer import DistillTrainer
+from stream_r1.distill.noise import SampleNoise
+from stream_r1.distill.trainer import DistillTrainer, _Draw
 from stream_r1.distill.weighting import StreamR1Weights
 from stream_r1.estimate import memory, phases, pixels
 from stream_r1.estimate.exchange import CountedSequence
@@ -88,6 +89,12 @@ class _Echo(CountedSequence):
 
 def allocated(run: Callable[[], Any]) -> tuple[int, Any]:
     """The most bytes that there were at once, over those before, by the profiler's record; and the result."""
+    most, _, result = most_and_left(run)
+    return most, result
+
+
+def most_and_left(run: Callable[[], Any]) -> tuple[int, int, Any]:
+    """As `allocated`, and the bytes that are there in the end."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         result = run()
@@ -97,7 +104,7 @@ def allocated(run: Callable[[], Any]) -> tuple[int, Any]:
     for _, size in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
         now += size
         most = max(most, now)
-    return most, result
+    return most, now, result
 
 
 def storages(tensors: Iterable[Tensor]) -> int:
@@ -123,6 +130,7 @@ def over(plan: Plan, steps: list[Phase], learns: str) -> float:
 CASES = {
     "plain": [],
     "checkpointing, one sample": ["rollout.gradient_checkpointing=true", "batch=1"],
+    "checkpointing, attention again": ["rollout={gradient_checkpointing: true, keep_attention: false}"],
     "adapters": ["student.lora={rank: 4}", "critic.lora={rank: 4}"],
     "a narrow window": ["stream.window_frames=6", "rollout.frames=9"],
     "no window": ["models.student={folder}/open"],
@@ -147,6 +155,23 @@ def test_updates_take_the_memory_that_is_predicted(
     steps = phases._distillation(plan, 0)
     assert over(plan, steps, "student") == pytest.approx(student, rel=TOLERANCE)
     assert over(plan, steps, "critic") == pytest.approx(critic, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("frames", [9, 12])
+def test_a_rollout_leaves_what_is_predicted(
+    keep: bool, frames: int, folder: Path, frozen: dict[str, Any]
+) -> None:
+    """Inputs of blocks, attention's results where they are kept, and the pasts of a window of 9 frames."""
+    size = [f"rollout.frames={frames}", "rollout.gradient_checkpointing=true", "batch=1"]
+    plan = plan_of(load(folder, "weighting.mode=uniform", *size, f"rollout.keep_attention={keep}"))
+    real = trainer(plan, frozen, reward=None)
+    text, draw = real._embed(["one"]), _Draw(["one"], [0], 0, frames)
+    noise = SampleNoise([0], real.device)
+    _, left, clip = most_and_left(lambda: real._rollout(text, noise, draw, grad=True))
+    assert clip.x.requires_grad
+    predicted = phases._distillation(plan, 0)[0]
+    assert sum(predicted.after.values()) == pytest.approx(left, rel=0.03)
 
 
 def test_the_reward_and_what_is_there_all_the_time(folder: Path, frozen: dict[str, Any]) -> None:

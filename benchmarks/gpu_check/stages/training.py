@@ -16,6 +16,7 @@ from benchmarks.gpu_check.sizes import sizes_of
 from stream_r1.distill.dmd import DistributionMatching
 from stream_r1.distill.fsdp import shard_model
 from stream_r1.distill.rollout import begin_rollout, self_rollout
+from stream_r1.models.recompute import enable_checkpointing
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.schedule import FlowSchedule
 
@@ -56,8 +57,8 @@ def _train(context: Context, name: str) -> float:
         for model in (student, teacher, critic):
             shard_model(model, mesh, bfloat16=True)
     teacher.requires_grad_(False)
-    student.enable_gradient_checkpointing()
-    critic.enable_gradient_checkpointing()
+    enable_checkpointing(student, keep_attention=True)
+    enable_checkpointing(critic, keep_attention=True)
     optimizers = [
         torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device.type == "cuda")
         for model in (student, critic)
