@@ -119,6 +119,16 @@ _UNAVAILABLE = _find_unavailable()
 _CUDA_ARCHS: list[str] = (read_build_record() or {}).get("cuda_archs", [])
 
 
+def _cudnn_version() -> int | None:
+    try:
+        return torch.backends.cudnn.version()
+    except RuntimeError:  # not the one that torch was built with: it says so where cuDNN is used
+        return None
+
+
+_CUDNN = _cudnn_version()
+
+
 # Looked up once: asking the dispatcher takes longer than a small op, and a compiled graph can't ask.
 def _ops_of(key: str) -> frozenset[str]:
     names = torch._C._dispatch_get_registrations_for_dispatch_key(key)
@@ -158,7 +168,7 @@ def device_type(tensor: Tensor) -> str:
 
 def build() -> Build:
     """What "auto" picks from on this machine."""
-    return Build(_OPS, _CUDA_ARCHS, _UNAVAILABLE) if _counted_for is None else _counted_for.build
+    return Build(_OPS, _CUDA_ARCHS, _UNAVAILABLE, _CUDNN) if _counted_for is None else _counted_for.build
 
 
 def unavailable() -> dict[str, str]:

@@ -25,6 +25,7 @@ OPS = (
     *FORWARD_ONLY,
 )
 WIDEST_HEAD = 128  # of the attention kernels on GPUs
+HOPPER_CUDNN = 91501  # the first cuDNN whose attention leads on sm_90, as `torch.backends.cudnn.version()`
 
 Refusal = tuple[type[Exception], str]
 
@@ -60,11 +61,13 @@ class Build:
         ops: with kernels, by backend ("cpu", "cuda", "triton").
         archs: that the CUDA kernels were compiled for, the last one as PTX too.
         missing: backends that can't be used here at all, and why.
+        cudnn: version of what torch's attention may run on, 91501 for 9.15.1; None: there is none.
     """
 
     ops: Mapping[str, frozenset[str]]
     archs: Sequence[str] = ()
     missing: Mapping[str, str] = field(default_factory=dict)
+    cudnn: int | None = None
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,7 @@ def _dtype_refusal(call: Call, dtypes: Sequence[torch.dtype]) -> Refusal | None:
     return TypeError, f"expects dtype {', '.join(map(str, dtypes))}; got {call.dtype}"
 
 
-def _preferences(call: Call) -> list[tuple[str, str]]:
+def _preferences(call: Call, cudnn: int | None) -> list[tuple[str, str]]:
     """(backend, why it is preferred to what follows), best first, for the call's device."""
     reference = ("reference", "nothing faster takes the call")
     if call.device not in ("cpu", "cuda"):
@@ -170,18 +173,20 @@ def _preferences(call: Call) -> list[tuple[str, str]]:
         return [cpu if call.device == "cpu" else cuda, reference]
     if call.device == "cpu":
         return [cpu, stand_in, reference]
+    # keys in one piece of memory and no mask: torch's attention reads them where they lie
+    whole = call.op == "cached_chunk_attention" and call.pieces == 1 and call.dense
     if call.needs_grad:
-        return [
-            ("triton", "its backward is a kernel too"),
-            ("cuda", "its forward is a kernel; its backward is torch's matrix products"),
-            stand_in,
-            reference,
-        ]
+        # Not "cuda": its backward is matrix products in float32, slice by slice.
+        triton = ("triton", "its backward is a kernel too")
+        if whole and call.capability == (9, 0) and cudnn is not None and cudnn >= HOPPER_CUDNN:
+            likely = "cuDNN's attention is likely the fastest on sm_90 from 9.15.1 on, for keys in one piece"
+            return [("sdpa", f"{likely}; a prediction, not a measurement"), triton, reference]
+        return [triton, ("sdpa", "its backward is a kernel, ours on GPUs are Triton's alone"), reference]
     if call.capability is None or call.capability < (9, 0):
         triton = ("triton", "compiled for this GPU when first called")
         return [cuda, triton, stand_in, reference]
     triton = ("triton", "from sm_90 on its compiler uses tensor cores that mma.sync does not reach")
-    if call.op == "cached_chunk_attention" and call.pieces == 1 and call.dense:
+    if whole:
         likely = (
             "torch's own dense attention is likely the faster one on sm_90 and later, for keys in one piece "
             "without grad; a prediction, not a measurement"
@@ -193,7 +198,7 @@ def _preferences(call: Call) -> list[tuple[str, str]]:
 def choose(call: Call, build: Build) -> Choice:
     """The backend of `backend="auto"`."""
     refused: dict[str, str] = {}
-    for backend, why in _preferences(call):
+    for backend, why in _preferences(call, build.cudnn):
         problem = refusal(backend, call, build)
         if problem is None:
             return Choice(backend, why, refused)

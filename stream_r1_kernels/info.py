@@ -9,6 +9,7 @@ from dataclasses import replace
 from importlib.metadata import packages_distributions
 
 import torch
+from torch.nn.attention import SDPBackend
 
 from .backends import EXTENSION_PROBLEM, build, read_build_record, unavailable
 from .dispatch import ATTENTION_OPS, BACKENDS, FORWARD_ONLY, OPS, Build, Call, choose
@@ -20,6 +21,7 @@ _SITUATIONS = {
     "two pieces": replace(_ATTENTION, pieces=2),
     "strided": replace(_ATTENTION, dense=False),
     "with grad": replace(_ATTENTION, pieces=2, needs_grad=True),
+    "one piece, grad": replace(_ATTENTION, needs_grad=True),
     "float32": replace(_ATTENTION, dtype=torch.float32),
     "float64": replace(_ATTENTION, dtype=torch.float64),
     "heads of 256": replace(_ATTENTION, head_dim=256),
@@ -31,7 +33,25 @@ _NEVER = {"cpu": ("renew_sink_",), "cuda": FORWARD_ONLY}  # what a backend has n
 
 def describe() -> str:
     """The report as text."""
-    return "\n".join([*_what_is_built(), "", *_ops_table(), "", *auto_table(build())])
+    return "\n".join([*_what_is_built(), *torch_attention(), "", *_ops_table(), "", *auto_table(build())])
+
+
+def torch_attention() -> list[str]:
+    """Whose kernel torch's attention, the backend "sdpa", runs on each device of this machine: by torch's own
+    choice for bfloat16, heads of 128 and no mask, without gradients and with them.
+    """
+    version = build().cudnn
+    told = (
+        "no cuDNN" if version is None else f"cuDNN {version // 10000}.{version // 100 % 100}.{version % 100}"
+    )
+    lines = []
+    for device in ("cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))):
+        chosen = []
+        for grad in (False, True):
+            q = torch.zeros(1, 2, 128, 128, dtype=torch.bfloat16, device=device, requires_grad=grad)
+            chosen.append(SDPBackend(torch._fused_sdp_choice(q, q, q)).name.lower())
+        lines.append(f"torch's attention {device}: {chosen[0]}, with grad {chosen[1]} ({told})")
+    return lines
 
 
 def _what_is_built() -> list[str]:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -355,19 +357,36 @@ def test_what_auto_takes(call: dispatch.Call, expected: str) -> None:
     assert dispatch.choose(call, EVERYTHING).backend == expected
 
 
-def test_without_triton_training_takes_our_forward_and_without_that_torch() -> None:
-    call = gpu(CHUNKED, A100, needs_grad=True)
-    no_triton = dispatch.Build(EVERYTHING.ops, ["80"], {"triton": "Triton is not installed"})
-    choice = dispatch.choose(call, no_triton)
-    assert (choice.backend, choice.refused) == ("cuda", {"triton": "can't be used: Triton is not installed"})
-    nothing = dispatch.Build(EVERYTHING.ops, ["80"], {"triton": "not installed", "cuda": "left out"})
-    choice = dispatch.choose(call, nothing)
-    assert choice.backend == "sdpa"
-    assert str(choice).splitlines() == [
-        "sdpa: no kernel of this package takes the call",
-        "  not triton: can't be used: not installed",
-        "  not cuda: can't be used: left out",
-    ]
+@pytest.mark.parametrize("op", dispatch.ATTENTION_OPS)
+def test_without_triton_training_takes_torch_whose_backward_is_a_kernel(op: str) -> None:
+    without = dispatch.Build(EVERYTHING.ops, ["80"], {"triton": "not installed"})
+    for capability in (A100, H100, B200):
+        choice = dispatch.choose(gpu(op, capability, needs_grad=True), without)
+        assert str(choice).splitlines() == [
+            "sdpa: its backward is a kernel, ours on GPUs are Triton's alone",
+            "  not triton: can't be used: not installed",
+        ]
+
+
+def test_hopper_trains_on_cudnn_from_the_version_on_that_leads() -> None:
+    def taken(cudnn: int | None, **rest: Any) -> str:
+        build = dispatch.Build(EVERYTHING.ops, EVERYTHING.archs, {}, cudnn)
+        return dispatch.choose(gpu(rest.pop("op", CACHED), rest.pop("on", H100), **rest), build).backend
+
+    assert taken(91501, needs_grad=True) == taken(91900, needs_grad=True) == "sdpa"
+    assert taken(91500, needs_grad=True) == taken(None, needs_grad=True) == "triton"
+    # what is masked, in two pieces, or on another GPU is not its
+    for rest in ({"op": CHUNKED}, {"pieces": 2}, {"dense": False}, {"on": A100}, {"on": B200}):
+        assert taken(91501, needs_grad=True, **rest) == "triton"
+
+
+def test_info_says_whose_kernel_torchs_attention_is() -> None:
+    lines = info.torch_attention()
+    assert len(lines) == 1 + torch.cuda.device_count()
+    assert re.fullmatch(r"torch's attention cpu: (\w+), with grad (\w+) \(.*cuDNN.*\)", lines[0])
+    names = {kind.lower() for kind in torch.nn.attention.SDPBackend.__members__}
+    assert set(re.findall(r"cpu: (\w+), with grad (\w+)", lines[0])[0]) <= names
+    assert lines[0] in info.describe()
 
 
 def test_a_machine_without_the_extension_attends_with_torch() -> None:

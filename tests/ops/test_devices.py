@@ -49,9 +49,15 @@ def test_the_default_build_covers_the_gpus_of_the_predictions() -> None:
 def test_the_table_of_a_build_with_everything() -> None:
     rows, reasons = table(dispatch.Build(KERNELS, ["80", "90a"]))
     assert set(rows["cpu"].values()) == {"cpu", "reference"}
-    a100 = {"one piece": "cuda", "two pieces": "cuda", "strided": "cuda", "with grad": "triton"}
-    h100 = {"one piece": "sdpa", "two pieces": "triton", "strided": "triton", "with grad": "triton"}
-    common = {"float32": "sdpa", "float64": "reference", "heads of 256": "sdpa"}
+    a100 = {"one piece": "cuda", "two pieces": "cuda", "strided": "cuda"}
+    h100 = {"one piece": "sdpa", "two pieces": "triton", "strided": "triton"}
+    common = {
+        "with grad": "triton",
+        "one piece, grad": "triton",
+        "float32": "sdpa",
+        "float64": "reference",
+        "heads of 256": "sdpa",
+    }
     assert rows["GPU 8.0"] == rows["GPU 8.9"] == a100 | common | {"other ops": "cuda"}
     # on a new GPU torch's attention is preferred whatever there is: float32 and wide heads, too
     assert rows["GPU 9.0"] == h100 | common | {"other ops": "cuda"}
@@ -108,4 +114,4 @@ def test_training_prefers_the_kernel_with_a_backward(name: str) -> None:
     build = dispatch.Build(KERNELS, DEFAULT_ARCHS.split(";"))
     assert dispatch.choose(call, build).backend == "triton"
     without = dispatch.Build(KERNELS, DEFAULT_ARCHS.split(";"), {"triton": "not installed"})
-    assert dispatch.choose(call, without).backend == "cuda"
+    assert dispatch.choose(call, without).backend == "sdpa"
