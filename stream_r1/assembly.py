@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from stream_r1.config import SettingsError, problems_of
+from stream_r1.devices import decoding_dtype
 from stream_r1.distill.initialise import InitTrainer, Objective, Samples
 from stream_r1.distill.ode import (
     OdePairs,
@@ -36,7 +37,7 @@ from stream_r1.schedule import FlowSchedule
 
 @dataclass
 class Models:
-    """Everything a recipe names, float32, on one device."""
+    """Everything a recipe names, on one device, in float32; the autoencoder in its `decoding_dtype`."""
 
     student: CausalWanTransformer
     teacher: nn.Module
@@ -69,7 +70,7 @@ def load_models(recipe: Recipe, ranks: Ranks | None = None) -> Models:
         critic=None
         if paths.critic is None
         else load_score_model(locate(paths.critic), device=_home(recipe, ranks)),
-        vae=load_autoencoder(locate(paths.vae), device=device),
+        vae=load_autoencoder(locate(paths.vae), dtype=decoding_dtype(device), device=device),
         reward=reward,
         text=text,
     )
@@ -126,7 +127,8 @@ def make_init_trainer(recipe: InitRecipe, folder: Path | str, ranks: Ranks | Non
         )
     samples = None
     if recipe.models.vae is not None:
-        vae = load_autoencoder(locate(recipe.models.vae), device=ranks.device)
+        dtype = decoding_dtype(ranks.device)
+        vae = load_autoencoder(locate(recipe.models.vae), dtype=dtype, device=ranks.device)
         texts = {prompt: texts_shown[[index]] for index, prompt in enumerate(shown)}
         samples = Samples(vae, texts, recipe.rollout)
     return InitTrainer(

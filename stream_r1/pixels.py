@@ -30,6 +30,17 @@ def check_range(pixels: Tensor, name: str, *, finite: bool = False) -> None:
         raise ValueError(f"{name}: expected values in [0, 1], got {least:g} to {most:g}")
 
 
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Pixels of any shape in [0, 1], clamped, in 256 steps, halves to the even one: uint8 on their device.
+
+    To be called before a copy to the CPU, so that a quarter of the bytes leave a GPU. uint8 stays as it is.
+    """
+    pixels = pixels.detach()
+    return (
+        pixels if pixels.dtype == torch.uint8 else (pixels.float().clamp(0, 1) * 255).round().to(torch.uint8)
+    )
+
+
 def luma(frames: Tensor) -> Tensor:
     """[..., 3, H, W] -> [..., H, W] in the frames' dtype (BT.601 weights)."""
     red, green, blue = frames.unbind(-3)

@@ -250,6 +250,6 @@ def _assumptions(p: Predictions) -> str:
 - On compute capability 9.0 and later `auto` takes torch's attention for sampling. That choice rests on
   these shares, so it is a prediction too.
 - Ops that torch fuses on GPUs alone (RMSNorm of the cross-attention's queries) are counted one by one.
-- Clocks hold; no other work is on the GPU; the VAE runs in bfloat16 (`--vae-dtype bfloat16`), as in the
+- Clocks hold; no other work is on the GPU; the VAE runs in bfloat16, the default on a GPU, as in the
   published code. That the published figure includes decoding is our reading of it.
 - Writing the mp4, text encoding and the first chunks, whose window is not full, are left out."""

@@ -6,15 +6,9 @@ from typing import Literal
 
 import torch
 
+from stream_r1.devices import has_fast_bfloat16
+
 Precision = Literal["float32", "bfloat16", "auto"]
-
-
-def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 matrices faster than float32 ones."""
-    if device.type == "cpu":
-        there = torch.cpu.get_capabilities()
-        return bool(there.get("avx512_bf16") or there.get("amx_bf16"))
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def computing_in(precision: Precision, device: torch.device) -> torch.autocast:

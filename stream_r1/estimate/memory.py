@@ -142,7 +142,7 @@ def resident(plan: Plan, networks: Mapping[Role, Sizes]) -> Bytes:
     if isinstance(recipe, Recipe):
         named = plan.networks
         parts["reward"] = _reward_bytes(named.reward or {}, plan.on_gpu)
-        parts["autoencoder"] = _vae_bytes(named.vae or {})
+        parts["autoencoder"] = _vae_bytes(named.vae or {}, plan.on_gpu)
         parts["text encoder"] = _embeddings(plan)
         if named.text is None or recipe.text.cache is None:
             parts["text encoder"] += text_bytes(named.text, _text_dtype(plan))
@@ -181,9 +181,9 @@ def _reward_bytes(config: Config, on_gpu: bool) -> int:
 
 
 @remembered()
-def _vae_bytes(config: Config) -> int:
+def _vae_bytes(config: Config, on_gpu: bool) -> int:
     with fake_tensors():
-        return _module_bytes(make_vae(config))
+        return _module_bytes(make_vae(config, on_gpu=on_gpu))
 
 
 def _module_bytes(module: Any) -> int:

@@ -21,6 +21,7 @@ from stream_r1.config import SettingsError
 from stream_r1.distill.lora import add_adapters
 from stream_r1.distill.settings import LoraSettings
 from stream_r1.estimate.memoize import alike_pieces
+from stream_r1.estimate.work import cast as cast_to
 from stream_r1.files import FileError, read_json
 from stream_r1.models.autoencoder import VideoAutoencoder
 from stream_r1.models.block_vae import BlockVAE
@@ -206,7 +207,13 @@ def _read(path: Path) -> Config | None:
 # --- as modules of fake tensors ---
 
 
-def make_vae(config: Config) -> VideoAutoencoder:
+def make_vae(config: Config, *, on_gpu: bool = False) -> VideoAutoencoder:
+    """On a GPU in bfloat16, as `decoding_dtype` says; call it within fake tensors."""
+    vae = _vae(config)
+    return cast_to(vae, torch.bfloat16) if on_gpu else vae
+
+
+def _vae(config: Config) -> VideoAutoencoder:
     sizes = {key: value for key, value in config.items() if not key.startswith("_")}
     if config.get("_class_name") == BlockVAE.__name__:
         return alike_pieces(BlockVAE(**sizes).eval().requires_grad_(False))

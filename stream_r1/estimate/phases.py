@@ -108,7 +108,8 @@ def _distillation(plan: Plan, depth: int) -> list[Phase]:
         assert networks.critic is not None
         teacher = _network(run, networks.teacher, depth).eval().requires_grad_(False)
         critic = _network(run, networks.critic, depth, settings.rollout)
-        codec = [make_vae(networks.vae or {})] if settings.rollout.bounds[1] > settings.rollout.frames else []
+        long = settings.rollout.bounds[1] > settings.rollout.frames
+        codec = [make_vae(networks.vae or {}, on_gpu=plan.on_gpu)] if long else []
         run.begin(student, teacher, critic, *codec)
         passes = _count_passes(plan)
 

@@ -46,7 +46,7 @@ def _reward(plan: Plan) -> Phase:
 def _decode(plan: Plan) -> Phase:
     with ExitStack() as stack:
         run = Run(plan, stack)
-        vae = make_vae(plan.networks.vae or {})
+        vae = make_vae(plan.networks.vae or {}, on_gpu=plan.on_gpu)
         run.begin(vae)
         x = torch.zeros(plan.latents)
         with torch.no_grad():
@@ -79,7 +79,7 @@ def _score_and_saliency(plan: Plan, layers: dict[str, int]) -> Phase:
         run = Run(plan, stack)
         if config["type"] != "small":
             reward = make_reward(config, layers, plan.on_gpu)
-        vae = make_vae(plan.networks.vae or {})
+        vae = make_vae(plan.networks.vae or {}, on_gpu=plan.on_gpu)
         run.begin(reward)
         pixels = 1 + vae.temporal_factor * (frames - 1)
         video = torch.zeros(batch, pixels, 3, height * vae.spatial_factor, width * vae.spatial_factor)

@@ -78,7 +78,7 @@ def chunk_work(
             _student_work(student | {"num_layers": n}, latent, steps, sequence) for n in SHALLOW
         )
         work = grown_work(shallow, shallow, deeper, student["num_layers"] - SHALLOW[0])
-        vae = cast(make_vae(autoencoder), torch.bfloat16)
+        vae = make_vae(autoencoder, on_gpu=True)
         frames, channels = student.get("frames_per_chunk", 3), student.get("in_channels", 16)
         decoder, latents = vae.stream_decoder(1), torch.zeros(1, frames, channels, *latent)
         decoding = [count(lambda: decoder.decode(latents)) for _ in range(2)]  # the first piece is shorter

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from torch import Tensor
 
-from stream_r1.pixels import check_range
+from stream_r1.pixels import check_range, to_uint8
 
 _ENLARGE = 2  # small frames are enlarged for the flow's own patches to fit
 
@@ -33,7 +33,7 @@ def motion_figures(video: Tensor) -> MotionFigures:
     if video.ndim != 4 or video.shape[1] != 3 or video.shape[0] < 3:
         raise ValueError(f"motion_figures: video: expected [T, 3, H, W] with T >= 3, got {list(video.shape)}")
     check_range(video, "motion_figures: video", finite=True)
-    pixels = (video.detach().cpu().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    pixels = to_uint8(video).cpu().permute(0, 2, 3, 1).numpy()
     frames = [
         cv2.resize(frame, None, fx=_ENLARGE, fy=_ENLARGE, interpolation=cv2.INTER_CUBIC) for frame in pixels
     ]

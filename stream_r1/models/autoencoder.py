@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
+from stream_r1.devices import tuned_convolutions
 from stream_r1.pixels import check_range
 
 # Pixels (of all frames and samples) that one call of a network may hold: several latent frames a call are
@@ -34,6 +36,7 @@ class VideoAutoencoder(nn.Module, ABC):
     channels: int  # of a latent
     spatial_factor: int  # pixels a latent cell, in rows and in columns
     temporal_factor: int  # pixel frames a latent frame, after the first
+    tune = True  # decode within `tuned_convolutions`
 
     @property
     @abstractmethod
@@ -89,15 +92,19 @@ class VideoAutoencoder(nn.Module, ABC):
         recompute = checkpoint and torch.is_grad_enabled() and latents.requires_grad
         tensors: list[Tensor] = []
         pixels: list[Tensor] = []
-        for index, piece in enumerate(z.split(per_piece, dim=2)):
-            if recompute:
-                frames, *tensors = run_checkpointed(
-                    self._decode_functional, piece, index == 0, *tensors, use_reentrant=False
-                )
-            else:
-                frames, *tensors = self._decode_functional(piece, index == 0, *tensors)
-            pixels.append(frames)
+        with self._tuned():
+            for index, piece in enumerate(z.split(per_piece, dim=2)):
+                if recompute:
+                    frames, *tensors = run_checkpointed(
+                        self._decode_functional, piece, index == 0, *tensors, use_reentrant=False
+                    )
+                else:
+                    frames, *tensors = self._decode_functional(piece, index == 0, *tensors)
+                pixels.append(frames)
         return torch.cat(pixels, dim=1)
+
+    def _tuned(self) -> AbstractContextManager[None]:
+        return tuned_convolutions(self.device) if self.tune else nullcontext()
 
     def stream_decoder(self, batch: int) -> StreamDecoder:
         """A decoder that takes latents as they are made; its memory does not grow."""
@@ -160,10 +167,12 @@ class StreamDecoder:
             raise ValueError(f"stream_decoder: the stream has {expected}, got latents {list(latents.shape)}")
         self._size = size
         pixels: list[Tensor] = []
-        for piece in z.split(self.vae._latent_frames_per_piece(self.batch, *size), dim=2):
-            frames, *self._tensors = self.vae._decode_functional(piece, self.frames_done == 0, *self._tensors)
-            self.frames_done += piece.shape[2]
-            pixels.append(frames)
+        with self.vae._tuned():
+            for piece in z.split(self.vae._latent_frames_per_piece(self.batch, *size), dim=2):
+                first = self.frames_done == 0
+                frames, *self._tensors = self.vae._decode_functional(piece, first, *self._tensors)
+                self.frames_done += piece.shape[2]
+                pixels.append(frames)
         return torch.cat(pixels, dim=1)
 
     def memory(self) -> int:

@@ -35,9 +35,21 @@ class StreamNoise:
         # with a seed of its own a prompt is at index 0 wherever it stands
         indices = range(first_index, first_index + batch) if isinstance(seed, int) else [0] * batch
         self._samples = list(zip(seeds, indices, strict=True))
+        self._ready: dict[tuple[int, int], Tensor] = {}  # by chunk and pass, drawn ahead
+
+    def prepare(self, chunk: int, steps: int, shape: Sequence[int], device: torch.device) -> None:
+        """Draw a chunk's noise of so many passes ahead of `draw`: while a GPU computes the chunk before."""
+        self._ready = {(chunk, step): self._host(chunk, step, shape, device) for step in range(steps)}
 
     def draw(self, chunk: int, step: int, shape: Sequence[int], device: torch.device) -> Tensor:
         """[B, *shape] float32 for pass `step` of chunk `chunk`."""
+        noise = self._ready.pop((chunk, step), None)
+        if noise is None or noise.shape[1:] != tuple(shape):
+            noise = self._host(chunk, step, shape, device)
+        return noise.to(device, non_blocking=True)
+
+    def _host(self, chunk: int, step: int, shape: Sequence[int], device: torch.device) -> Tensor:
+        """On the CPU; for a GPU in pinned memory, from which Python need not wait for the copy."""
         samples = []
         for seed, index in self._samples:
             key = struct.pack("<4q", seed, index, chunk, step)
@@ -45,9 +57,7 @@ class StreamNoise:
             generator = torch.Generator().manual_seed(state)
             samples.append(torch.randn(tuple(shape), generator=generator))
         noise = torch.stack(samples)
-        if device.type == "cuda":
-            return noise.pin_memory().to(device, non_blocking=True)  # Python need not wait for the GPU
-        return noise.to(device)
+        return noise.pin_memory() if device.type == "cuda" else noise
 
     def like(self, chunk: int, step: int, x: Tensor) -> Tensor:
         """`draw` of the shape and on the device of x [B, ...]."""

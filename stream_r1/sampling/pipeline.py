@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
+from stream_r1.devices import decoding_dtype
 from stream_r1.models.autoencoder import VideoAutoencoder
 from stream_r1.models.autoencoders import load_autoencoder
 from stream_r1.models.checkpoints import load_student
@@ -24,6 +24,7 @@ from stream_r1.models.text import MiniLMEncoder, TextEncoder, TransformersEncode
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.models.wan import video_of
 from stream_r1.models.weight_files import read_config
+from stream_r1.pixels import to_uint8
 from stream_r1.sampling.chunk import StreamTimings
 from stream_r1.sampling.folders import find_parts
 from stream_r1.sampling.presets import DEFAULT_PRESET, PRESETS, choose_preset
@@ -151,8 +152,9 @@ class StreamR1Pipeline:
             text_cache: a folder to keep UMT5's embeddings in; a prompt that is kept does not load UMT5.
             keep_text_encoder: whether UMT5 stays in memory after prompts are encoded.
             dtype: of student and UMT5.
-            vae_dtype: of the VAE and the decoder; None: float32, but small assets on a CPU that multiplies
-                bfloat16 take that: half the time, and less error than 8 bits a colour have.
+            vae_dtype: of the VAE and the decoder; None: bfloat16 on a GPU that has it, else float32;
+                small assets on a CPU that multiplies bfloat16 take that, too: half the time, and less error
+                than 8 bits a colour have.
             device: of student, decoder and, unless told otherwise, the rest.
             vae_device: None: `device`, or the CPU where a decoder leaves the VAE idle.
             text_device: None: `device`.
@@ -211,12 +213,12 @@ class StreamR1Pipeline:
                     keep_loaded=keep_text_encoder,
                 )
         vae_device = vae_device or (device if decoder_file is None else "cpu")
-        if vae_dtype is None:
-            fast = parts.small and torch.device(vae_device).type == "cpu" and _multiplies_bfloat16()
-            vae_dtype = torch.bfloat16 if fast else torch.float32
+        works_on = device if offload else vae_device
         tiny = None
         if decoder_file is not None:
-            tiny = TinyVAE.from_pretrained(decoder_file, dtype=vae_dtype, device=at)
+            tiny_dtype = vae_dtype or decoding_dtype(device, small=parts.small)
+            tiny = TinyVAE.from_pretrained(decoder_file, dtype=tiny_dtype, device=at)
+        vae_dtype = vae_dtype or decoding_dtype(works_on, small=parts.small)
         vae = load_autoencoder(parts.vae, dtype=vae_dtype, device=at if offload else vae_device)
         usual_size, usual_fps = ((64, 112), 24.0) if parts.small else video_of(vae.spatial_factor)
         pipeline = cls(
@@ -321,7 +323,12 @@ class StreamR1Pipeline:
             raise ValueError(f"StreamR1Pipeline: {expected}, got {seconds} and {num_frames}")
         chunks = self.chunks(frames, goes_on=first_frames is not None)
         stream = self.stream(prompt, seed, chunks, first_frames=first_frames)
-        made = [chunk.frames.cpu() for chunk in stream if chunk.frames is not None]
+        pictures = output_type == "pil"  # of 8 bits a colour
+        made = [
+            (to_uint8(chunk.frames) if pictures else chunk.frames).cpu()
+            for chunk in stream
+            if chunk.frames is not None
+        ]
         return VideoOutput(_as_type(torch.cat(made, dim=1)[:, :frames], output_type), stream.timings)
 
     def chunks(self, frames: int, *, goes_on: bool = False) -> int:
@@ -345,12 +352,6 @@ def _refuse_offload(where: str, device: str | torch.device, cuda_graph: bool) ->
         raise ValueError(f"{where}: cuda_graph must be False with offload, whose weights move, got True")
 
 
-def _multiplies_bfloat16() -> bool:
-    """Whether this machine's CPU does, by oneDNN at twice the rate of float32 or better."""
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
 def _decoder_file(decoder: str) -> Path:
     kind, _, path = decoder.partition(":")
     if kind != "taehv" or not path:
@@ -361,11 +362,10 @@ def _decoder_file(decoder: str) -> Path:
 
 
 def _as_type(video: Tensor, output_type: OutputType) -> Any:
-    """[B, T, 3, H, W] as the type asked for."""
+    """[B, T, 3, H, W] as the type asked for; of uint8 for "pil", else float32."""
     if output_type == "pt":
         return video
     pictures = video.movedim(2, -1).numpy()
     if output_type == "np":
         return pictures
-    lists: list[list[Image.Image]] = [VaeImageProcessor.numpy_to_pil(frames) for frames in pictures]
-    return lists
+    return [[Image.fromarray(frame) for frame in frames] for frames in pictures]

@@ -93,8 +93,10 @@ class Stream(Iterator[Chunk]):
             with clock.part("cache"):
                 loop.update_cache()
         with clock.part("denoise"):
-            shape = (loop.frames, *self._shape)
-            latents = loop.denoise(self._noise.draw(index, 0, shape, self.cache.storage.device))
+            device = self.cache.storage.device
+            latents = loop.denoise(self._noise.draw(index, 0, (loop.frames, *self._shape), device))
+            if device.type == "cuda" and self._chunks_left != 1:  # it is still at work
+                self._noise.prepare(self.index, len(loop.steps), (loop.frames, *self._shape), device)
         with clock.part("decode"):
             frames = self._decode(latents)
         self._held.add(index, latents)

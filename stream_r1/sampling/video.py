@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional
 
-from stream_r1.pixels import check_range
+from stream_r1.pixels import check_range, to_uint8
 from stream_r1.sampling.footage import MAX_PIXELS
 from stream_r1.sampling.pictures import picture_kind, read_image, read_moving
 from stream_r1.sampling.video_file import VideoFile
@@ -96,7 +96,7 @@ class VideoWriter:
             )
         check_side("VideoWriter.write", height, width, self._scale)
         self._size = (height, width)
-        pixels = _enlarge(_to_bytes(frames), self._scale, self._enlarge)
+        pixels = _enlarge(to_uint8(frames).cpu(), self._scale, self._enlarge)
         pixels = functional.pad(
             pixels.float(), (0, pixels.shape[-1] % 2, 0, pixels.shape[-2] % 2), mode="replicate"
         ).to(torch.uint8)
@@ -246,7 +246,9 @@ def contact_sheet(
         top = gap + row * (head + height + gap)
         if labels is not None:
             draw.text((gap, top), labels[row], fill=(230, 230, 230))
-        for column, picture in enumerate(_enlarge(_to_bytes(frames), scale, enlarge).permute(0, 2, 3, 1)):
+        for column, picture in enumerate(
+            _enlarge(to_uint8(frames).cpu(), scale, enlarge).permute(0, 2, 3, 1)
+        ):
             sheet.paste(Image.fromarray(picture.numpy()), (gap + column * (width + gap), top + head))
     return sheet
 
@@ -257,14 +259,6 @@ def check_side(caller: str, height: int, width: int, scale: int) -> None:
         raise ValueError(
             f"{caller}: scale: expected sides up to {MAX_SIDE} pixels, got {height} x {width} times {scale}"
         )
-
-
-def _to_bytes(frames: Tensor) -> Tensor:
-    """[T, 3, H, W] in [0, 1] -> uint8 on the CPU, rounded."""
-    frames = frames.detach().cpu()
-    if frames.dtype == torch.uint8:
-        return frames
-    return (frames.float().clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def _enlarge(pixels: Tensor, scale: int, how: Enlargement) -> Tensor:

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from stream_r1.models.autoencoder import StreamDecoder
+from stream_r1.pixels import to_uint8
 from stream_r1.sampling.pipeline import StreamR1Pipeline
 from stream_r1.sampling.start import read_start
 from stream_r1.sampling.stream import Stream
@@ -127,8 +128,7 @@ class Engine:
             if take.decoder is not None:
                 frames = take.decoder.decode(made.latents)
             assert frames is not None
-            pixels = (frames[0].float().clamp(0, 1) * 255).round().to(torch.uint8)
-            return pixels.movedim(1, -1).contiguous().cpu()
+            return to_uint8(frames[0]).movedim(1, -1).contiguous().cpu()
 
     def measure(self) -> float:
         """Seconds of video that are made in a second, decoding and pictures included; warms everything up."""

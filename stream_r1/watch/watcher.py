@@ -22,7 +22,7 @@ from stream_r1.distill.loop import TrainingLoop
 from stream_r1.distill.noise import global_streams_kept
 from stream_r1.maps import frame_strip, heat_strip, unit_range
 from stream_r1.messages import first_line
-from stream_r1.pixels import check_range
+from stream_r1.pixels import check_range, to_uint8
 from stream_r1.watch.settings import WatchSettings
 from stream_r1.watch.writers import (
     EVENTS,
@@ -209,7 +209,7 @@ def memory(device: torch.device) -> dict[str, float]:
 def to_bytes(video: Tensor) -> Tensor:
     """[T, 3, H, W] in [0, 1] -> uint8 in host memory."""
     check_range(video, "to_bytes: video", finite=True)
-    return (video.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+    return to_uint8(video).cpu()
 
 
 def draw_maps(preview: Preview, axes: tuple[str, ...]) -> dict[str, Picture]:

@@ -18,7 +18,7 @@ from stream_r1.evaluation.sharpness import sharpness
 from stream_r1.evaluation.warp import motion_figures
 from stream_r1.models.taehv import TinyVAE
 from stream_r1.models.vae import VideoVAE
-from stream_r1.pixels import check_range
+from stream_r1.pixels import check_range, to_uint8
 from stream_r1.rewards import corruptions
 from stream_r1.rewards.efficientnet import EfficientNetLite
 from stream_r1.rewards.loading import load_reward
@@ -90,3 +90,17 @@ def test_numbers_that_are_none(takers: dict[str, Takes]) -> None:
     for name in ("VideoWriter.write: frames", "Reference.fit: videos", "stream: first_frames"):
         with pytest.raises(ValueError, match=f"{name}: expected values in .0, 1., got nan"):
             takers[name](video)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_bytes_are_the_nearest_and_halves_go_to_the_even_one(dtype: torch.dtype) -> None:
+    steps = torch.arange(256, dtype=torch.float64) / 255
+    halves = (torch.arange(255, dtype=torch.float64) + 0.5) / 255
+    pixels = torch.cat([steps, halves, torch.rand(10000), torch.tensor([-0.3, 1.4])]).to(dtype)
+    values = pixels.float().numpy()
+    expected = np.rint(np.clip(values, 0, 1) * np.float32(255)).astype(np.uint8)
+    made = to_uint8(pixels.requires_grad_())
+    assert made.device == pixels.device
+    assert np.array_equal(made.numpy(), expected)
+    assert torch.equal(to_uint8(made), made)
+    assert torch.equal(to_uint8(steps), torch.arange(256, dtype=torch.uint8))

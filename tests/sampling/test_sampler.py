@@ -148,6 +148,24 @@ def test_noise_belongs_to_the_prompt() -> None:
     assert abs(many.std().item() - 1) < 0.01
 
 
+def test_noise_that_was_drawn_ahead_is_the_same() -> None:
+    shape, device = (2, 3, 4), torch.device("cpu")
+    plain, ahead = StreamNoise(7, 2), StreamNoise(7, 2)
+    ahead.prepare(5, 3, shape, device)
+    held = dict(ahead._ready)
+    assert len(held) == 3
+    for step in range(3):
+        drawn = ahead.draw(5, step, shape, device)
+        assert torch.equal(drawn, plain.draw(5, step, shape, device))
+        assert drawn.data_ptr() == held[5, step].data_ptr()  # what was prepared, not drawn again
+    assert not ahead._ready
+    ahead.prepare(6, 1, shape, device)
+    for key in ((6, 0, (2, 3, 5)), (7, 0, shape)):  # what was not prepared: another size, another chunk
+        assert torch.equal(ahead.draw(*key, device), plain.draw(*key, device))
+    ahead.prepare(8, 2, shape, device)
+    assert set(ahead._ready) == {(8, 0), (8, 1)}  # what nobody asked for goes
+
+
 def test_a_prompt_is_the_same_in_any_batch() -> None:
     one = sampler()
     together = latents(list(one.stream(PROMPTS, seed=3, chunks=3)))
