@@ -50,7 +50,7 @@ def _model_choice(
     vae_dtype: Annotated[
         str,
         typer.Option(
-            help="Dtype of VAE or decoder; auto: bfloat16 on GPUs, else float32; small assets bfloat16 where the CPU has it."
+            help="Dtype of VAE or decoder; auto: float32, on GPUs bfloat16, as small assets on CPUs with it."
         ),
     ] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto: a GPU if there is one.")] = "auto",

@@ -76,7 +76,7 @@ class DistillTrainer(TrainingLoop):
 
     Everything random comes from `settings.seed`; two runs with the same arguments on one machine are equal
     bit for bit, resumed or not. Random choices belong to samples and not to ranks, so other numbers of ranks
-    give the same run up to the order of sums.
+    give the same run up to the order of sums. On a GPU the last bits hang on `tuned_convolutions`, too.
     """
 
     def __init__(

@@ -118,10 +118,10 @@ class Sampler:
 
         Args:
             prompts: one prompt, a batch of them, or text embeddings [B, L, text_dim].
-            seed: same seed, same machine, same batch size: same latents, bit for bit, and the same pixels unless
-                cuDNN picks other convolutions on a GPU (`tuned_convolutions`). An int (prompts are told
-                apart by their index) or one a prompt. The noise depends on seed, prompt index, chunk and pass
-                alone.
+            seed: same seed, same machine, same batch size: same latents, bit for bit, and the same pixels,
+                unless cuDNN picks other convolutions on a GPU (`tuned_convolutions`). An int (prompts are
+                told apart by their index) or one a prompt. The noise depends on seed, prompt index, chunk
+                and pass alone.
             chunks: how many chunks to make after `first_frames`; None: indefinitely.
             first_frames: continue from these: pixels [B, T, 3, H, W] in [0, 1] (needs the VAE) or normalised
                 latents [B, F, C, h, w], whole chunks; they are not yielded again. Batch 1 serves all prompts.
