@@ -122,3 +122,22 @@ def pack_halves(high: Array, low: Array, kind: str, mode: str, relu: bool) -> Ar
     ]
     top, bottom = (part.view(np.uint16).astype(np.uint32) for part in parts)
     return (top << np.uint32(16)) | bottom
+
+
+def pack_e4m3(high: Array, low: Array, relu: bool) -> Array:
+    """`cvt.rn.satfinite{.relu}.e4m3x2.f32 d, high, low`: two float32 to two bytes, as uint16."""
+    top, bottom = (_to_e4m3(np.maximum(v, np.float32(0)) if relu else v) for v in (high, low))
+    return (top << np.uint16(8)) | bottom
+
+
+def _to_e4m3(values: Array) -> Array:
+    """To the nearest number of e4m3, ties to even, past 448 to 448; NaN becomes 0x7f as on the GPU."""
+    nan = np.isnan(values)
+    wide = np.minimum(np.where(nan, 0, np.abs(values.astype(np.float64))), 448.0)
+    _, exponent = np.frexp(wide)  # wide = m * 2^exponent with m in [1/2, 1)
+    step = np.exp2(np.maximum(exponent, -5) - 4.0)  # 2^-9 below 2^-6
+    rounded = np.rint(wide / step) * step  # may reach the next power of two
+    mantissa, exponent = np.frexp(rounded)
+    code = np.where(rounded < 2.0**-6, rounded * 512, (exponent + 6) * 8 + (2 * mantissa - 1) * 8)
+    signed = code.astype(np.uint16) | (np.signbit(values).astype(np.uint16) << np.uint16(7))
+    return np.where(nan, np.uint16(0x7F), signed)

@@ -15,10 +15,11 @@ NUMPY: dict[str, np.dtype[Any]] = {
         "pred": "?", "b8": "u1", "u8": "u1", "s8": "i1",
         "b16": "u2", "u16": "u2", "s16": "i2", "f16": "f2", "bf16": "u2",
         "b32": "u4", "u32": "u4", "s32": "i4", "f32": "f4", "tf32": "u4", "f16x2": "f2", "bf16x2": "u2",
+        "e4m3x2": "u1",
         "b64": "u8", "u64": "u8", "s64": "i8", "f64": "f8",
     }.items()
 }  # fmt: skip
-"""numpy type of an element. The packed types `f16x2` and `bf16x2` are two elements to a register."""
+"""numpy type of an element. The packed types, `f16x2`, `bf16x2` and `e4m3x2`, are two to a register."""
 
 BYTES: dict[str, int] = {
     name: kind.itemsize * (2 if name.endswith("x2") else 1) for name, kind in NUMPY.items()

@@ -318,6 +318,11 @@ def convert(e: Emitter, op: Operation) -> None:
     if kind in ("f16x2", "bf16x2"):
         high, low = (e.value(s, source) for s in sources)
         return e.put(destination, "b32", f"pack_halves({high}, {low}, '{kind}', '{mode}', {relu})")
+    if kind == "e4m3x2":
+        if (source, mode, sat) != ("f32", "rn", True):
+            raise op.unsupported("of FP8 there is cvt.rn.satfinite{.relu}.e4m3x2.f32")
+        high, low = (e.value(s, source) for s in sources)
+        return e.put(destination, "b16", f"pack_e4m3({high}, {low}, {relu})")
     if kind == "tf32":
         return e.put(destination, "b32", f"to_tf32({e.value(sources[0], source)}, {mode == 'rna'})")
     if not is_float(source) and not is_float(kind) and not sat:

@@ -62,6 +62,16 @@ def _model_choice(
     cuda_graph: Annotated[
         bool, typer.Option("--cuda-graph", help="Replay the student's passes as CUDA graphs (on a GPU).")
     ] = False,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            help="fp8: the student multiplies in FP8 (GPUs of compute capability 8.9 or later); "
+            "fp8-emulated: the same numbers anywhere, slower."
+        ),
+    ] = None,
+    cache_dtype: Annotated[
+        str, typer.Option(help="fp8: keys and values in 8 bits, half the memory; auto: as --dtype.")
+    ] = "auto",
     text_cache: Annotated[
         Path | None,
         typer.Option(help="Folder that keeps prompt embeddings (default: ~/.cache/stream-r1/prompts)."),
@@ -85,6 +95,8 @@ def _model_choice(
         offload=offload,
         text_cache=text_cache,
         cuda_graph=cuda_graph,
+        quantize=quantize,
+        cache_dtype=cache_dtype,
     )
 
 

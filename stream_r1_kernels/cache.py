@@ -117,14 +117,17 @@ class ChunkCache:
         tokens = (self.capacity + self._layout.spare) * self.tokens_per_frame
         shape = (layers, 2, batch, tokens, heads, rotary.head_dim)
         with torch.inference_mode(False):  # else no other mode could write there
-            # Zeros, not empty: what has not been written must never be a NaN in somebody's sum.
-            self.storage = torch.zeros(shape, dtype=dtype, device=device)
+            self.storage = self._allocate(shape, dtype, device)
             self._sink_k, self._sink_v = self._keep_sink()
         self._pinned: tuple[Tensor, Tensor] | None = None
         self._views: dict[int, tuple[Tensor, Tensor, Past]] = {}  # by layer, of the chunk under way
         self.tracked = TrackedViews(layers)
         self.moments = Moments()
         self.reset()
+
+    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: Any) -> Tensor:
+        # Zeros, not empty: what has not been written must never be a NaN in somebody's sum.
+        return torch.zeros(shape, dtype=dtype, device=device)
 
     def _keep_sink(self) -> tuple[Tensor | None, Tensor | None]:
         """Where the sink is kept at its own frames, if its copy in the buffer is another."""
@@ -144,17 +147,25 @@ class ChunkCache:
         if isinstance(layer, slice):
             raise TypeError(f"ChunkCache: layer: expected an integer, got {layer}")
         if torch.compiler.is_compiling():  # a range takes no integer of a graph
-            return LayerCache(self, layer + len(self) if layer < 0 else layer)
-        return LayerCache(self, range(len(self))[layer])
+            return self._of(layer + len(self) if layer < 0 else layer)
+        return self._of(range(len(self))[layer])
 
     @property
     def layers(self) -> list[LayerCache]:
         """All layers' parts; made again: a cache that held them would outlive its last user."""
-        return [LayerCache(self, layer) for layer in range(len(self))]
+        return [self._of(layer) for layer in range(len(self))]
+
+    def _of(self, layer: int) -> LayerCache:
+        return LayerCache(self, layer)
 
     @property
     def batch(self) -> int:
         return self.storage.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values, the kept sink included."""
+        return sum(x.nbytes for x in (self.storage, self._sink_k, self._sink_v) if x is not None)
 
     @property
     def next_frame(self) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from .backends import EXTENSION_PROBLEM, build, read_build_record, unavailable
-from .dispatch import ATTENTION_OPS, BACKENDS, FORWARD_ONLY, OPS, Build, Call, choose
+from .dispatch import ATTENTION_OPS, BACKENDS, CPU_ALONE, FP8_OPS, OPS, Build, Call, choose
 
 _GPUS = ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0))
 _ATTENTION = Call(ATTENTION_OPS[0], "cpu", torch.bfloat16, head_dim=128)
@@ -28,7 +28,7 @@ _SITUATIONS = {
     "other ops": Call("gated_add", "cpu", torch.bfloat16),
 }
 
-_NEVER = {"cpu": ("renew_sink_",), "cuda": FORWARD_ONLY}  # what a backend has no kernel of
+_NEVER = {"cpu": ("renew_sink_", *FP8_OPS), "cuda": CPU_ALONE}  # what a backend has no kernel of
 
 
 def describe() -> str:

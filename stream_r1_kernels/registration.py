@@ -19,7 +19,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad, profiler
 from torch.autograd.graph import increment_version
 
-from .schemas import SCHEMAS
+from .schemas import GPU_SCHEMAS, SCHEMAS
 
 # As csrc/common/registration.h says, too: what torch sees, and what nothing watches.
 try:
@@ -30,7 +30,7 @@ except RuntimeError as error:
         "second (a module reloaded, or another copy of the package on the path): restart Python"
     ) from error
 for _library in LIBRARIES:
-    for _schema in SCHEMAS:
+    for _schema in (*SCHEMAS, *GPU_SCHEMAS):
         _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 RECORDED: Any = torch.ops.stream_r1

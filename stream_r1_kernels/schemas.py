@@ -62,3 +62,11 @@ SCHEMAS = (
     "dmd_gradient_(Tensor(a!) buffer, Tensor x, Tensor fake, Tensor real_cond, Tensor? real_uncond, "
     "float guidance, Tensor? w_intra, Tensor? w_inter, Tensor? mask, float scale) -> ()",
 )
+
+# Of ops with kernels for GPUs alone: a CPU's extension, which has none of them, fits any version of these.
+GPU_SCHEMAS = (
+    # x [B, T, K], or its GELU, in FP8: data [B, T, K] float8_e4m3fn, scale [B, T, 1] float32. The norm the
+    # same. Without a backward.
+    "quantize_rows(Tensor x, bool gelu) -> (Tensor data, Tensor scale)",
+    "modulated_norm_fp8(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor data, Tensor row_scale)",
+)

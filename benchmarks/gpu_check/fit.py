@@ -32,10 +32,11 @@ def fitted(records: list[Record], device: Device, decoder: Sequence[Work] = ()) 
     shares: dict[str, float] = {}
     for record in of_kind(records, "copy"):
         shares["memory"] = record["bytes"] / record["seconds"] / device.bandwidth
-    real = [r for r in of_kind(records, "matmul") if len(set(r["shape"])) > 1]
-    if real:
-        rates = [math.log(r["flops"] / r["seconds"] / device.matmul16) for r in real]
-        shares["matmul"] = math.exp(sum(rates) / len(rates))
+    for kind, peak in (("matmul", device.matmul16), ("matmul8", device.matmul8)):
+        real = [r for r in of_kind(records, kind) if len(set(r["shape"])) > 1]
+        if real and peak is not None:
+            rates = [math.log(r["flops"] / r["seconds"] / peak) for r in real]
+            shares[kind] = math.exp(sum(rates) / len(rates))
     for record in of_kind(records, "launch"):
         shares["kernel"] = record["seconds"]
     assumed = replace(ASSUMED, **shares)

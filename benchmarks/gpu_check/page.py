@@ -139,6 +139,7 @@ def _prediction(records: list[Record], device: Device) -> str:
         for name, of in {
             "memory, share of the bandwidth": lambda a: a.memory,
             "matmuls, share of the 16-bit rate": lambda a: a.matmul,
+            "matmuls in FP8, share of the FP8 rate": lambda a: a.matmul8,
             "convolutions": lambda a: a.convolution,
             "torch's attention": lambda a: a.library_attention[capability],
             "our attention": lambda a: a.own_attention[capability],

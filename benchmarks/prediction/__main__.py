@@ -15,6 +15,11 @@ def predict() -> page.Predictions:
     return page.Predictions(
         ours={name: streaming.ours(device) for name, device in DEVICES.items()},
         shared={n: streaming.ours(DEVICES["H100"], n) for n in page.SHARED},
+        fp8={
+            name: (streaming.in_fp8(device), streaming.in_fp8(device, cache=True))
+            for name, device in DEVICES.items()
+            if device.matmul8 is not None
+        },
         published=streaming.published(),
         decoder=decoder,
         attention={name: streaming.attention_backend(device) for name, device in DEVICES.items()},

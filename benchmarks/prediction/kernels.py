@@ -26,14 +26,16 @@ from stream_r1_kernels import (
     gated_add,
     intra_weights,
     modulated_norm,
+    modulated_norm_fp8,
     qk_norm_rotary,
+    quantize_rows,
     region_saliency,
     rms_norm_silu,
 )
 
 COMPILED = Path(__file__).parents[2] / "tests" / "cuda" / "compiled.tsv"
 HEADS, HEAD, LAYERS = WAN["num_attention_heads"], WAN["attention_head_dim"], WAN["num_layers"]
-WIDTH = HEADS * HEAD
+WIDTH, FFN = HEADS * HEAD, WAN["ffn_dim"]
 ROWS, COLUMNS = LATENT[0] // 2, LATENT[1] // 2
 FRAME = ROWS * COLUMNS  # tokens
 CHUNK, WINDOW, VIDEO = 3, WAN["window_frames"], 21  # frames; a video of training is 21
@@ -91,9 +93,9 @@ def _cases() -> list[tuple[str, Callable[[], object], bool]]:
         phases = RotaryGrid(HEAD).phases(0, CHUNK, ROWS, COLUMNS)
         return qk_norm_rotary(*x, weight, weight, *phases, num_heads=HEADS, **given, **cuda)
 
-    def norm(grad: bool) -> object:
+    def norm(grad: bool, op: Callable[..., object] = modulated_norm) -> object:
         modulation = [torch.zeros(1, CHUNK, WIDTH, requires_grad=grad) for _ in range(2)]
-        return modulated_norm(half(1, chunk, WIDTH, grad=grad), *modulation, **cuda)
+        return op(half(1, chunk, WIDTH, grad=grad), *modulation, **cuda)
 
     def gate(grad: bool) -> object:
         x, y = (half(1, chunk, WIDTH, grad=grad) for _ in range(2))
@@ -127,6 +129,8 @@ def _cases() -> list[tuple[str, Callable[[], object], bool]]:
         ),
         (f"{rows}, keys into their slot", lambda: rotary(False, k_out=half(1, chunk, HEADS, HEAD)), False),
         (rows, lambda: norm(False), False),
+        (rows, lambda: norm(False, modulated_norm_fp8), False),
+        (f"{chunk} x {FFN}, GELU", lambda: quantize_rows(half(1, chunk, FFN), gelu=True, **cuda), False),
         (rows, lambda: gate(False), False),
         (
             "4 x 480 x 832 of 96 channels, past of 2 frames",

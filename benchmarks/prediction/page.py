@@ -19,13 +19,15 @@ FITTED_SECONDS = 10.3  # of Wan 2.1's decoder, 81 frames of 720p on an A800
 
 @dataclass(frozen=True)
 class Predictions:
-    """`ours` by GPU; `decoder` is the decoding that the share of convolutions was fitted to.
+    """What the page is made of.
 
-    `shared`: the work of the first of so many H100s.
+    `ours` by GPU; `shared`: the work of the first of so many H100s; `fp8` by GPU that has it, without and
+    with keys and values in it; `decoder` is the decoding that the share of convolutions was fitted to.
     """
 
     ours: Mapping[str, ChunkWork]
     shared: Mapping[int, ChunkWork]
+    fp8: Mapping[str, tuple[ChunkWork, ChunkWork]]
     published: ChunkWork
     decoder: Sequence[Work]
     attention: Mapping[str, str]  # GPU -> the backend that "auto" takes in sampling
@@ -38,6 +40,7 @@ def markdown(p: Predictions) -> str:
         _head(),
         _sampler(p),
         _shared(p),
+        _fp8(p),
         _check(p),
         _where(p),
         _ops(p),
@@ -111,6 +114,24 @@ share; the first one decodes.
 Links move {device.link / 2e9:.0f} GB/s in each direction (datasheet). Collectives are assumed to
 reach {ASSUMED.link:.0%} of that, and to take {least:.0f} µs at least, while nothing else goes on. Each GPU
 starts as many ops as one alone, and more."""
+
+
+def _fp8(p: Predictions) -> str:
+    rows = []
+    for name, (linear, both) in p.fp8.items():
+        device = DEVICES[name]
+        cells = []
+        for chunk in (p.ours[name], linear, both):
+            cells += [f"{1e3 * chunk.seconds(device)[0]:.0f}", f"{chunk.fps(device):.1f}"]
+        rows.append([name, *cells])
+    head = ["GPU", "bfloat16: student, ms", "FPS", "linear layers: student, ms", "FPS"]
+    head += ["keys and values too: student, ms", "FPS"]
+    return f"""## Prediction: the sampler in FP8
+
+The same stream with `--quantize fp8`, and with `--cache-dtype fp8` on top, which saves memory and costs
+time: keys and values are dequantised by torch's ops, a layer at a time ([FP8](fp8.md)).
+
+{table(head, rows)}"""
 
 
 def _check(p: Predictions) -> str:
@@ -224,7 +245,8 @@ def _assumptions(p: Predictions) -> str:
     shares = [
         ["memory, share of the bandwidth", *[f"{a.memory:.2f}"] * len(DEVICES)],
         ["matmuls, share of the 16-bit tensor rate", *[f"{a.matmul:.2f}"] * len(DEVICES)],
-        ["convolutions, the same", *[f"{a.convolution:.2f}"] * len(DEVICES)],
+        ["matmuls in FP8, share of the FP8 tensor rate", *[f"{a.matmul8:.2f}"] * len(DEVICES)],
+        ["convolutions, share of the 16-bit tensor rate", *[f"{a.convolution:.2f}"] * len(DEVICES)],
         [
             "torch's attention, the same",
             *(f"{a.library_attention[d.capability]:.2f}" for d in DEVICES.values()),
@@ -232,6 +254,10 @@ def _assumptions(p: Predictions) -> str:
         ["our attention, the same", *(f"{a.own_attention[d.capability]:.2f}" for d in DEVICES.values())],
         ["bandwidth, TB/s (datasheet)", *(f"{d.bandwidth / 1e12:.2f}" for d in DEVICES.values())],
         ["16-bit tensor rate, TFLOP/s (datasheet)", *(f"{d.matmul16 / 1e12:.0f}" for d in DEVICES.values())],
+        [
+            "FP8 tensor rate, TFLOP/s (datasheet)",
+            *("-" if d.matmul8 is None else f"{d.matmul8 / 1e12:.0f}" for d in DEVICES.values()),
+        ],
     ]
     fitted, least = seconds(p.decoder, DEVICES["A100"]), 1e6 * a.kernel
     return f"""## Assumptions of the prediction

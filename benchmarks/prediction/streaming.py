@@ -38,6 +38,12 @@ def ours(device: Device, sequence: int = 1, **settings: Any) -> ChunkWork:
     return chunk_work(WAN | {"sink_ema": 0.999} | settings, {}, LATENT, STEPS, device, sequence)
 
 
+def in_fp8(device: Device, *, cache: bool = False) -> ChunkWork:
+    """The same with the student's linear layers in FP8, and its keys and values too."""
+    kept = torch.float8_e4m3fn if cache else None
+    return chunk_work(WAN | {"sink_ema": 0.999}, {}, LATENT, STEPS, device, quantize="fp8", cache_dtype=kept)
+
+
 def published(**settings: Any) -> ChunkWork:
     """The published data flow (benchmarks/published_flow.py), and diffusers' decoder, frame by frame."""
     with fake_tensors(), torch.no_grad():

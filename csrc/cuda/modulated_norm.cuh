@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cuda/column_sums.cuh"
+#include "cuda/fp8.cuh"
 #include "cuda/modulated_norm.h"
 #include "cuda/rows.cuh"
 
@@ -25,36 +26,53 @@ struct NormRow {
   }
 };
 
-template <class T, bool kWhole>
-__device__ __forceinline__ void modulated_norm_rows(const ModulatedNormArgs& args) {
-  const int width = args.width;
-  for_rows<kNormWarps>(args.batch * args.tokens, args.rows_a_warp, [&](int64_t index) {
-    const NormRow<T> place(args, index);
-    const LaneRow<T, kWhole> row(place.x, width);
+// Mean and inverse deviation of a row.
+struct Moments {
+  float mean, rstd;
+
+  template <class Row>
+  __device__ __forceinline__ Moments(const Row& row, int width, float eps) {
     float sum = 0;
     row.walk([&](int, auto, const Pack& x) {
 #pragma unroll
       for (int j = 0; j < kPack; ++j) sum += x.v[j];
     });
-    const float mean = warp_sum(sum) / width;
+    mean = warp_sum(sum) / width;
     float squares = 0;
     row.walk([&](int, auto count, const Pack& x) {
 #pragma unroll
       for (int j = 0; j < kPack; ++j)
         if (j < count) squares += (x.v[j] - mean) * (x.v[j] - mean);
     });
-    const float rstd = prim::divide(1.f, prim::square_root(warp_sum(squares) / width + args.eps));
-    T* out = static_cast<T*>(args.out) + index * width;
-    row.walk([&](int i, auto count, Pack x) {
-      const Pack shift = load_pack(args.shift, place.shift + i, count),
-                 scale = load_pack(args.scale, place.scale + i, count);
+    rstd = prim::divide(1.f, prim::square_root(warp_sum(squares) / width + eps));
+  }
+};
+
+// A pack of channels from i on; past the row's end it is anything.
+template <class T, class Count>
+__device__ __forceinline__ Pack modulated(const ModulatedNormArgs& args, const NormRow<T>& place, float mean,
+                                          float rstd, int i, Count count, Pack x) {
+  const Pack shift = load_pack(args.shift, place.shift + i, count),
+             scale = load_pack(args.scale, place.scale + i, count);
 #pragma unroll
-      for (int j = 0; j < kPack; ++j) x.v[j] = (x.v[j] - mean) * rstd * (1 + scale.v[j]) + shift.v[j];
-      store_pack(out + i, count, x);
+  for (int j = 0; j < kPack; ++j) x.v[j] = (x.v[j] - mean) * rstd * (1 + scale.v[j]) + shift.v[j];
+  return x;
+}
+
+template <class T, bool kWhole>
+__device__ __forceinline__ void modulated_norm_rows(const ModulatedNormArgs& args) {
+  const int width = args.width;
+  for_rows<kNormWarps>(args.batch * args.tokens, args.rows_a_warp, [&](int64_t index) {
+    const NormRow<T> place(args, index);
+    const LaneRow<T, kWhole> row(place.x, width);
+    const Moments of(row, width, args.eps);
+    T* out = static_cast<T*>(args.out) + index * width;
+    row.walk([&](int i, auto count, const Pack& x) {
+      store_pack(out + i, count, modulated(args, place, of.mean, of.rstd, i, count, x));
     });
     if (threadIdx.x % kWarp == 0) {
-      args.mean[index] = mean;
-      args.rstd[index] = rstd;
+      args.mean[index] = of.mean;
+      args.rstd[index] = of.rstd;
     }
   });
 }
@@ -65,6 +83,38 @@ __device__ __forceinline__ void modulated_norm(const ModulatedNormArgs& args) {
     modulated_norm_rows<T, true>(args);
   else
     modulated_norm_rows<T, false>(args);
+}
+
+// The same, each row in FP8 with its scale: what would be written is computed twice, and never is.
+template <class T, bool kWhole>
+__device__ __forceinline__ void modulated_norm_fp8_rows(const ModulatedNormArgs& args) {
+  const int width = args.width;
+  for_rows<kNormWarps>(args.batch * args.tokens, args.rows_a_warp, [&](int64_t index) {
+    const NormRow<T> place(args, index);
+    const LaneRow<T, kWhole> row(place.x, width);
+    const Moments of(row, width, args.eps);
+    uint32_t largest = 0;
+    row.walk([&](int i, auto count, const Pack& x) {
+      const Pack y = modulated(args, place, of.mean, of.rstd, i, count, x);
+#pragma unroll
+      for (int j = 0; j < kPack; ++j)
+        if (j < count) largest = larger_magnitude(largest, y.v[j]);
+    });
+    const RowScale to(largest);
+    uint8_t* out = static_cast<uint8_t*>(args.out) + index * width;
+    row.walk([&](int i, auto count, const Pack& x) {
+      store_e4m3(out + i, count, modulated(args, place, of.mean, of.rstd, i, count, x), to.factor);
+    });
+    if (threadIdx.x % kWarp == 0) args.row_scale[index] = to.scale;
+  });
+}
+
+template <class T>
+__device__ __forceinline__ void modulated_norm_fp8(const ModulatedNormArgs& args) {
+  if (args.whole)
+    modulated_norm_fp8_rows<T, true>(args);
+  else
+    modulated_norm_fp8_rows<T, false>(args);
 }
 
 // With n = (x - mean) * rstd and u = grad * (1 + scale): grad_x = rstd * (u - mean(u) - n * mean(u * n)).

@@ -12,8 +12,9 @@ struct ModulatedNormArgs {
   int64_t x_batch, x_token;
   Source shift, scale;  // [B, F, D]
   int64_t shift_batch, shift_frame, scale_batch, scale_frame;
-  void* out;           // [B, T, D] contiguous
+  void* out;           // [B, T, D] contiguous; float8_e4m3fn where rows are quantised
   float *mean, *rstd;  // [B, T]; the backward reads them
+  float* row_scale;    // [B, T], of out in FP8
   int64_t batch, tokens, frames;
   int32_t width;
   float eps;
@@ -27,6 +28,9 @@ struct ModulatedNormArgs {
 };
 
 LaunchError launch_modulated_norm(ModulatedNormArgs args, Stream stream);
+
+// The same with rows in FP8: out and row_scale are written, mean and rstd are not.
+LaunchError launch_modulated_norm_fp8(ModulatedNormArgs args, Stream stream);
 
 // Writes grad_x, and the sums that the gradients of shift and scale are made of.
 LaunchError launch_modulated_norm_backward(const ModulatedNormArgs& args, Stream stream);

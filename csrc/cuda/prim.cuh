@@ -131,4 +131,9 @@ __device__ __forceinline__ void store16(void* global, uint4 v) {
                : "memory");
 }
 
+// 8 bytes to global memory; the address is a multiple of 8.
+__device__ __forceinline__ void store8(void* global, uint2 v) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(global), "r"(v.x), "r"(v.y) : "memory");
+}
+
 }  // namespace stream_r1::prim

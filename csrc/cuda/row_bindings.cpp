@@ -1,16 +1,19 @@
-// qk_norm_rotary, modulated_norm, gated_add, rms_norm_silu and rms_norm on CUDA: checks, allocation and
-// registration.
+// qk_norm_rotary, modulated_norm, gated_add, rms_norm_silu, rms_norm and quantize_rows on CUDA: checks,
+// allocation and registration.
 
 #include "common/checks.h"
 #include "cuda/column_sums.h"
 #include "cuda/gated_add.h"
 #include "cuda/modulated_norm.h"
 #include "cuda/qk_norm_rotary.h"
+#include "cuda/quantize_rows.h"
 #include "cuda/rms_norm_silu.h"
 #include "cuda/tensors.h"
 
 namespace stream_r1::cuda {
 namespace {
+
+const Dtype kFp8{aoti_torch_dtype_float8_e4m3fn()};
 
 // sums [units, parts, D] -> [units, D] in the shape and type of `like`.
 Tensor add_parts(const char* op, const float* sums, int64_t units, int64_t parts, const Tensor& like,
@@ -122,8 +125,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rotary_backward(
 
 // --- modulated_norm ---
 
-ModulatedNormArgs norm_arguments(const Tensor& x, const Tensor& scale, const Tensor& mean,
-                                 const Tensor& rstd) {
+ModulatedNormArgs norm_arguments(const Tensor& x, const Tensor& scale) {
   ModulatedNormArgs args{};
   args.x = x.const_data_ptr();
   args.x_batch = x.stride(0);
@@ -131,14 +133,18 @@ ModulatedNormArgs norm_arguments(const Tensor& x, const Tensor& scale, const Ten
   args.scale = source(scale);
   args.scale_batch = scale.stride(0);
   args.scale_frame = scale.stride(1);
-  args.mean = const_cast<float*>(mean.const_data_ptr<float>());
-  args.rstd = const_cast<float*>(rstd.const_data_ptr<float>());
   args.batch = x.size(0);
   args.tokens = x.size(1);
   args.frames = scale.size(1);
   args.width = static_cast<int32_t>(x.size(2));
   args.element = element_of(x);
   return args;
+}
+
+void set_shift(ModulatedNormArgs& args, const Tensor& shift) {
+  args.shift = source(shift);
+  args.shift_batch = shift.stride(0);
+  args.shift_frame = shift.stride(1);
 }
 
 std::tuple<Tensor, Tensor, Tensor> modulated_norm(const Tensor& x_, const Tensor& shift_,
@@ -149,14 +155,30 @@ std::tuple<Tensor, Tensor, Tensor> modulated_norm(const Tensor& x_, const Tensor
   const Tensor x = with_dense_rows(x_), shift = with_dense_rows(shift_), scale = with_dense_rows(scale_);
   Tensor out = allocate(x.sizes(), x);
   Tensor mean = allocate({x.size(0), x.size(1)}, kFloat, x), rstd = allocate(mean.sizes(), kFloat, x);
-  ModulatedNormArgs args = norm_arguments(x, scale, mean, rstd);
-  args.shift = source(shift);
-  args.shift_batch = shift.stride(0);
-  args.shift_frame = shift.stride(1);
+  ModulatedNormArgs args = norm_arguments(x, scale);
+  set_shift(args, shift);
+  args.mean = mean.mutable_data_ptr<float>();
+  args.rstd = rstd.mutable_data_ptr<float>();
   args.out = out.mutable_data_ptr();
   args.eps = static_cast<float>(eps);
   check_launch(op, launch_modulated_norm(args, device.stream));
   return {out, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor> modulated_norm_fp8(const Tensor& x_, const Tensor& shift_, const Tensor& scale_,
+                                              double eps) {
+  const char* op = "modulated_norm_fp8";
+  check_norm_modulation(op, x_, shift_, scale_);
+  const OnDevice device(x_);
+  const Tensor x = with_dense_rows(x_), shift = with_dense_rows(shift_), scale = with_dense_rows(scale_);
+  Tensor out = allocate(x.sizes(), kFp8, x), row_scale = allocate({x.size(0), x.size(1), 1}, kFloat, x);
+  ModulatedNormArgs args = norm_arguments(x, scale);
+  set_shift(args, shift);
+  args.out = out.mutable_data_ptr();
+  args.row_scale = row_scale.mutable_data_ptr<float>();
+  args.eps = static_cast<float>(eps);
+  check_launch(op, launch_modulated_norm_fp8(args, device.stream));
+  return {out, row_scale};
 }
 
 std::tuple<Tensor, Tensor, Tensor> modulated_norm_backward(const Tensor& grad_out_, const Tensor& x_,
@@ -170,7 +192,9 @@ std::tuple<Tensor, Tensor, Tensor> modulated_norm_backward(const Tensor& grad_ou
   const OnDevice device(x_);
   const Tensor grad_out = without_gaps(to_dtype(grad_out_, dtype_of(x_))), x = with_dense_rows(x_),
                scale = with_dense_rows(scale_), mean = without_gaps(mean_), rstd = without_gaps(rstd_);
-  ModulatedNormArgs args = norm_arguments(x, scale, mean, rstd);
+  ModulatedNormArgs args = norm_arguments(x, scale);
+  args.mean = const_cast<float*>(mean.const_data_ptr<float>());
+  args.rstd = const_cast<float*>(rstd.const_data_ptr<float>());
   const Parts split(args.tokens / args.frames);
   args.parts = split.parts;
   args.rows_a_part = split.rows_a_part;
@@ -282,6 +306,29 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   return normed("rms_norm", x, weight, std::nullopt, eps, false);
 }
 
+// --- quantize_rows ---
+
+std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x_, bool gelu) {
+  STREAM_R1_CHECK(x_.dim() == 3 && x_.size(2) > 0, "quantize_rows: x: expected shape [B, T, K > 0], got ",
+                  x_.sizes());
+  const OnDevice device(x_);
+  const Tensor x = with_dense_rows(x_);
+  Tensor data = allocate(x.sizes(), kFp8, x), scale = allocate({x.size(0), x.size(1), 1}, kFloat, x);
+  QuantizeRowsArgs args{};
+  args.x = x.const_data_ptr();
+  args.x_batch = x.stride(0);
+  args.x_token = x.stride(1);
+  args.data = static_cast<uint8_t*>(data.mutable_data_ptr());
+  args.scale = scale.mutable_data_ptr<float>();
+  args.batch = x.size(0);
+  args.tokens = x.size(1);
+  args.width = static_cast<int32_t>(x.size(2));
+  args.gelu = gelu ? 1 : 0;
+  args.element = element_of(x);
+  check_launch("quantize_rows", launch_quantize_rows(args, device.stream));
+  return {data, scale};
+}
+
 }  // namespace
 }  // namespace stream_r1::cuda
 
@@ -290,9 +337,11 @@ STREAM_R1_REGISTER(STREAM_R1_CUDA_KEY, m) {
   m.impl("qk_norm_rotary_into", TORCH_BOX(&stream_r1::cuda::qk_norm_rotary_into));
   m.impl("qk_norm_rotary_backward", TORCH_BOX(&stream_r1::cuda::qk_norm_rotary_backward));
   m.impl("modulated_norm", TORCH_BOX(&stream_r1::cuda::modulated_norm));
+  m.impl("modulated_norm_fp8", TORCH_BOX(&stream_r1::cuda::modulated_norm_fp8));
   m.impl("modulated_norm_backward", TORCH_BOX(&stream_r1::cuda::modulated_norm_backward));
   m.impl("gated_add", TORCH_BOX(&stream_r1::cuda::gated_add));
   m.impl("gated_add_backward", TORCH_BOX(&stream_r1::cuda::gated_add_backward));
+  m.impl("quantize_rows", TORCH_BOX(&stream_r1::cuda::quantize_rows));
   m.impl("rms_norm_silu", TORCH_BOX(&stream_r1::cuda::rms_norm_silu));
   m.impl("rms_norm", TORCH_BOX(&stream_r1::cuda::rms_norm));
 }

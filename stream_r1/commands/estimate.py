@@ -132,6 +132,12 @@ def _times(result: Estimate) -> list[tuple[str, str]]:
         whole, denoising = result.fps
         name = "sampling, one stream" + (f" on {shared} GPUs" if shared > 1 else "")
         lines.append((name, f"{whole:.1f} FPS, {denoising:.1f} without decoding"))
+    if result.fps_in_fp8 is not None:
+        whole, denoising = result.fps_in_fp8
+        lines.append(("the same with --quantize fp8", f"{whole:.1f} FPS, {denoising:.1f} without decoding"))
+    if result.cache_bytes is not None:
+        kept, fp8 = (size / 1e9 for size in result.cache_bytes)
+        lines.append(("its keys and values", f"{kept:.2f} GB, {fp8:.2f} with --cache-dtype fp8"))
     return lines
 
 
@@ -141,7 +147,8 @@ def _quoted(override: str) -> str:
 
 def _as_json(result: Estimate, advice: list[Change]) -> dict[str, Any]:
     """Bytes and seconds."""
-    fps = result.fps or (None, None)
+    fps, in_fp8 = result.fps or (None, None), result.fps_in_fp8 or (None, None)
+    cache = result.cache_bytes or (None, None)
     return {
         "prediction": True,
         "device": result.device.name,
@@ -167,6 +174,8 @@ def _as_json(result: Estimate, advice: list[Change]) -> dict[str, Any]:
         "exchanged_bytes_a_step": result.exchanged,
         "days_to_1000_steps": result.days(1000),
         "sampling_fps": {"end_to_end": fps[0], "without_decoding": fps[1]},
+        "sampling_fps_in_fp8": {"end_to_end": in_fp8[0], "without_decoding": in_fp8[1]},
+        "cache_bytes": {"bfloat16": cache[0], "fp8": cache[1]},
         "advice": [
             {
                 "overrides": list(change.overrides),

@@ -69,6 +69,8 @@ class ModelChoice:
     offload: bool = False
     text_cache: Path | None = None
     cuda_graph: bool = False
+    quantize: str | None = None
+    cache_dtype: str = "auto"
 
     def files(self) -> dict[str, Path | None]:
         """What is read, by option."""
@@ -95,6 +97,8 @@ class ModelChoice:
             text_device=self.text_device and _device("--text-device", self.text_device),
             offload=self.offload,
             cuda_graph=self.cuda_graph,
+            quantize=self.quantize,
+            cache_dtype=_cache_dtype(self.cache_dtype),
         )
 
 
@@ -257,6 +261,12 @@ def _device(option: str, name: str) -> torch.device:
             f"{option}: expected a device of the {torch.cuda.device_count()} GPUs here, got {name}"
         )
     return device
+
+
+def _cache_dtype(name: str) -> torch.dtype | None:
+    if name not in ("auto", "fp8"):
+        raise ValueError(f"--cache-dtype: expected auto or fp8, got {name!r}")
+    return torch.float8_e4m3fn if name == "fp8" else None
 
 
 def _dtype(option: str, name: str, device: torch.device) -> torch.dtype:

@@ -24,6 +24,7 @@ class Device:
     memory: float
     bandwidth: float  # of the memory
     matmul16: float  # flops, bfloat16 or float16 inputs on tensor cores with sums in float32
+    matmul8: float | None  # the same of FP8 inputs; None: it has none
     float32: float  # flops outside tensor cores
     link: float  # to the other GPUs of a machine, in and out together
     registers: int = 65536  # of 4 bytes, a processor
@@ -50,6 +51,7 @@ DEVICES = {
             memory=80 * GIGA,
             bandwidth=2.039 * TERA,
             matmul16=312 * TERA,
+            matmul8=None,
             float32=19.5 * TERA,
             link=600 * GIGA,
             shared=164 * KIBI,
@@ -61,6 +63,7 @@ DEVICES = {
             memory=80 * GIGA,
             bandwidth=3.35 * TERA,
             matmul16=989.5 * TERA,
+            matmul8=1979 * TERA,
             float32=66.9 * TERA,
             link=900 * GIGA,
             shared=228 * KIBI,
@@ -72,6 +75,7 @@ DEVICES = {
             memory=141 * GIGA,
             bandwidth=4.8 * TERA,
             matmul16=989.5 * TERA,
+            matmul8=1979 * TERA,
             float32=66.9 * TERA,
             link=900 * GIGA,
             shared=228 * KIBI,
@@ -83,6 +87,7 @@ DEVICES = {
             memory=24 * GIGA,
             bandwidth=1.008 * TERA,
             matmul16=165.2 * TERA,
+            matmul8=330.3 * TERA,
             float32=82.6 * TERA,
             link=64 * GIGA,  # PCIe 4.0 x16
             threads=1536,
@@ -96,6 +101,7 @@ DEVICES = {
             memory=180 * GIGA,
             bandwidth=7.7 * TERA,
             matmul16=2250 * TERA,
+            matmul8=4500 * TERA,
             float32=75 * TERA,
             link=1800 * GIGA,
             shared=228 * KIBI,

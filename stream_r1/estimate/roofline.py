@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from .devices import Device
-from .work import Work
+from .work import FP8_PRODUCT, Work
 
 Capability = tuple[int, int]
 Limit = Literal["memory", "compute", "launch"]
@@ -35,6 +35,8 @@ class Assumptions:
     Attributes:
         memory: of the bandwidth, by kernels that stream through memory.
         matmul: of the matmul rate, by torch's matmuls of thousands of rows.
+        matmul8: of the FP8 rate, by torch's row-wise product. Less than `matmul`: sums are kept in float32
+            outside of the tensor cores, and memory has half the time.
         convolution: of the matmul rate, by cuDNN's 3D convolutions. Fitted: so that diffusers' decoder of
             Wan 2.1 takes the 10.3 s published for 81 frames of 720p on an A800 (an A100's rates).
         library_attention: of the matmul rate, by the dense attention that torch picks, by capability
@@ -51,6 +53,7 @@ class Assumptions:
 
     memory: float = 0.85
     matmul: float = 0.70
+    matmul8: float = 0.55
     convolution: float = 0.28
     library_attention: dict[Capability, float] = field(default_factory=_library_attention)
     own_attention: dict[Capability, float] = field(default_factory=_own_attention)
@@ -99,6 +102,10 @@ def limit(
 
 def _rate(work: Work, device: Device, assumed: Assumptions) -> float:
     """Flops a second."""
+    if work.op == FP8_PRODUCT:
+        if device.matmul8 is None:
+            raise ValueError(f"{work.op}: expected a GPU with FP8 tensor cores, got {device.name}")
+        return device.matmul8 * assumed.matmul8
     on_tensor_cores = work.dtype in HALF
     peak = device.matmul16 if on_tensor_cores else device.float32
     if work.engine == "attention":

@@ -15,6 +15,7 @@ from stream_r1.estimate.exchange import CountedSequence
 from stream_r1.estimate.networks import make_vae
 from stream_r1.estimate.roofline import ASSUMED, Assumptions
 from stream_r1.estimate.work import SHALLOW, Work, cast, count, fake_tensors, grown_work
+from stream_r1.models.fp8 import make_room
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.sampling.sampler import Sampler
 from stream_r1_kernels import backends, dispatch
@@ -45,7 +46,7 @@ class ChunkWork:
 
 def as_on(device: Device) -> AbstractContextManager[None]:
     """Within it ops pick their backends as on that GPU, with the CUDA kernels built and Triton there."""
-    kernels = {"cuda": frozenset(dispatch.OPS) - {*dispatch.FORWARD_ONLY}, "triton": dispatch.TRITON_OPS}
+    kernels = {"cuda": frozenset(dispatch.OPS) - {*dispatch.CPU_ALONE}, "triton": dispatch.TRITON_OPS}
     known = sorted(DEVICES.values(), key=lambda known: known.capability)
     archs = dict.fromkeys(each.architecture.removeprefix("sm_") for each in known)
     return backends.picking_for(device.capability, dispatch.Build(kernels, tuple(archs)))
@@ -58,8 +59,11 @@ def chunk_work(
     steps: Sequence[float],
     device: Device,
     sequence: int = 1,
+    *,
+    quantize: str | None = None,
+    cache_dtype: torch.dtype | None = None,
 ) -> ChunkWork:
-    """One stream's, all in bfloat16.
+    """One stream's, all in bfloat16 but what is in FP8.
 
     Args:
         student, autoencoder: configurations; the student's has a window.
@@ -67,15 +71,20 @@ def chunk_work(
         steps: timesteps of the denoising passes, before the shift.
         device: whose backends are counted.
         sequence: GPUs that share the student's passes; the first one decodes, and its work is counted.
+        quantize: "fp8" or None.
+        cache_dtype: torch.float8_e4m3fn or None.
 
     Raises:
-        ValueError: a student without a window, whose chunks are never alike.
+        ValueError: a student without a window, whose chunks are never alike, or FP8 on a GPU without.
     """
+    if quantize is not None and device.matmul8 is None:
+        raise ValueError(f"chunk_work: quantize: expected None on {device.name}, got {quantize!r}")
     if student.get("window_frames") is None:
         raise ValueError("chunk_work: expected a student with window_frames, got one that sees everything")
     with fake_tensors(), as_on(device):
         shallow, deeper = (
-            _student_work(student | {"num_layers": n}, latent, steps, sequence) for n in SHALLOW
+            _student_work(student | {"num_layers": n}, latent, steps, sequence, quantize, cache_dtype)
+            for n in SHALLOW
         )
         work = grown_work(shallow, shallow, deeper, student["num_layers"] - SHALLOW[0])
         vae = make_vae(autoencoder, on_gpu=True)
@@ -85,15 +94,32 @@ def chunk_work(
         return ChunkWork(work, decoding[1], vae.temporal_factor * frames)
 
 
+def cache_bytes(
+    student: dict[str, Any], latent: tuple[int, int], cache_dtype: torch.dtype = torch.bfloat16
+) -> int:
+    """Of the keys and values of one stream of a student with a window."""
+    with torch.device("meta"):
+        model = CausalWanTransformer(**student).bfloat16()
+        return model.new_cache(1, *latent, dtype=cache_dtype).nbytes
+
+
 def _student_work(
-    student: dict[str, Any], latent: tuple[int, int], steps: Sequence[float], sequence: int
+    student: dict[str, Any],
+    latent: tuple[int, int],
+    steps: Sequence[float],
+    sequence: int = 1,
+    quantize: str | None = None,
+    cache_dtype: torch.dtype | None = None,
 ) -> list[Work]:
     model = cast(CausalWanTransformer(**student), torch.bfloat16).eval()
+    if quantize is not None:
+        make_room(model, quantize)
     if sequence > 1:
         model.enable_sequence_parallel(CountedSequence(sequence))
     config: Any = model.config
     text = torch.zeros(1, config.text_len, config.text_dim)
-    stream = Sampler(model, steps=steps, fuse_cache_update=False).stream(text, latent_size=latent)
+    sampler = Sampler(model, steps=steps, fuse_cache_update=False, cache_dtype=cache_dtype)
+    stream = sampler.stream(text, latent_size=latent)
     for _ in range(-(-config.window_frames // config.frames_per_chunk)):  # as if chunks had been made
         stream.cache.begin_chunk()
         stream.cache.commit()

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
+
 from stream_r1.estimate import roofline
 from stream_r1.estimate.devices import Device
 from stream_r1.estimate.memory import Cluster, Moment, Sizes, cluster, moments, sizes
@@ -17,7 +19,7 @@ from stream_r1.estimate.networks import read_networks
 from stream_r1.estimate.phases import training_phases
 from stream_r1.estimate.plan import Plan, Role, roles
 from stream_r1.estimate.run import Phase
-from stream_r1.estimate.streaming import chunk_work
+from stream_r1.estimate.streaming import cache_bytes, chunk_work
 from stream_r1.estimate.work import exchanged_bytes
 from stream_r1.recipe import InitRecipe, Recipe
 
@@ -60,6 +62,29 @@ class Estimate:
         work = chunk_work(student, networks.vae, latent, size.steps, self.device, shared)
         denoising, _ = work.seconds(self.device)
         return work.fps(self.device), work.frames / denoising
+
+    @cached_property
+    def fps_in_fp8(self) -> tuple[float, float] | None:
+        """The same with the student's linear layers in FP8; None too on a GPU without."""
+        networks, size = self.plan.networks, self.plan.recipe.rollout
+        if self.fps is None or networks.vae is None or self.device.matmul8 is None:
+            return None
+        student, latent = networks.student.config, (size.height, size.width)
+        shared = self.plan.sequence
+        work = chunk_work(student, networks.vae, latent, size.steps, self.device, shared, quantize="fp8")
+        return work.fps(self.device), work.frames / work.seconds(self.device)[0]
+
+    @cached_property
+    def cache_bytes(self) -> tuple[int, int] | None:
+        """Of a stream's keys and values on a GPU, in bfloat16 and in FP8. None without a window."""
+        student, size = self.plan.networks.student.config, self.plan.recipe.rollout
+        if student.get("window_frames") is None:
+            return None
+        whole, fp8 = (
+            cache_bytes(student, (size.height, size.width), dtype) // self.plan.sequence
+            for dtype in (torch.bfloat16, torch.float8_e4m3fn)
+        )
+        return whole, fp8
 
     @property
     def worst(self) -> Moment:

@@ -33,6 +33,7 @@ Module = TypeVar("Module", bound=nn.Module)
 Engine = Literal["matmul", "attention", "convolution", "elementwise", "link"]
 _Calls = Counter[tuple[str, Engine, torch.dtype, int, int]]  # of the fields of `Work`, in their order
 
+FP8_PRODUCT = "aten._scaled_mm_v2"  # torch's table of flops leaves it out
 SHALLOW = (1, 2)  # layers of networks that are run; what the second adds every further one adds
 
 
@@ -322,6 +323,8 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 
 def _arithmetic(func: Any, args: Any, kwargs: Any, result: Any) -> tuple[Engine, int]:
     packet = func.overloadpacket
+    if name_of(func) == FP8_PRODUCT:
+        return "matmul", 2 * args[0].shape[0] * args[0].shape[1] * args[1].shape[1]
     own = _OWN.get(name_of(func))
     if own is not None:
         return "attention", own(*args, **kwargs)

@@ -35,6 +35,8 @@ class ModelSettings(Settings):
     vae_device, text_device: if another.
     offload: idle models wait in the CPU's memory.
     cuda_graph: replay the student's passes as CUDA graphs.
+    quantize: fp8 or fp8-emulated: the student multiplies in FP8.
+    cache_dtype: fp8: keys and values in 8 bits; auto: as dtype.
     """
 
     folder: str
@@ -50,6 +52,8 @@ class ModelSettings(Settings):
     text_device: str | None = None
     offload: bool = False
     cuda_graph: bool = False
+    quantize: Literal["fp8", "fp8-emulated"] | None = None
+    cache_dtype: Literal["auto", "fp8"] = "auto"
 
 
 class VBenchSettings(Settings):

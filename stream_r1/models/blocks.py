@@ -5,24 +5,29 @@ Shapes: B batch, F latent frames, T tokens (T = F * rows * columns), D width, H 
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from stream_r1.models.fp8 import Fp8Linear
 from stream_r1.models.module_weights import is_plain, weight_of
 from stream_r1.models.sequence import TokenShare
 from stream_r1.models.slots import FreshSlot
 from stream_r1_kernels import (
     ChunkMask,
     Past,
+    QuantizedRows,
     apply_rotary,
     cached_chunk_attention,
     chunk_attention,
     fused_linear,
     gated_add,
     modulated_norm,
+    modulated_norm_fp8,
     qk_norm_rotary,
+    quantize_rows,
     rms_norm,
 )
 from stream_r1_kernels.backends import device_type
@@ -54,17 +59,29 @@ def plain_linears(x: Tensor, *layers: nn.Module) -> tuple[list[Tensor], list[Ten
     return weights, biases
 
 
-def project(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
+def norm_for(layer: nn.Module, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor | QuantizedRows:
+    """`modulated_norm` as a linear layer reads it: [B, T, D], or in FP8 for one that multiplies in it."""
+    norm = modulated_norm_fp8 if isinstance(layer, Fp8Linear) else modulated_norm
+    return norm(x, shift, scale, eps=eps)
+
+
+def project(x: Tensor | QuantizedRows, *layers: nn.Module) -> Sequence[Tensor]:
     """x [B, T, K] through each of the linear layers -> [B, T, N] each, last dimension contiguous."""
+    if isinstance(layers[0], Fp8Linear):
+        x = layers[0].quantize(x)  # once for all
+        return [layer(x) for layer in layers]
+    assert isinstance(x, Tensor)
     if (plain := plain_linears(x, *layers)) is None:
         return [layer(x) for layer in layers]
     side_by_side = fused_linear(x, *plain)
     return side_by_side.split([weight.shape[0] for weight in plain[0]], dim=-1)
 
 
-def add_projection(x: Tensor, y: Tensor, layer: nn.Module, gate: Tensor | None = None) -> Tensor:
+def add_projection(
+    x: Tensor, y: Tensor | QuantizedRows, layer: nn.Module, gate: Tensor | None = None
+) -> Tensor:
     """x + layer(y) * gate: x [B, T, D], y [B, T, K], gate [B, F, D] or 1."""
-    if x.dtype == y.dtype and (plain := plain_linears(y, layer)) is not None:
+    if isinstance(y, Tensor) and x.dtype == y.dtype and (plain := plain_linears(y, layer)) is not None:
         return fused_linear(y, *plain, residual=x, gate=gate)
     return x + layer(y) if gate is None else gated_add(x, layer(y), gate)
 
@@ -103,8 +120,11 @@ class GELUProjection(nn.Module):
         super().__init__()
         self.proj = nn.Linear(dim, hidden)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if (plain := plain_linears(x, self.proj)) is not None:
+    def forward(self, x: Tensor | QuantizedRows, *, in_fp8: bool = False) -> Tensor | QuantizedRows:
+        """x [B, T, D] -> [B, T, hidden], in FP8 for a layer that multiplies in it."""
+        if in_fp8:
+            return quantize_rows(self.proj(x), gelu=True)
+        if isinstance(x, Tensor) and (plain := plain_linears(x, self.proj)) is not None:
             return fused_linear(x, *plain, gelu=True)
         return functional.gelu(self.proj(x), approximate="tanh")
 
@@ -211,9 +231,8 @@ class Block(nn.Module):
         time = time if modulated else Block.modulation(self, time)
         shift1, scale1, gate1, shift2, scale2, gate2 = time.unbind(2)  # [B, F, D] each
 
-        attended = self.self_attention(
-            modulated_norm(x, shift1, scale1, eps=self.eps), cos, sin, mask, past, slots, share
-        )
+        h = norm_for(self.attn1.to_q, x, shift1, scale1, self.eps)
+        attended = self.self_attention(h, cos, sin, mask, past, slots, share)
         if attended.shape[1] < x.shape[1]:
             kept, frames = attended.shape[1], max(1, time.shape[1] * attended.shape[1] // x.shape[1])
             x = x[:, -kept:]
@@ -221,12 +240,15 @@ class Block(nn.Module):
         x = add_projection(x, attended, self.attn1.to_out[0], gate1)
         attended = self.cross_attention(self.cross_norm(x), text_k, text_v)
         x = add_projection(x, attended, self.attn2.to_out[0])
-        hidden = self.ffn.net[0](modulated_norm(x, shift2, scale2, eps=self.eps))
-        return add_projection(x, hidden, self.ffn.net[2], gate2)
+        up: Any = self.ffn.net[0]
+        down = self.ffn.net[2]
+        h = norm_for(up.proj, x, shift2, scale2, self.eps)
+        hidden = up(h, in_fp8=True) if isinstance(down, Fp8Linear) else up(h)
+        return add_projection(x, hidden, down, gate2)
 
     def self_attention(
         self,
-        h: Tensor,
+        h: Tensor | QuantizedRows,
         cos: Tensor,
         sin: Tensor,
         mask: ChunkMask | None,
@@ -259,36 +281,34 @@ class Block(nn.Module):
         """q and k [B, T, D], v [B, T, H, D / H] -> [B, T, D] of the chunks that are asked for."""
         chunks = [(q, k, v, cos, sin)]
         if len(slots) > 1:
-            tokens = [slot.k.shape[1] for slot in slots]
+            tokens = [slot.place.stop - slot.place.start for slot in slots]
             parts = (*(part.split(tokens, 1) for part in (q, k, v)), cos.split(tokens), sin.split(tokens))
             chunks = list(zip(*parts, strict=True))
         attended = []
         for slot, (q, k, v, cos, sin) in zip(slots, chunks, strict=True):
             if slot.open is not None:
                 slot.open()
-            if torch.compiler.is_compiling():  # views as inputs of a graph would keep their first offsets
+            if (views := slot.views_to_write()) is None:
                 q, k = self.rotate(q, k, cos, sin)
-                slot.place.write(k, v)
-                visible = slot.place.visible()
+                visible = slot.write(k, v)
             else:
-                q, _ = self.rotate(q, k, cos, sin, slot.k)
-                slot.v.copy_(v)
-                visible = slot.visible
+                slot_k, slot_v, visible = views
+                q, _ = self.rotate(q, k, cos, sin, slot_k)
+                slot_v.copy_(v)
             if slot.asked:
                 attended.append(cached_chunk_attention(q, None, None, visible).flatten(2))
         return attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
 
     def attend_written(self, q: Tensor, k: Tensor, v: Tensor, slots: Sequence[FreshSlot]) -> Tensor:
         """Rotated q, k and v [B, T, H, D] -> [B, T, H, D] of the chunks that are asked for."""
-        tokens, attended = [slot.k.shape[1] for slot in slots], []
+        tokens, attended = [slot.place.stop - slot.place.start for slot in slots], []
         chunks = zip(*(part.split(tokens, 1) for part in (q, k, v)), strict=True)
         for slot, (q, k, v) in zip(slots, chunks, strict=True):
             if slot.open is not None:
                 slot.open()
-            slot.k.copy_(k)
-            slot.v.copy_(v)
+            visible = slot.write(k, v)
             if slot.asked:
-                attended.append(cached_chunk_attention(q, None, None, slot.visible))
+                attended.append(cached_chunk_attention(q, None, None, visible))
         return attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
 
     def rotate(

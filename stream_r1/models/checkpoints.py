@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from stream_r1.files import FileError
 from stream_r1.messages import first_line, shown, some
 from stream_r1.models.adapters import merge_adapter
+from stream_r1.models.fp8 import make_room, quantize_student, refuse_quantization, take_stored
 from stream_r1.models.tensor_files import require_finite
 from stream_r1.models.transformer import FLOAT32_PARTS, CausalWanTransformer
 from stream_r1.models.wan import refuse_unsupported_weights, unsupported_setting
@@ -130,6 +131,8 @@ def load_student(
     adapter: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    quantize: str | None = None,
+    runs_on: torch.device | str | None = None,
     **settings: Any,
 ) -> CausalWanTransformer:
     """A student from any of the formats.
@@ -144,14 +147,20 @@ def load_student(
         adapter: a LoRA adapter's folder, merged into the weights, see `merge_adapter`.
         dtype: of the weights; the time embedder, the modulation tables and the affine norms stay float32, as
             in diffusers.
+        quantize: "fp8" or "fp8-emulated": linear layers of the blocks in FP8, see `quantize_student`; of a
+            folder that a quantised student wrote, its FP8 weights as they are.
+        runs_on: where it will compute, if not on `device`.
         settings: of `CausalWanTransformer`, over all others: `window_frames=9, sink_frames=3`, ...
 
     Raises:
         FileNotFoundError, FileError: see `read_tensors`, `infer_config` and `load_weights`.
-        ValueError: settings that do not exist or do not fit.
+        FileError: FP8 weights without `quantize`, or that are damaged.
+        ValueError: settings that do not exist or do not fit, `quantize` where it can't be.
     """
     path = Path(path)
-    known = set(inspect.signature(CausalWanTransformer.__init__).parameters) - {"self"}
+    if quantize is not None:
+        refuse_quantization("load_student", quantize, dtype, runs_on or device)
+    known = set(inspect.signature(CausalWanTransformer.__init__).parameters) - {"self", "quantization"}
     strange = [name for name in settings if name not in known]
     if strange:
         raise ValueError(
@@ -159,6 +168,9 @@ def load_student(
         )
     own = _config(path)
     state = read_weights(path, network)
+    stored = take_stored({} if own is None else own, state, str(path))
+    if stored and quantize is None:
+        raise FileError(f"{path}: holds FP8 weights: expected quantize 'fp8' or 'fp8-emulated', got none")
     if own is None:
         own = dict(config or {})
         head_dim = head_dim or own.get("attention_head_dim", 128)
@@ -166,9 +178,16 @@ def load_student(
     else:
         require_told(own, state, model_folder(path) / "config.json")
     if adapter is not None:
+        if stored:
+            raise FileError(f"{path}: holds FP8 weights, into which no adapter can be merged, got {adapter}")
         state = merge_adapter(state, adapter)
     own = {name: value for name, value in own.items() if name in known} | settings
-    return student_from_state(own, state, dtype=dtype, device=device, source=str(path))
+    student = student_from_state(
+        own, state, dtype=dtype, device=device, source=str(path), quantized=quantize if stored else None
+    )
+    if quantize is not None and not stored:
+        quantize_student(student, quantize, runs_on=runs_on)
+    return student
 
 
 def load_score_model(
@@ -247,8 +266,11 @@ def student_from_state(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     source: str = "state dict",
+    quantized: str | None = None,
 ) -> CausalWanTransformer:
     """A student with these settings and these weights (diffusers' names), in eval mode.
+
+    `quantized`: the weights are those of a quantised student, to be used as "fp8" or "fp8-emulated".
 
     Raises:
         FileError: names the missing, unexpected and wrongly shaped parameters.
@@ -256,14 +278,19 @@ def student_from_state(
     try:
         with torch.device("meta"):  # the weights are there already: no time for random ones
             model = CausalWanTransformer(**config)
+            if quantized is not None:
+                make_room(model, quantized)
     except Exception as error:  # whatever settings of any kind lead to
         raise FileError(f"{source}: {first_line(error)}") from error
     check_fit(model, state, source)
     wide = torch.promote_types(dtype, torch.float32)
+    buffers = dict(model.named_buffers())  # FP8 weights and their scales
     placed = {
-        name: value.to(device, wide if any(part in FLOAT32_PARTS for part in name.split(".")) else dtype)
+        name: value.to(device)
+        if name in buffers
+        else value.to(device, wide if any(part in FLOAT32_PARTS for part in name.split(".")) else dtype)
         for name, value in state.items()
     }
     require_finite(placed.items(), source)
     model.load_state_dict(placed, assign=True)
-    return model.requires_grad_(True).eval()
+    return model.requires_grad_(quantized is None).eval()

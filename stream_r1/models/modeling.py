@@ -26,6 +26,9 @@ else:
 
         config: dict[str, Any]
 
+        def register_to_config(self, **settings: Any) -> None:
+            self.config |= settings
+
     def register_to_config(init: Any) -> Any:
         """An `__init__` that leaves its arguments in `config`."""
 

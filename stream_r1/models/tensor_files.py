@@ -78,9 +78,14 @@ def shapes_in(path: Path) -> dict[str, list[int]]:
 
 def require_finite(tensors: Iterable[tuple[str, Tensor]], source: str) -> None:
     """Raises FileError where weights are nan or infinite."""
-    bad = [name for name, t in tensors if t.is_floating_point() and not bool(t.isfinite().all())]
+    bad = [name for name, t in tensors if t.is_floating_point() and not _is_finite(t)]
     if bad:
         raise FileError(f"{source}: expected finite numbers, got nan or infinite ones in {some(bad)}")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    wide = tensor.float() if tensor.element_size() == 1 else tensor  # torch asks no number of 8 bits
+    return bool(wide.isfinite().all())
 
 
 def require_plain(path: Path, size: int) -> bool:

@@ -23,7 +23,7 @@ from stream_r1.models.patches import patch_grid, patchify, token_grid, unpatchif
 from stream_r1.models.sequence import SequenceParallel, TokenShare
 from stream_r1.models.slots import take_slots
 from stream_r1.models.wan import unsupported_setting
-from stream_r1_kernels import ChunkCache, ChunkMask, RotaryGrid, modulated_norm
+from stream_r1_kernels import ChunkCache, ChunkMask, Fp8ChunkCache, RotaryGrid, modulated_norm
 
 # Parts that stay float32 when a model is loaded in half precision, as in diffusers.
 FLOAT32_PARTS = ["time_embedder", "scale_shift_table", "norm2"]
@@ -44,6 +44,7 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         positions: "absolute" (Self Forcing) or "window" (Reward Forcing, Stream-R1), see `ChunkCache`.
         sink_ema: decay of the sink's moving average; None: the sink stays as it was.
         first_chunk_frames: frames of the first chunk where it differs (1: independent first frame).
+        quantization: None. The config of a quantised student says "fp8"; `load_student` reads its weights.
 
     Raises:
         ValueError: settings of diffusers' that this student has no use for (image conditioning, no qk norm),
@@ -85,11 +86,17 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         positions: str = "absolute",
         sink_ema: float | None = None,
         first_chunk_frames: int | None = None,
+        quantization: str | None = None,
     ) -> None:
         super().__init__()
         problem = unsupported_setting(self.config)
         if problem is not None:
             raise ValueError(f"CausalWanTransformer: {problem}")
+        if quantization is not None:
+            raise ValueError(
+                "CausalWanTransformer: quantization must be None, as FP8 weights are read by load_student "
+                f"with quantize='fp8' or 'fp8-emulated', got {quantization!r}"
+            )
         dim = num_attention_heads * attention_head_dim
         out_channels = out_channels or in_channels
 
@@ -316,15 +323,17 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         Args:
             max_frames: latent frames the stream can get to; needed by a model without a window. With one, a
                 chunk whose past no later chunk will evict is learnt from without a copy of that past.
-            dtype: of the keys and values; None: that in which the model computes, autocast included.
+            dtype: of the keys and values; None: that in which the model computes, autocast included;
+                torch.float8_e4m3fn: kept in FP8, read in the one in which the model computes.
         """
         rows, columns = self._grid("new_cache", height, width)
         device = device_of(self, self.device)
-        if dtype is None:
-            kind = device.type
+        kind, in_fp8 = device.type, dtype == torch.float8_e4m3fn
+        if dtype is None or in_fp8:
             autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
             dtype = torch.get_autocast_dtype(kind) if autocast else self.dtype
-        return self._make_cache(len(self.blocks), batch, rows, columns, max_frames, dtype, device)
+        sizes = (len(self.blocks), batch, rows, columns, max_frames)
+        return self._make_cache(*sizes, dtype, device, Fp8ChunkCache if in_fp8 else ChunkCache)
 
     def _make_cache(
         self,
@@ -335,9 +344,10 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         max_frames: int | None,
         dtype: torch.dtype,
         device: torch.device,
+        kind: type[ChunkCache] = ChunkCache,
     ) -> ChunkCache:
         config = self.config
-        return ChunkCache(
+        return kind(
             layers,
             batch,
             config["num_attention_heads"] // (1 if self.sequence is None else self.sequence.size),

@@ -16,6 +16,7 @@ from stream_r1.devices import decoding_dtype
 from stream_r1.models.autoencoder import VideoAutoencoder
 from stream_r1.models.autoencoders import load_autoencoder
 from stream_r1.models.checkpoints import load_student
+from stream_r1.models.fp8 import refuse_quantization
 from stream_r1.models.offload import ModelOffload
 from stream_r1.models.patches import patch_grid
 from stream_r1.models.sequence import SequenceParallel
@@ -59,7 +60,7 @@ class StreamR1Pipeline:
         fps: frames a second that the student was trained at.
         steps, shift: of the schedule, see `Sampler` and `FlowSchedule`.
         decoder: decodes instead of the VAE.
-        cuda_graph, fuse_cache_update: see `Sampler`.
+        cuda_graph, fuse_cache_update, cache_dtype: see `Sampler`.
 
     Raises:
         ValueError: a size the VAE or the student's patches do not divide, or parts that do not fit.
@@ -78,6 +79,7 @@ class StreamR1Pipeline:
         decoder: VideoAutoencoder | None = None,
         cuda_graph: bool = False,
         fuse_cache_update: bool | None = None,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         if not fps > 0:
             raise ValueError(f"StreamR1Pipeline: fps must be positive, got {fps}")
@@ -103,6 +105,7 @@ class StreamR1Pipeline:
             latent_size=(latent_size[0], latent_size[1]),
             cuda_graph=cuda_graph,
             fuse_cache_update=fuse_cache_update,
+            cache_dtype=cache_dtype,
         )
 
     @classmethod
@@ -128,6 +131,8 @@ class StreamR1Pipeline:
         offload: bool = False,
         cuda_graph: bool = False,
         fuse_cache_update: bool | None = None,
+        quantize: str | None = None,
+        cache_dtype: torch.dtype | None = None,
         **settings: Any,
     ) -> StreamR1Pipeline:
         """Load a pipeline.
@@ -162,11 +167,16 @@ class StreamR1Pipeline:
                 `enable_model_cpu_offload`.
             cuda_graph: replay the student's passes as CUDA graphs, see `Sampler`.
             fuse_cache_update: fuse a chunk's cache-update pass with the next one's first pass, see `Sampler`.
+            quantize: "fp8": the student's blocks multiply in FP8, on GPUs that have it (compute capability
+                8.9 or later), in bfloat16 otherwise; "fp8-emulated": the same numbers on any machine, to
+                measure quality. See `stream_r1.models.fp8`.
+            cache_dtype: of the streams' keys and values, see `Sampler`.
             settings: of `CausalWanTransformer`, over those of the preset: `window_frames=12`, ...
 
         Raises:
             FileNotFoundError: parts that are missing, by name.
-            ValueError: an unknown preset, parts that do not fit, `offload` with a setting it excludes.
+            ValueError: an unknown preset, parts that do not fit, `offload` with a setting it excludes,
+                `quantize` on a device or in a dtype that it can't have.
             FileError: weights that can't be used, see `load_student`.
             NotImplementedError: a folder of a Wan model with parts that are not supported, by name.
         """
@@ -176,6 +186,8 @@ class StreamR1Pipeline:
                 raise TypeError(f"from_pretrained: {name} must be {expected}, got {asked!r}")
         if size is not None and (isinstance(size, str) or len(size) != 2):
             raise ValueError(f"from_pretrained: size must be (height, width), got {size!r}")
+        if quantize is not None:
+            refuse_quantization("from_pretrained", quantize, dtype, device)
         choose_preset(preset, {})  # a misspelt one is refused before anything is downloaded
         if offload:
             for name, value in (("vae_device", vae_device), ("text_device", text_device)):
@@ -197,6 +209,8 @@ class StreamR1Pipeline:
             adapter=adapter,
             dtype=dtype,
             device=at,
+            quantize=quantize,
+            runs_on=device,
             **((chosen.student if chosen else {}) | settings),
         )
         if text_encoder is None:
@@ -230,6 +244,7 @@ class StreamR1Pipeline:
             decoder=tiny,
             cuda_graph=cuda_graph,
             fuse_cache_update=fuse_cache_update,
+            cache_dtype=cache_dtype,
             steps=schedule.steps,
             shift=schedule.shift,
         )

@@ -40,6 +40,8 @@ class Sampler:
             ring (`PassGraphs`): for a student on a GPU, with a window. Every stream captures its own.
         fuse_cache_update: fuse a chunk's cache-update pass with the next chunk's first denoising pass, the
             same to rounding: True, False, or None where that is the faster, with few tokens a chunk on a CPU.
+        cache_dtype: of keys and values; torch.float8_e4m3fn: half the memory of bfloat16, with a scale a
+            token and head; None: that in which the student computes.
 
     `offload`, None at first, brings student, vae and decoder to the device when they work.
 
@@ -61,6 +63,7 @@ class Sampler:
         context_noise: float = 0.0,
         cuda_graph: bool = False,
         fuse_cache_update: bool | None = None,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         self.schedule = schedule or FlowSchedule()
         self.steps = self.schedule.denoising_steps(steps)
@@ -92,6 +95,7 @@ class Sampler:
         self.context_noise = context_noise
         self.cuda_graph = cuda_graph
         self.fuse_cache_update = fuse_cache_update
+        self.cache_dtype = cache_dtype
         self.offload: ModelOffload | None = None
 
     @property
@@ -166,7 +170,7 @@ class Sampler:
         self, embeds: Tensor, noise: StreamNoise, max_frames: int | None, size: tuple[int, int]
     ) -> ChunkLoop:
         student = self.student
-        cache = student.new_cache(len(embeds), *size, max_frames=max_frames)
+        cache = student.new_cache(len(embeds), *size, max_frames=max_frames, dtype=self.cache_dtype)
         passes = PassGraphs if self.cuda_graph else StudentPasses
         return ChunkLoop(
             passes(student, cache, student.encode_text(embeds)),

@@ -180,7 +180,7 @@ def test_a_run_that_is_killed_leaves_what_it_had(tmp_path: Path) -> None:
         time.sleep(0.1)
     process.kill()
     process.wait()
-    assert {r["kind"] for r in found(tmp_path) if "kind" in r} >= {"copy", "matmul", "launch"}
+    assert {r["kind"] for r in found(tmp_path) if "kind" in r} >= {"copy", "matmul", "matmul8", "launch"}
     assert "ceilings" in (tmp_path / "summary.md").read_text()
 
 
@@ -263,6 +263,7 @@ def measured() -> list[Record]:
         {**matmul, "shape": [8, 8, 8], "flops": int(0.9 * h100.matmul16), "seconds": 1.0},
         {**matmul, "shape": [4, 8, 8], "flops": int(0.4 * h100.matmul16), "seconds": 1.0},
         {**matmul, "shape": [4, 8, 9], "flops": int(0.9 * h100.matmul16), "seconds": 1.0},
+        {**matmul, "kind": "matmul8", "shape": [4, 8, 8], "flops": 1979 * 10**12 // 2, "seconds": 1.0},
         {"kind": "launch", "stage": "ceilings", "seconds": 3e-6},
         {**timing, "backend": "sdpa", "flops": int(0.5 * h100.matmul16), "seconds": 1.0, "error": 0.001},
         {
@@ -285,6 +286,7 @@ def test_assumptions_are_fitted_to_what_was_measured() -> None:
     got = fit.fitted(measured(), h100, [convolution, copies])
     assert got.memory == pytest.approx(0.9)
     assert got.matmul == pytest.approx(0.6)  # of the real shapes alone
+    assert got.matmul8 == pytest.approx(0.5)
     assert got.kernel == 3e-6
     assert got.library_attention[9, 0] == pytest.approx(0.7)
     assert got.own_attention[9, 0] == pytest.approx(0.3)

@@ -23,7 +23,7 @@ from ptx_executor import Kernel, Module, Pointer
 from stream_r1_kernels.attention.cuda_backward import BACKWARDS
 from stream_r1_kernels.registration import LIBRARIES
 
-FAMILIES = ("attention", "dmd", "norm", "rotary", "saliency")
+FAMILIES = ("attention", "dmd", "fp8", "norm", "rotary", "saliency")
 KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
 
 _LAUNCH = ctypes.CFUNCTYPE(

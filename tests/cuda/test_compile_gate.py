@@ -43,6 +43,7 @@ REQUIRED = {
     r"norm_rotary_grad_weight_\w+": LOADS_ONLY,
     r"modulated_norm(_grad_x)?_(fp32|bf16|fp16)": WHOLE_PACKS,
     r"modulated_norm_grad_modulation_\w+": LOADS_ONLY,
+    r"(modulated_norm_fp8|quantize_rows)_\w+": ("LDG.E.128", "STG.E.64"),
     r"gated_add_\w+": WHOLE_PACKS,
     r"rms_norm_(silu_)?\w+": WHOLE_PACKS,
     r"dmd_distances_\w+": LOADS_ONLY,
@@ -161,6 +162,13 @@ def test_machine_code(arch: str) -> None:
             assert any(found.startswith(opcode) for found in opcodes), (
                 f"{name} has no {opcode}: {sorted(opcodes)}"
             )
+
+
+@pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch != "80"])
+def test_fp8_is_converted_by_the_instruction_for_it(arch: str) -> None:
+    for name, opcodes in machine_code(arch).items():
+        if "fp8" in name or name.startswith("quantize_rows"):
+            assert any(opcode.startswith("F2FP.SATFINITE.E4M3") for opcode in opcodes), name
 
 
 def test_no_float_atomics() -> None:

@@ -19,6 +19,7 @@ from machine import Machine
 from ptx_executor import PtxError
 from stream_r1_kernels import ChunkMask, RotaryGrid
 from stream_r1_kernels.dmd.reference import dmd_loss_reference
+from stream_r1_kernels.fp8.reference import modulated_norm_fp8_reference, quantize_rows_reference
 from stream_r1_kernels.norm.reference import (
     gated_add_reference,
     modulated_norm_reference,
@@ -200,6 +201,31 @@ def sink(machine: Machine, seed: int) -> None:
         torch.testing.assert_close(a, b)
 
 
+def quantise(machine: Machine, seed: int) -> None:
+    torch.manual_seed(seed)
+    x = torch.randn(1, 6, 300).bfloat16()
+    ties = torch.arange(-480, 480).float()[:300] * 2.0**-9 + 2.0**-10
+    x[0, 0] = ties.where(torch.arange(300) > 0, torch.tensor(448.0)).bfloat16()  # a scale of 1
+    x[0, 1, :200] = torch.linspace(8, 16, 200).bfloat16()
+    x[0, 1, 200] = 448
+    for row in x[0, 2:]:
+        row[torch.randint(300, ())] = 9
+    data, scale = machine.run("quantize_rows", x, False, seed=seed)
+    true = quantize_rows_reference(x)
+    assert torch.equal(scale, true.scale)
+    assert torch.equal(data.view(torch.uint8), true.data.view(torch.uint8))
+
+
+def norm_fp8(machine: Machine, seed: int) -> None:
+    torch.manual_seed(seed)
+    x = 50 + torch.rand(1, 12, 33).bfloat16()
+    shift, scale = torch.randn(2, 1, 3, 33).bfloat16().unbind(0)
+    data, row_scale = machine.run("modulated_norm_fp8", x, shift, scale, 1e-6, seed=seed)
+    true = modulated_norm_fp8_reference(x, shift, scale, 1e-6)
+    torch.testing.assert_close(row_scale, true.scale, rtol=1e-3, atol=0)
+    torch.testing.assert_close(data.float() * row_scale, true.dequantize(torch.float32), rtol=0.13, atol=0.01)
+
+
 Probe = Callable[[Machine, int], None]
 
 KERNELS = {
@@ -212,6 +238,10 @@ KERNELS = {
     ),
     norm: kernel("modulated_norm_bf16", "modulated_norm", "ModulatedNormArgs", "modulated_norm<Bf16>"),
     whole_norm: kernel("modulated_norm_bf16", "modulated_norm", "ModulatedNormArgs", "modulated_norm<Bf16>"),
+    quantise: kernel("quantize_rows_bf16", "quantize_rows", "QuantizeRowsArgs", "quantize_rows<Bf16>"),
+    norm_fp8: kernel(
+        "modulated_norm_fp8_bf16", "modulated_norm", "ModulatedNormArgs", "modulated_norm_fp8<Bf16>"
+    ),
     silu: kernel("rms_norm_silu_bf16", "rms_norm_silu", "RmsNormSiluArgs", "rms_norm_silu<Bf16, true>"),
     gate: kernel("gated_add_bf16", "gated_add", "GatedAddArgs", "gated_add<Bf16, Bf16>"),
     gate_backward: kernel(
@@ -240,7 +270,7 @@ class Fault:
 
 A, R, C, S, D = (f"cuda/{name}.cuh" for name in ("attention", "rows", "column_sums", "saliency", "dmd"))
 QK, N, G, K = (f"cuda/{name}.cuh" for name in ("qk_norm_rotary", "modulated_norm", "gated_add", "sink"))
-RMS = "cuda/rms_norm_silu.cuh"
+RMS, F8 = "cuda/rms_norm_silu.cuh", "cuda/fp8.cuh"
 
 FAULTS = [
     Fault(
@@ -348,6 +378,17 @@ FAULTS = [
         "Memory::unchanging",
     ),
     Fault("the kept sink read as unchanging", sink, K, "load_pack<Memory::own>(kept_k", "load_pack(kept_k"),
+    Fault("the largest of half a warp", quantise, F8, "mask > 0; mask /= 2)", "mask > 1; mask /= 2)"),
+    Fault("ties away from even", quantise, F8, "0x7ffff + (magnitude >> 20 & 1)", "0x80000"),
+    Fault("steps of the smallest numbers too wide", quantise, F8, "0x1p14f", "0x1p15f"),
+    Fault(
+        "bytes stored wherever they start",
+        norm_fp8,
+        F8,
+        "count >= kPack && reinter",
+        "count >= kPack || reinter",
+    ),
+    Fault("padding counts in a row's largest", norm_fp8, N, "if (j < count) largest", "largest"),
     Fault("rows without a sum over their lanes", silu, RMS, "int mask = lanes / 2", "int mask = lanes / 4"),
     Fault("the past taken for rows to norm", silu, RMS, "copied = t < 0", "copied = t < -1"),
     Fault("phases of the wrong head", rotary, QK, "row[(i + 2 * j) % head_dim / 2]", "row[i % head_dim / 2]"),

@@ -66,26 +66,28 @@ def _all_in_one(folder: Path, files: list[Path]) -> Path:
     return unit
 
 
-def compile_ptx(unit: str, patch: Mapping[str, tuple[str, str]]) -> str:
-    """The PTX (sm_80) of a source file for which the kernels' headers were changed: a fault was planted.
+def compile_ptx(unit: str, patch: Mapping[str, tuple[str, str]], arch: str = "80") -> str:
+    """The PTX of a source file for which the kernels' headers were changed: a fault was planted.
 
     Args:
         unit: text of the source file.
         patch: file of csrc -> (old text, new text). The old text must be there once.
+        arch: compute capability, as nvcc has it.
     """
     files = _headers()
     for name, (old, new) in patch.items():
         if files[name].count(old) != 1:
             raise ValueError(f"{name} has {files[name].count(old)} places {old!r}, expected one")
         files[name] = files[name].replace(old, new)
-    ptx = CACHE / _key(unit, *files, *files.values(), str(toolkit().nvcc)) / "unit.ptx"
+    ptx = CACHE / _key(unit, *files, *files.values(), arch, str(toolkit().nvcc)) / "unit.ptx"
     if not ptx.exists():
         folder = ptx.parent / "csrc"
         for name, text in (files | {"unit.cu": unit}).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text)
         flags = [flag for flag in cuda.FLAGS if not flag.startswith("-I")]
-        command = [str(toolkit().nvcc), *flags, f"-I{folder}", "-arch=sm_80", "-ptx", str(folder / "unit.cu")]
+        command = [str(toolkit().nvcc), *flags, f"-I{folder}", f"-arch=sm_{arch}", "-ptx"]
+        command.append(str(folder / "unit.cu"))
         half_done = ptx.with_suffix(f".{os.getpid()}")
         _run([*command, "-o", str(half_done)], "a planted fault")
         half_done.rename(ptx)

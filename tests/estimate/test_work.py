@@ -9,7 +9,9 @@ from stream_r1.estimate import streaming
 from stream_r1.estimate.devices import DEVICES
 from stream_r1.estimate.live import LiveBytes, Reading
 from stream_r1.estimate.memoize import alike_pieces
+from stream_r1.estimate.roofline import ASSUMED, seconds_a_call
 from stream_r1.estimate.work import (
+    FP8_PRODUCT,
     Watching,
     Work,
     cast,
@@ -181,3 +183,34 @@ def test_alike_pieces_are_decoded_once_and_counted_each_time() -> None:
         return set(whole), set(second), reading
 
     assert decoded(alike=True) == decoded(alike=False)
+
+
+def test_a_chunk_in_fp8_does_the_same_products_in_half_the_bytes() -> None:
+    sizes = SMALL | {"num_layers": 1, "attention_head_dim": 16, "ffn_dim": 48}
+    with fake_tensors(), streaming.as_on(DEVICES["H100"]):
+        whole, fp8 = (
+            streaming._student_work(sizes, (6, 8), [1000], quantize=quantize) for quantize in (None, "fp8")
+        )
+    products = [[w for w in each if w.engine == "matmul"] for each in (whole, fp8)]
+    assert total_flops(products[0]) == total_flops(products[1])
+    narrow = [w for w in products[1] if w.op == FP8_PRODUCT]
+    assert sum(w.calls for w in narrow) == 2 * 8  # of a denoising pass and the cache's, 8 layers of a block
+    made = {w.op for w in fp8} - {w.op for w in whole}
+    assert made == {FP8_PRODUCT, "stream_r1.modulated_norm_fp8", "stream_r1.quantize_rows"}
+
+
+def test_the_rate_of_fp8() -> None:
+    work = Work(FP8_PRODUCT, "matmul", torch.bfloat16, flops=10**15, bytes=0)
+    expected = 1e15 / (1979e12 * ASSUMED.matmul8)
+    assert seconds_a_call(work, DEVICES["H100"]) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="expected a GPU with FP8 tensor cores, got A100"):
+        seconds_a_call(work, DEVICES["A100"])
+    with pytest.raises(ValueError, match="quantize: expected None on A100, got 'fp8'"):
+        streaming.chunk_work(SMALL, {}, (6, 8), [1000], DEVICES["A100"], quantize="fp8")
+
+
+def test_keys_and_values_of_a_stream_are_those_of_the_sizes() -> None:
+    sizes = {"num_attention_heads": 12, "attention_head_dim": 128, "num_layers": 30, "window_frames": 9}
+    numbers = 30 * 2 * 9 * 30 * 52 * 12 * 128
+    assert streaming.cache_bytes(sizes, (60, 104)) == 2 * numbers
+    assert streaming.cache_bytes(sizes, (60, 104), torch.float8_e4m3fn) == numbers + 4 * numbers // 128

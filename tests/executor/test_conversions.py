@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from ptx_executor import UnsupportedInstruction
+
 INTEGERS = {
     "s8": (-(2**7), 2**7 - 1),
     "u8": (0, 2**8 - 1),
@@ -145,3 +147,42 @@ def test_tf32_keeps_ten_bits(evaluate):
     assert (got.view(np.uint32) & 0x1FFF == 0).all()
     step = 2.0 ** (np.floor(np.log2(np.abs(x.astype(np.float64)))) - 10)
     assert (np.abs(got.astype(np.float64) - x) <= step / 2).all()
+
+
+def _every_fp8() -> torch.Tensor:
+    """Every number of e4m3, the middles between neighbours and the float32 numbers around all of them."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    finite = numbers[numbers.isfinite()].sort().values
+    points = torch.cat([finite, (finite[1:] + finite[:-1]) / 2])
+    around = [torch.nextafter(points, torch.full_like(points, end)) for end in (-torch.inf, torch.inf)]
+    special = torch.tensor([0.0, -0.0, 449, 464, 480, 1e30, -1e30, torch.inf, -torch.inf, torch.nan, 1e-45])
+    return torch.cat([points, *around, special, torch.from_numpy(_values())])
+
+
+@pytest.mark.parametrize("relu", ["", ".relu"])
+def test_fp8_against_torch(evaluate, relu):
+    """All 256 numbers come back; what lies between goes to the nearest, ties to even; the rest saturates."""
+    values = _every_fp8()
+    for low in values.split(1024):
+        high = low.flip(0)
+        got = evaluate(
+            f"cvt.rn.satfinite{relu}.e4m3x2.f32 %d, %a0, %a1;", [high.numpy(), low.numpy()], "u2"
+        ).view(np.uint8)
+        for column, part in ((0, low), (1, high)):
+            clamped = part.clamp(0 if relu else -448, 448)
+            expected = clamped.to(torch.float8_e4m3fn).view(torch.uint8)
+            expected = torch.where(part.isnan(), torch.full_like(expected, 0x7F), expected)
+            zeros = clamped == 0  # of the sign of a zero that relu makes nothing is said
+            ours = torch.from_numpy(got.reshape(-1, 2)[:, column].copy())
+            assert torch.equal(ours[~zeros], expected[~zeros])
+            assert (ours[zeros] & 0x7F == 0).all()
+            if not relu:
+                assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize(
+    "text", ["cvt.rn.e4m3x2.f32 %d, %a0, %a1;", "cvt.rz.satfinite.e4m3x2.f32 %d, %a0, %a1;"]
+)
+def test_fp8_that_no_gpu_has_is_refused(evaluate, text):
+    with pytest.raises(UnsupportedInstruction, match="of FP8 there is"):
+        evaluate(text, [np.ones(4, "f4"), np.ones(4, "f4")], "u2")

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stream_r1_kernels import ChunkMask, RotaryGrid, chunk_attention, dmd_gradient_, gated_add, qk_norm_rotary
-from stream_r1_kernels.schemas import SCHEMAS
+from stream_r1_kernels.schemas import GPU_SCHEMAS, SCHEMAS
 
 OPS, UNRECORDED = torch.ops.stream_r1, torch.ops.stream_r1_unrecorded
 torch.manual_seed(0)
@@ -152,7 +152,7 @@ def test_fake_tensors_pass_outside_of_their_mode() -> None:
 
 
 def test_every_op_is_there_twice_with_the_same_schema() -> None:
-    for schema in SCHEMAS:
+    for schema in (*SCHEMAS, *GPU_SCHEMAS):
         name = schema.split("(")[0]
         texts = [str(getattr(ops, name).default._schema).split("::")[1] for ops in (OPS, UNRECORDED)]
         assert texts[0] == texts[1]
