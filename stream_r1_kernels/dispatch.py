@@ -17,9 +17,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the compiled kerne
 TENSOR_CORE_DTYPES = (torch.bfloat16, torch.float16)
 ATTENTION_OPS = ("cached_chunk_attention", "chunk_attention")
 TRITON_OPS = frozenset(ATTENTION_OPS)
-CPU_ALONE = ("fused_linear", "rms_norm")  # compiled for CPUs and no GPU
+CPU_ALONE = ("fused_linear",)  # compiled for CPUs and no GPU
 FP8_OPS = ("quantize_rows", "modulated_norm_fp8")  # for GPUs alone
-FORWARD_ONLY = (*CPU_ALONE, *FP8_OPS)  # compiled without a backward
+FORWARD_ONLY = (*CPU_ALONE, "rms_norm", *FP8_OPS)  # compiled without a backward
 OPS = (
     *ATTENTION_OPS,
     *("renew_sink_", "qk_norm_rotary", "modulated_norm", "gated_add", "rms_norm_silu"),

@@ -45,7 +45,7 @@ SCHEMAS = (
     # [before | silu(RMSNorm(x) * weight)]: what a causal convolution reads. x [B, T, D], weight [D], before
     # [B, P, D] -> [B, P + T, D].
     "rms_norm_silu(Tensor x, Tensor weight, Tensor? before, float eps) -> Tensor",
-    # RMSNorm(x) * weight, the same without the activation. CPU alone, without a backward.
+    # RMSNorm(x) * weight, the same without the activation. Without a backward.
     "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
     # Pixel gradients [M, B, T, 3, H, W] -> [M, B, F, h, w] float32: channel norm, mean over a latent cell's
     # own pixels.

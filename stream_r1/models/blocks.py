@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
 from stream_r1.models.fp8 import Fp8Linear
@@ -33,17 +34,24 @@ from stream_r1_kernels import (
 from stream_r1_kernels.backends import device_type
 
 
-def plain_linears(x: Tensor, *layers: nn.Module) -> tuple[list[Tensor], list[Tensor]] | None:
+# Types of inputs and of weights that are nothing but tensors. What GPUs do is also counted on fake ones.
+_PLAIN = {"cpu": ((Tensor,), (nn.Parameter,)), "cuda": ((Tensor, FakeTensor), (nn.Parameter, FakeTensor))}
+
+
+def plain_linears(
+    x: Tensor, *layers: nn.Module, device: str = "cpu"
+) -> tuple[list[Tensor], list[Tensor]] | None:
     """Weights and biases of linear layers that may run on `x` as one op with what follows them, else None.
 
-    They may on a CPU without grad, with weights as they are: no adapter, no other kind of layer, no hook, no
-    part of a divided or an offloaded model, no autocast.
+    They may on `device` without grad, with weights as they are: no adapter, no other kind of layer, no hook,
+    no part of a divided or an offloaded model, no autocast.
     """
+    inputs, parameters = _PLAIN[device]
     if (
-        type(x) is not Tensor
-        or x.device.type != "cpu"
+        type(x) not in inputs
+        or device_type(x) != device
         or torch.is_grad_enabled()
-        or torch.is_autocast_enabled("cpu")
+        or torch.is_autocast_enabled(device)
     ):
         return None
     weights: list[Tensor] = []  # torch.compile does not trace list[Tensor]()
@@ -52,7 +60,7 @@ def plain_linears(x: Tensor, *layers: nn.Module) -> tuple[list[Tensor], list[Ten
         if type(layer) is not nn.Linear or not is_plain(layer):
             return None
         weight, bias = layer.weight, layer.bias  # once: a module looks them up slowly
-        if type(weight) is not nn.Parameter or weight.dtype != x.dtype or bias is None:
+        if type(weight) not in parameters or weight.dtype != x.dtype or bias is None:
             return None
         weights.append(weight)
         biases.append(bias)
@@ -84,6 +92,12 @@ def add_projection(
     if isinstance(y, Tensor) and x.dtype == y.dtype and (plain := plain_linears(y, layer)) is not None:
         return fused_linear(y, *plain, residual=x, gate=gate)
     return x + layer(y) if gate is None else gated_add(x, layer(y), gate)
+
+
+def write_projection(out: Tensor, x: Tensor, layer: nn.Linear) -> None:
+    """out [B, T, N] = layer(x [B, T, K]), by matmuls that write there; the samples of out are contiguous."""
+    for sample, place in zip(x.unbind(), out.unbind(), strict=True):
+        torch.addmm(layer.bias, sample, layer.weight.t(), out=place)
 
 
 class RMSScale(nn.Module):
@@ -126,6 +140,12 @@ class GELUProjection(nn.Module):
             return quantize_rows(self.proj(x), gelu=True)
         if isinstance(x, Tensor) and (plain := plain_linears(x, self.proj)) is not None:
             return fused_linear(x, *plain, gelu=True)
+        if isinstance(x, Tensor) and plain_linears(x, self.proj, device="cuda") is not None:
+            # In the matmul's epilogue. On GPUs alone: there its GELU is the tanh approximation on all paths
+            # (github.com/pytorch/pytorch/pull/104061), on CPUs the exact one.
+            weight, bias = self.proj.weight, self.proj.bias
+            out = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+            return out.unflatten(0, x.shape[:-1])
         return functional.gelu(self.proj(x), approximate="tanh")
 
 
@@ -258,10 +278,10 @@ class Block(nn.Module):
     ) -> Tensor:
         """h [B, T, D] -> what its heads gathered, [B, T, D], not yet projected; of slots, the asked for."""
         attn = self.attn1
+        if slots and share is None:
+            return self.attend_in_slots(h, cos, sin, slots)
         q, k, v = project(h, attn.to_q, attn.to_k, attn.to_v)
         v = attn.split_heads(v)
-        if slots and share is None:
-            return self.attend_in_slots(q, k, v, cos, sin, slots)
         q, k = self.rotate(q, k, cos, sin)
         if share is not None:
             q, k, v = share.by_heads(q, k, v)
@@ -276,9 +296,21 @@ class Block(nn.Module):
         return attended.flatten(2)
 
     def attend_in_slots(
-        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Sequence[FreshSlot]
+        self, h: Tensor | QuantizedRows, cos: Tensor, sin: Tensor, slots: Sequence[FreshSlot]
     ) -> Tensor:
-        """q and k [B, T, D], v [B, T, H, D / H] -> [B, T, D] of the chunks that are asked for."""
+        """h [B, T, D] -> [B, T, D] of the chunks that are asked for."""
+        attn = self.attn1
+        first = slots[0].views_to_write()
+        writes_values = (  # the matmul itself, into the slot
+            isinstance(h, Tensor)
+            and first is not None
+            and first[1].dtype == h.dtype
+            and plain_linears(h, attn.to_v, device="cuda") is not None
+        )
+        if writes_values:
+            (q, k), v = project(h, attn.to_q, attn.to_k), h
+        else:
+            q, k, v = project(h, attn.to_q, attn.to_k, attn.to_v)
         chunks = [(q, k, v, cos, sin)]
         if len(slots) > 1:
             tokens = [slot.place.stop - slot.place.start for slot in slots]
@@ -290,11 +322,14 @@ class Block(nn.Module):
                 slot.open()
             if (views := slot.views_to_write()) is None:
                 q, k = self.rotate(q, k, cos, sin)
-                visible = slot.write(k, v)
+                visible = slot.write(k, attn.split_heads(v))
             else:
                 slot_k, slot_v, visible = views
                 q, _ = self.rotate(q, k, cos, sin, slot_k)
-                slot_v.copy_(v)
+                if writes_values:
+                    write_projection(slot_v.flatten(2), v, attn.to_v)
+                else:
+                    slot_v.copy_(attn.split_heads(v))
             if slot.asked:
                 attended.append(cached_chunk_attention(q, None, None, visible).flatten(2))
         return attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
@@ -326,6 +361,10 @@ class Block(nn.Module):
 
     def cross_norm(self, x: Tensor) -> Tensor:
         norm = self.norm2
+        if device_type(x) == "cuda" and type(norm) is nn.LayerNorm and is_plain(norm):  # one pass over x, not three
+            shift, scale = norm.bias.float(), norm.weight.float() - 1
+            one_frame = (x.shape[0], 1, -1)
+            return modulated_norm(x, shift.expand(one_frame), scale.expand(one_frame), eps=norm.eps)
         if not isinstance(norm, nn.LayerNorm) or norm.weight.dtype == x.dtype:
             return norm(x)
         return norm(x.to(norm.weight.dtype)).to(x.dtype)

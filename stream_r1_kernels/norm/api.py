@@ -69,8 +69,8 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, backend: str = "au
         x: [B, T, D]; float32, bfloat16, float16 or float64.
         weight: [D], any floating-point dtype.
         eps: added to the mean square, >= 0.
-        backend: "auto", "cpu" or "reference" (torch's own); an explicit choice never falls back. The compiled
-            op has no backward: where autograd records, auto takes the reference.
+        backend: "auto", "cpu", "cuda" or "reference" (torch's own); an explicit choice never falls back. The
+            compiled op has no backward: where autograd records, auto takes the reference.
 
     Returns:
         [B, T, D] in x's dtype. Differentiable in x and weight.

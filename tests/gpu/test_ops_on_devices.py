@@ -12,7 +12,9 @@ import pytest
 import torch
 from cases import CASES, OpCase
 from torch import Tensor
+from torch.nn import functional
 
+from stream_r1.models.blocks import GELUProjection
 from stream_r1_kernels import backends, dispatch
 
 DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
@@ -82,3 +84,16 @@ def test_every_op_and_backend_is_among_them() -> None:
         # The first is tested with the cache, those in FP8 in test_fp8_on_devices.py.
         forward = {op for op in ops if op in dispatch.OPS} - {"renew_sink_", *dispatch.FP8_OPS}
         assert forward <= {op for op, name in seen if name == backend}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gelu_in_the_matmul_is_the_tanh_approximation(device: str) -> None:
+    """It differs from the exact one by up to 5e-4."""
+    torch.manual_seed(0)
+    up, x = GELUProjection(64, 256).to(device), 3 * torch.randn(2, 5, 64, device=device)
+    with torch.no_grad():
+        hidden = up.proj.double()(x.double())
+        exact = functional.gelu(hidden, approximate="tanh")
+        assert (exact - functional.gelu(hidden)).abs().max() > 1e-4
+        ours = up.float()(x)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
