@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from benchmarks.gpu_check.records import Record, of_kind
 from stream_r1.estimate.devices import DEVICES, Device
-from stream_r1.estimate.roofline import ASSUMED, Assumptions, seconds
+from stream_r1.estimate.roofline import ASSUMED, Assumptions, seconds, tile_share
 from stream_r1.estimate.work import Work
 
 SDPA = ("sdpa", "sdpa flash", "sdpa cuDNN")
@@ -35,7 +35,11 @@ def fitted(records: list[Record], device: Device, decoder: Sequence[Work] = ()) 
     for kind, peak in (("matmul", device.matmul16), ("matmul8", device.matmul8)):
         real = [r for r in of_kind(records, kind) if len(set(r["shape"])) > 1]
         if real and peak is not None:
-            rates = [math.log(r["flops"] / r["seconds"] / peak) for r in real]
+            rates = []
+            for r in real:
+                rows, _, columns = r["shape"]
+                filled = tile_share(rows, columns, device.processors)
+                rates.append(math.log(r["flops"] / r["seconds"] / peak / filled))
             shares[kind] = math.exp(sum(rates) / len(rates))
     for record in of_kind(records, "launch"):
         shares["kernel"] = record["seconds"]

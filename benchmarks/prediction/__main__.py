@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from benchmarks.prediction import kernels, page, streaming
+from benchmarks.prediction import kernels, page, streaming, variants
 from stream_r1.commands.outputs import check_files
 from stream_r1.estimate.devices import DEVICES
 from stream_r1.estimate.work import fake_tensors
@@ -14,6 +14,7 @@ def predict() -> page.Predictions:
         decoder = streaming.diffusers_decoder(21, 90, 160)
     return page.Predictions(
         ours={name: streaming.ours(device) for name, device in DEVICES.items()},
+        variants=variants.variants(DEVICES["H100"]),
         shared={n: streaming.ours(DEVICES["H100"], n) for n in page.SHARED},
         fp8={
             name: (streaming.in_fp8(device), streaming.in_fp8(device, cache=True))

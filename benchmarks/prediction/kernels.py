@@ -30,6 +30,7 @@ from stream_r1_kernels import (
     qk_norm_rotary,
     quantize_rows,
     region_saliency,
+    rms_norm,
     rms_norm_silu,
 )
 
@@ -132,6 +133,7 @@ def _cases() -> list[tuple[str, Callable[[], object], bool]]:
         (rows, lambda: norm(False, modulated_norm_fp8), False),
         (f"{chunk} x {FFN}, GELU", lambda: quantize_rows(half(1, chunk, FFN), gelu=True, **cuda), False),
         (rows, lambda: gate(False), False),
+        (rows, lambda: rms_norm(half(1, chunk, WIDTH), half(WIDTH), **cuda), False),
         (
             "4 x 480 x 832 of 96 channels, past of 2 frames",
             lambda: rms_norm_silu(half(1, 4 * pixel, 96), half(96), half(1, 2 * pixel, 96), **cuda),

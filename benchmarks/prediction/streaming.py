@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
 
 from benchmarks.published_flow import PublishedFlow
-from stream_r1.estimate.devices import Device
-from stream_r1.estimate.streaming import ChunkWork, as_on, chunk_work
+from stream_r1.estimate.devices import DEVICES, Device
+from stream_r1.estimate.networks import make_vae
+from stream_r1.estimate.streaming import ChunkWork, as_on, decoder_work, student_work
 from stream_r1.estimate.work import Work, cast, count, fake_tensors
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1_kernels import backends
@@ -35,20 +37,35 @@ STEADY = 3  # chunks until the window is full and rolls
 
 def ours(device: Device, sequence: int = 1, **settings: Any) -> ChunkWork:
     """This project's sampler and decoder, in bfloat16, on a GPU; or on the first of several that share it."""
-    return chunk_work(WAN | {"sink_ema": 0.999} | settings, {}, LATENT, STEPS, device, sequence)
+    return ChunkWork(student(device, STEPS, sequence, **settings), wan_decoder(), FRAMES)
+
+
+@cache
+def student(device: Device, steps: tuple[float, ...], sequence: int = 1, **settings: Any) -> list[Work]:
+    """The sampler's part."""
+    return student_work(WAN | {"sink_ema": 0.999} | settings, LATENT, steps, device, sequence)
+
+
+@cache
+def wan_decoder() -> list[Work]:
+    """Wan's, the same on every GPU: none of its ops has a choice of backends."""
+    with fake_tensors(), as_on(DEVICES["H100"]):
+        return decoder_work(make_vae({}, on_gpu=True), torch.zeros(1, 3, 16, *LATENT))
 
 
 def in_fp8(device: Device, *, cache: bool = False) -> ChunkWork:
     """The same with the student's linear layers in FP8, and its keys and values too."""
     kept = torch.float8_e4m3fn if cache else None
-    return chunk_work(WAN | {"sink_ema": 0.999}, {}, LATENT, STEPS, device, quantize="fp8", cache_dtype=kept)
+    config = WAN | {"sink_ema": 0.999}
+    work = student_work(config, LATENT, STEPS, device, quantize="fp8", cache_dtype=kept)
+    return ChunkWork(work, wan_decoder(), FRAMES)
 
 
 def published(**settings: Any) -> ChunkWork:
     """The published data flow (benchmarks/published_flow.py), and diffusers' decoder, frame by frame."""
     with fake_tensors(), torch.no_grad():
-        student = cast(CausalWanTransformer(**(WAN | settings)), HALF).eval()
-        flow = PublishedFlow(student, LATENT[0] // 2, LATENT[1] // 2)
+        model = cast(CausalWanTransformer(**(WAN | settings)), HALF).eval()
+        flow = PublishedFlow(model, LATENT[0] // 2, LATENT[1] // 2)
         x, text = torch.zeros(1, 3, 16, *LATENT), torch.zeros(1, 512, 4096, dtype=HALF)
 
         def chunk(passes: int = len(STEPS)) -> None:

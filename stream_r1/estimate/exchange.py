@@ -29,4 +29,4 @@ class CountedSequence(SequenceParallel):
 def _count(op: str, x: Tensor, received: int) -> None:
     for watcher in Watching.around():
         if isinstance(watcher, Counting):
-            watcher.replay(Counter({(op, "link", x.dtype, 0, received): 1}))
+            watcher.replay(Counter({(op, "link", x.dtype, 0, received, None): 1}))

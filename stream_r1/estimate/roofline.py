@@ -18,6 +18,7 @@ from .work import FP8_PRODUCT, Work
 Capability = tuple[int, int]
 Limit = Literal["memory", "compute", "launch"]
 HALF = (torch.bfloat16, torch.float16)
+TILES = ((128, 256), (256, 128), (128, 128))  # of a matmul's result, one a processor at a time
 
 
 def _library_attention() -> dict[Capability, float]:
@@ -34,9 +35,9 @@ class Assumptions:
 
     Attributes:
         memory: of the bandwidth, by kernels that stream through memory.
-        matmul: of the matmul rate, by torch's matmuls of thousands of rows.
-        matmul8: of the FP8 rate, by torch's row-wise product. Less than `matmul`: sums are kept in float32
-            outside of the tensor cores, and memory has half the time.
+        matmul: of the matmul rate, by torch's matmuls whose tiles fill all processors (see `tile_share`).
+        matmul8: of the FP8 rate, by torch's row-wise product, the same. Less than `matmul`: sums are kept in
+            float32 outside of the tensor cores, and memory has half the time.
         convolution: of the matmul rate, by cuDNN's 3D convolutions. Fitted: so that diffusers' decoder of
             Wan 2.1 takes the 10.3 s published for 81 frames of 720p on an A800 (an A100's rates).
         library_attention: of the matmul rate, by the dense attention that torch picks, by capability
@@ -52,8 +53,8 @@ class Assumptions:
     """
 
     memory: float = 0.85
-    matmul: float = 0.70
-    matmul8: float = 0.55
+    matmul: float = 0.78
+    matmul8: float = 0.62
     convolution: float = 0.28
     library_attention: dict[Capability, float] = field(default_factory=_library_attention)
     own_attention: dict[Capability, float] = field(default_factory=_own_attention)
@@ -102,10 +103,11 @@ def limit(
 
 def _rate(work: Work, device: Device, assumed: Assumptions) -> float:
     """Flops a second."""
+    filled = 1.0 if work.matrix is None else tile_share(*work.matrix, device.processors)
     if work.op == FP8_PRODUCT:
         if device.matmul8 is None:
             raise ValueError(f"{work.op}: expected a GPU with FP8 tensor cores, got {device.name}")
-        return device.matmul8 * assumed.matmul8
+        return device.matmul8 * assumed.matmul8 * filled
     on_tensor_cores = work.dtype in HALF
     peak = device.matmul16 if on_tensor_cores else device.float32
     if work.engine == "attention":
@@ -114,7 +116,19 @@ def _rate(work: Work, device: Device, assumed: Assumptions) -> float:
     if work.engine == "convolution":
         # torch lets cuDNN round float32 to TF32, which tensor cores multiply at half the rate
         return (peak if on_tensor_cores else device.matmul16 / 2) * assumed.convolution
-    return peak * assumed.matmul
+    return peak * assumed.matmul * filled
+
+
+def tile_share(rows: int, columns: int, processors: int) -> float:
+    """The share of a matmul's work that is the result's: what tiles have past its edges, and processors that
+    have no tile in the last round, take as long. Of the tilings the one that loses least.
+    """
+    shares = []
+    for tile_rows, tile_columns in TILES:
+        tiles = -(-rows // tile_rows) * -(-columns // tile_columns)
+        rounds = -(-tiles // processors)
+        shares.append(rows * columns / (rounds * processors * tile_rows * tile_columns))
+    return max(shares)
 
 
 # --- occupancy ---

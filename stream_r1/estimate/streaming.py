@@ -15,6 +15,7 @@ from stream_r1.estimate.exchange import CountedSequence
 from stream_r1.estimate.networks import make_vae
 from stream_r1.estimate.roofline import ASSUMED, Assumptions
 from stream_r1.estimate.work import SHALLOW, Work, cast, count, fake_tensors, grown_work
+from stream_r1.models.autoencoder import VideoAutoencoder
 from stream_r1.models.fp8 import make_room
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.sampling.sampler import Sampler
@@ -77,6 +78,25 @@ def chunk_work(
     Raises:
         ValueError: a student without a window, whose chunks are never alike, or FP8 on a GPU without.
     """
+    work = student_work(student, latent, steps, device, sequence, quantize=quantize, cache_dtype=cache_dtype)
+    with fake_tensors(), as_on(device):
+        vae = make_vae(autoencoder, on_gpu=True)
+        frames, channels = student.get("frames_per_chunk", 3), student.get("in_channels", 16)
+        decoding = decoder_work(vae, torch.zeros(1, frames, channels, *latent))
+        return ChunkWork(work, decoding, vae.temporal_factor * frames)
+
+
+def student_work(
+    student: dict[str, Any],
+    latent: tuple[int, int],
+    steps: Sequence[float],
+    device: Device,
+    sequence: int = 1,
+    *,
+    quantize: str | None = None,
+    cache_dtype: torch.dtype | None = None,
+) -> list[Work]:
+    """The student's part of `chunk_work`, whose arguments and errors these are."""
     if quantize is not None and device.matmul8 is None:
         raise ValueError(f"chunk_work: quantize: expected None on {device.name}, got {quantize!r}")
     if student.get("window_frames") is None:
@@ -86,12 +106,14 @@ def chunk_work(
             _student_work(student | {"num_layers": n}, latent, steps, sequence, quantize, cache_dtype)
             for n in SHALLOW
         )
-        work = grown_work(shallow, shallow, deeper, student["num_layers"] - SHALLOW[0])
-        vae = make_vae(autoencoder, on_gpu=True)
-        frames, channels = student.get("frames_per_chunk", 3), student.get("in_channels", 16)
-        decoder, latents = vae.stream_decoder(1), torch.zeros(1, frames, channels, *latent)
-        decoding = [count(lambda: decoder.decode(latents)) for _ in range(2)]  # the first piece is shorter
-        return ChunkWork(work, decoding[1], vae.temporal_factor * frames)
+        return grown_work(shallow, shallow, deeper, student["num_layers"] - SHALLOW[0])
+
+
+def decoder_work(vae: VideoAutoencoder, latents: torch.Tensor) -> list[Work]:
+    """Decoding a chunk [1, F, C, h, w] amid a stream. Call it within `fake_tensors()`."""
+    decoder = vae.stream_decoder(1)
+    decoding = [count(lambda: decoder.decode(latents)) for _ in range(2)]  # the first piece is shorter
+    return decoding[1]
 
 
 def cache_bytes(

@@ -31,7 +31,8 @@ from torch.utils.flop_counter import flop_registry
 
 Module = TypeVar("Module", bound=nn.Module)
 Engine = Literal["matmul", "attention", "convolution", "elementwise", "link"]
-_Calls = Counter[tuple[str, Engine, torch.dtype, int, int]]  # of the fields of `Work`, in their order
+# of the fields of `Work`, in their order, without the calls
+_Calls = Counter[tuple[str, Engine, torch.dtype, int, int, tuple[int, int] | None]]
 
 FP8_PRODUCT = "aten._scaled_mm_v2"  # torch's table of flops leaves it out
 SHALLOW = (1, 2)  # layers of networks that are run; what the second adds every further one adds
@@ -43,7 +44,7 @@ class Work:
 
     `flops` and `bytes` are of one call. `bytes` are the inputs read once and the outputs written once: what
     cannot be avoided unless ops are fused or a cache holds their inputs. On the engine "link" they are those
-    that come from other GPUs.
+    that come from other GPUs. `matrix` are the rows and columns of a matmul's result, None where it is none.
     """
 
     op: str  # "aten.addmm", "stream_r1.gated_add"
@@ -51,6 +52,7 @@ class Work:
     dtype: torch.dtype  # of the result
     flops: int
     bytes: int
+    matrix: tuple[int, int] | None = None
     calls: int = 1
 
     def times(self, calls: int) -> Work:
@@ -228,7 +230,8 @@ class Counting:
         if moved:
             dtype = next(x.dtype for value in (result, args, *kwargs.values()) for x in tensors_in(value))
             engine, flops = _arithmetic(func, args, kwargs, result)
-            self._seen[name_of(func), engine, dtype, flops, moved] += 1
+            matrix = tuple(result.shape) if engine == "matmul" and result.dim() == 2 else None
+            self._seen[name_of(func), engine, dtype, flops, moved, matrix] += 1
 
 
 @dataclass(frozen=True)
@@ -252,7 +255,7 @@ def _signature(func: Any) -> _Signature:
     arguments = []
     for x in schema.arguments:
         written = x.alias_info is not None and x.alias_info.is_write
-        arguments.append((x.name, written, not (written and overwrites)))
+        arguments.append((x.name, written, not (written and (overwrites or x.kwarg_only))))  # out=
     writes = any(results) or any(written for _, written, _ in arguments)
     return _Signature(results, tuple(arguments), writes and func.overloadpacket not in _ALLOCATIONS)
 
@@ -328,6 +331,8 @@ def _arithmetic(func: Any, args: Any, kwargs: Any, result: Any) -> tuple[Engine,
     own = _OWN.get(name_of(func))
     if own is not None:
         return "attention", own(*args, **kwargs)
+    if name_of(func) == "aten._addmm_activation":  # which torch's own table leaves out
+        return "matmul", int(flop_registry[torch.ops.aten.addmm](*args[:3], out_val=result))
     if packet in flop_registry:
         flops = int(flop_registry[packet](*args, **kwargs, out_val=result))
         if "attention" in name_of(func):

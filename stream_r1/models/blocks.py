@@ -31,8 +31,7 @@ from stream_r1_kernels import (
     quantize_rows,
     rms_norm,
 )
-from stream_r1_kernels.backends import device_type
-
+from stream_r1_kernels.backends import device_type, resolve
 
 # Types of inputs and of weights that are nothing but tensors. What GPUs do is also counted on fake ones.
 _PLAIN = {"cpu": ((Tensor,), (nn.Parameter,)), "cuda": ((Tensor, FakeTensor), (nn.Parameter, FakeTensor))}
@@ -361,7 +360,8 @@ class Block(nn.Module):
 
     def cross_norm(self, x: Tensor) -> Tensor:
         norm = self.norm2
-        if device_type(x) == "cuda" and type(norm) is nn.LayerNorm and is_plain(norm):  # one pass over x, not three
+        if type(norm) is nn.LayerNorm and is_plain(norm) and resolve("auto", "modulated_norm", x) == "cuda":
+            # one pass over x, not three
             shift, scale = norm.bias.float(), norm.weight.float() - 1
             one_frame = (x.shape[0], 1, -1)
             return modulated_norm(x, shift.expand(one_frame), scale.expand(one_frame), eps=norm.eps)

@@ -261,9 +261,15 @@ def measured() -> list[Record]:
         {"kind": "device", "stage": "environment", "name": "NVIDIA H100 80GB HBM3"},
         {"kind": "copy", "stage": "ceilings", "bytes": int(0.9 * h100.bandwidth), "seconds": 1.0},
         {**matmul, "shape": [8, 8, 8], "flops": int(0.9 * h100.matmul16), "seconds": 1.0},
-        {**matmul, "shape": [4, 8, 8], "flops": int(0.4 * h100.matmul16), "seconds": 1.0},
-        {**matmul, "shape": [4, 8, 9], "flops": int(0.9 * h100.matmul16), "seconds": 1.0},
-        {**matmul, "kind": "matmul8", "shape": [4, 8, 8], "flops": 1979 * 10**12 // 2, "seconds": 1.0},
+        {**matmul, "shape": [128 * 132, 8, 128], "flops": int(0.4 * h100.matmul16), "seconds": 1.0},
+        {**matmul, "shape": [128 * 132, 8, 256], "flops": int(0.9 * h100.matmul16), "seconds": 1.0},
+        {
+            **matmul,
+            "kind": "matmul8",
+            "shape": [128 * 132, 8, 128],
+            "flops": 1979 * 10**12 // 2,
+            "seconds": 1.0,
+        },
         {"kind": "launch", "stage": "ceilings", "seconds": 3e-6},
         {**timing, "backend": "sdpa", "flops": int(0.5 * h100.matmul16), "seconds": 1.0, "error": 0.001},
         {

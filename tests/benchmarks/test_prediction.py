@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.prediction import kernels, page, streaming
+from benchmarks.prediction import kernels, page, streaming, variants
 from stream_r1.estimate.devices import DEVICES
 from stream_r1.estimate.roofline import seconds
 from stream_r1.estimate.work import Work, count, exchanged_bytes, fake_tensors, total_bytes, total_flops
@@ -35,7 +35,10 @@ def test_a_chunk_does_the_flops_of_five_passes(on_h100: streaming.ChunkWork) -> 
 
 def test_ops_are_counted_with_the_backends_of_the_gpu(on_h100: streaming.ChunkWork) -> None:
     ours = {w.op.removeprefix("stream_r1.") for w in on_h100.student if w.op.startswith("stream_r1.")}
-    assert ours == {"renew_sink_", "qk_norm_rotary_into", "modulated_norm", "gated_add"}
+    assert ours == {"renew_sink_", "qk_norm_rotary_into", "modulated_norm", "gated_add", "rms_norm"}
+    large = {w.op for w in on_h100.student if w.engine == "elementwise" and w.bytes > 1e7}
+    # GELU is in a matmul, a matmul writes values into the cache, norms are one pass: the residual is left
+    assert {op for op in large if not op.startswith("stream_r1.")} == {"aten.add"}
     assert streaming.attention_backend(DEVICES["H100"]) == "sdpa"
     a100 = streaming.ours(DEVICES["A100"], num_layers=1)
     own = [w for w in a100.student if w.op == "stream_r1.cached_chunk_attention"]
@@ -120,6 +123,21 @@ def test_the_page_is_what_the_command_writes(on_h100: streaming.ChunkWork) -> No
     fps, without_decoding = (float(cell) for cell in row.strip("| ").split(" | ")[-2:])
     assert fps == pytest.approx(on_h100.fps(DEVICES["H100"]), rel=0.1)
     assert without_decoding == pytest.approx(12 / on_h100.seconds(DEVICES["H100"])[0], rel=0.1)
+
+
+def test_ways_to_make_a_chunk(on_h100: streaming.ChunkWork) -> None:
+    h100 = DEVICES["H100"]
+    found = {(v.steps, v.gpus): v for v in variants.variants(h100)}
+    passes = total_flops([w for w in on_h100.student if w.engine in ("matmul", "attention")]) / 5
+    for (steps, gpus), v in found.items():
+        own = [w for w in v.wan.student if w.engine in ("matmul", "attention")]
+        assert total_flops(own) == pytest.approx((steps + 1) * passes / gpus, rel=1e-3)
+    assert total_flops(found[4, 1].tiny.decoder) < total_flops(on_h100.decoder) / 10
+    for v in found.values():
+        (row,) = [line for line in PAGE.splitlines() if line.startswith(f"| {v.steps} | {v.gpus} |")]
+        wan, tiny = (float(cell) for cell in row.strip("| ").split(" | ")[-2:])
+        assert wan == pytest.approx(v.wan.fps(h100), rel=0.1)
+        assert tiny == pytest.approx(v.tiny.fps(h100), rel=0.1)
 
 
 def test_every_section_says_that_it_is_a_prediction() -> None:

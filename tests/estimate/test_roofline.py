@@ -35,6 +35,24 @@ def test_shares() -> None:
         assert 0 < roofline.ASSUMED.library_attention[device.capability] <= 1
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "share"),
+    [
+        (128 * 132, 128, 1.0),  # a tile for each processor
+        (128 * 132, 256, 1.0),
+        (128 * 133, 128, 133 / 264),  # and one more, for which the others wait
+        (127 * 132, 128, 127 / 128),  # tiles over the edge: 131 of them
+        (4680, 1536, 4680 * 1536 / (2 * 132 * 128 * 256)),  # of a chunk of 1.3B: 222 of 264 places
+        (1, 1, 1 / (132 * 128 * 128)),
+    ],
+)
+def test_tiles_that_do_not_fill_the_processors_take_as_long(rows: int, columns: int, share: float) -> None:
+    assert roofline.tile_share(rows, columns, H100.processors) == pytest.approx(share)
+    flops = int(1e12 * share)
+    work = Work("aten.mm", "matmul", torch.bfloat16, flops=flops, bytes=0, matrix=(rows, columns))
+    assert seconds([work], H100, PEAKS) == pytest.approx(1e12 / H100.matmul16)
+
+
 def test_small_ops_wait_for_python_unless_they_are_a_graph() -> None:
     tiny = Work("aten.add", "elementwise", torch.float32, flops=0, bytes=4, calls=1000)
     assert limit(tiny, H100) == "launch"
