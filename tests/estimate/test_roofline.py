@@ -48,9 +48,9 @@ def test_shares() -> None:
 )
 def test_tiles_that_do_not_fill_the_processors_take_as_long(rows: int, columns: int, share: float) -> None:
     assert roofline.tile_share(rows, columns, H100.processors) == pytest.approx(share)
-    flops = int(1e12 * share)
+    flops = int(1e18 * share)
     work = Work("aten.mm", "matmul", torch.bfloat16, flops=flops, bytes=0, matrix=(rows, columns))
-    assert seconds([work], H100, PEAKS) == pytest.approx(1e12 / H100.matmul16)
+    assert seconds([work], H100, PEAKS) == pytest.approx(1e18 / H100.matmul16)
 
 
 def test_small_ops_wait_for_python_unless_they_are_a_graph() -> None:
