@@ -300,16 +300,15 @@ class Block(nn.Module):
         """h [B, T, D] -> [B, T, D] of the chunks that are asked for."""
         attn = self.attn1
         first = slots[0].views_to_write()
-        writes_values = (  # the matmul itself, into the slot
+        if (
             isinstance(h, Tensor)
             and first is not None
             and first[1].dtype == h.dtype
             and plain_linears(h, attn.to_v, device="cuda") is not None
-        )
-        if writes_values:
-            (q, k), v = project(h, attn.to_q, attn.to_k), h
+        ):  # their matmul writes the values into the slot: v is what it makes them of
+            (q, k), v, writes_values = project(h, attn.to_q, attn.to_k), h, True
         else:
-            q, k, v = project(h, attn.to_q, attn.to_k, attn.to_v)
+            (q, k, v), writes_values = project(h, attn.to_q, attn.to_k, attn.to_v), False
         chunks = [(q, k, v, cos, sin)]
         if len(slots) > 1:
             tokens = [slot.place.stop - slot.place.start for slot in slots]

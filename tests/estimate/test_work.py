@@ -196,6 +196,7 @@ def test_a_chunk_in_fp8_does_the_same_products_in_half_the_bytes() -> None:
     narrow = [w for w in products[1] if w.op == FP8_PRODUCT]
     assert sum(w.calls for w in narrow) == 2 * 8  # of a denoising pass and the cache's, 8 layers of a block
     made = {w.op for w in fp8} - {w.op for w in whole}
+    made.remove("aten.copy_")  # of values into the cache, where a matmul in bfloat16 writes them
     assert made == {FP8_PRODUCT, "stream_r1.modulated_norm_fp8", "stream_r1.quantize_rows"}
 
 
