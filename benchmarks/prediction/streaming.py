@@ -41,9 +41,12 @@ def ours(device: Device, sequence: int = 1, **settings: Any) -> ChunkWork:
 
 
 @cache
-def student(device: Device, steps: tuple[float, ...], sequence: int = 1, **settings: Any) -> list[Work]:
+def student(
+    device: Device, steps: tuple[float, ...], sequence: int = 1, quantize: str | None = None, **settings: Any
+) -> list[Work]:
     """The sampler's part."""
-    return student_work(WAN | {"sink_ema": 0.999} | settings, LATENT, steps, device, sequence)
+    config = WAN | {"sink_ema": 0.999} | settings
+    return student_work(config, LATENT, steps, device, sequence, quantize=quantize)
 
 
 @cache

@@ -21,24 +21,26 @@ class Variant:
     """A way to make a chunk: the student's work on each GPU, and that of either decoder on the first."""
 
     steps: int
+    linear: str  # layers: "bfloat16" or "FP8"
     gpus: int
     wan: ChunkWork
     tiny: ChunkWork
 
     @property
     def name(self) -> str:
-        return f"{self.steps} steps on {'one GPU' if self.gpus == 1 else f'{self.gpus} GPUs'}"
+        return f"{self.steps} steps, {self.linear}, {'one GPU' if self.gpus == 1 else f'{self.gpus} GPUs'}"
 
 
 def variants(device: Device) -> list[Variant]:
-    """All of them, in bfloat16."""
+    """All of them, in bfloat16 but for the linear layers where it says so."""
     tiny = tiny_decoder(device)
     found = []
     for steps in (STEPS, FEWER):
-        for gpus in GPUS:
-            work = student(device, steps, gpus)
-            chunks = (ChunkWork(work, decoder, FRAMES) for decoder in (wan_decoder(), tiny))
-            found.append(Variant(len(steps), gpus, *chunks))
+        for linear, quantize in (("bfloat16", None), ("FP8", "fp8")):
+            for gpus in GPUS:
+                work = student(device, steps, gpus, quantize)
+                chunks = (ChunkWork(work, decoder, FRAMES) for decoder in (wan_decoder(), tiny))
+                found.append(Variant(len(steps), linear, gpus, *chunks))
     return found
 
 
