@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from sampling_models import SIZE, TEXT_DIM, tiny_student
+from sampling_models import SIZE, TEXT_DIM, WordEncoder, tiny_student
 from torch import Tensor
 
 from stream_r1.cli import main
@@ -42,6 +42,21 @@ def test_merged_passes_see_what_single_ones_see() -> None:
     merged = latents(student, cache_dtype=FP8, fuse_cache_update=True)
     # rounding to 8 bits makes a step of a last bit in float32 now and then
     assert off(merged, single) < 0.2 * off(single, latents(student))
+
+
+@pytest.mark.parametrize("recache", [False, True])
+def test_a_switch_changes_the_prompt_as_it_does_without(recache: bool) -> None:
+    student = tiny_student()
+
+    def after(**options: Any) -> Tensor:
+        sampler = Sampler(student, text_encoder=WordEncoder(), latent_size=(4, 6), **options)
+        stream = sampler.stream(["a fat rabbit"], seed=5)
+        for _ in range(4):
+            next(stream)
+        stream.switch(["a butterfly over the meadow"], recache=recache)
+        return torch.cat([next(stream).latents for _ in range(3)], 1)
+
+    assert 1e-5 < off(after(cache_dtype=FP8), after()) < 0.05
 
 
 def test_a_student_in_fp8_streams() -> None:
