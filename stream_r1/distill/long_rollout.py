@@ -42,7 +42,7 @@ def long_rollout(
     """The last `frames` frames of a video of `length`, as a clip by itself.
 
     Args:
-        rollout: at its beginning, of a student with a window.
+        rollout: at its beginning, of a student with a window, for a video of `length` frames.
         draw: standard normal noise [B, f, C, h, w] of so many frames.
         length, frames: latent frames, of whole chunks both, length > frames.
         grad: build a graph, of the chunks after the clip's first.
@@ -55,6 +55,11 @@ def long_rollout(
         )
     if not rollout.cache.overwrites:
         raise ValueError("long_rollout: expected a student with window_frames, got one that sees everything")
+    if grad and not rollout.cache.evicts and length > rollout.cache.capacity:
+        raise ValueError(
+            f"long_rollout: expected a rollout begun with max_frames of at least its length, {length}, "
+            f"got one that never leaves its window of {rollout.cache.capacity} frames"
+        )
     x0 = rollout.denoise(draw(first), grad=False)
     decoder = codec.stream_decoder(len(x0))
     with torch.no_grad(), torch.autocast(x0.device.type, enabled=False):

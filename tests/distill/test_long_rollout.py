@@ -56,7 +56,7 @@ def drawn() -> Callable[[int], Tensor]:
 @pytest.mark.parametrize(("stream", "frames", "length"), [(STREAM, 9, 21), (SINGLE, 7, 16)], ids=["3", "1"])
 def test_it_is_the_end_of_the_whole_video(stream: dict, frames: int, length: int) -> None:
     student, vae, first = tiny_student(**stream), tiny_vae(), stream.get("first_chunk_frames", 3)
-    got = long_rollout(start(student, frames), drawn(), length=length, frames=frames, codec=vae, grad=True)
+    got = long_rollout(start(student, length), drawn(), length=length, frames=frames, codec=vae, grad=True)
     whole = self_rollout(start(student, length), drawn()(length))
     assert got.x.shape == (2, frames, *LATENT)
     torch.testing.assert_close(got.x[:, 1:], whole[:, length - frames + 1 :])
@@ -105,7 +105,7 @@ def test_memory_does_not_grow_with_length() -> None:
         before = alive()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             clip = long_rollout(
-                start(student, 6, renoise),
+                start(student, length, renoise),
                 lambda frames: torch.zeros(2, frames, *LATENT),
                 length=length,
                 frames=6,
@@ -181,6 +181,10 @@ def test_what_cannot_be_rolled_out_is_refused() -> None:
         trainer(rollout={"length": 9}, vae=StretchDecoder())
     student, vae = tiny_student(**STREAM), tiny_vae()
     with pytest.raises(ValueError, match=r"long_rollout: expected frames .* got frames 6 and length 10"):
-        long_rollout(start(student, 6), drawn(), length=10, frames=6, codec=vae, grad=True)
+        long_rollout(start(student, 10), drawn(), length=10, frames=6, codec=vae, grad=True)
+    with pytest.raises(
+        ValueError, match="begun with max_frames of at least its length, 12, got one that never"
+    ):
+        long_rollout(start(student, 9), drawn(), length=12, frames=6, codec=vae, grad=True)
     with pytest.raises(ValueError, match="a student with window_frames"):
         long_rollout(start(tiny_student(), 6), drawn(), length=9, frames=6, codec=vae, grad=True)

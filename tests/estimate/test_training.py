@@ -117,7 +117,8 @@ def test_gpus_that_share_a_sample_hold_a_part_of_it_and_send_the_rest() -> None:
         next(m.parts for m in each.moments if m.phase == "student: rollout") for each in (alone, shared)
     )
     assert part["cache"] == whole["cache"] / 4
-    assert part["activations"] < whole["activations"] / 3
+    # text, modulation and latents are whole on every rank, and weigh in a model this small
+    assert whole["activations"] / 4 < part["activations"] < whole["activations"] / 2
     assert alone.exchanged == 0
     assert shared.exchanged > 0
     twice = recipe.load(TINY, ["batch=2", "accumulation=2", size, "distributed.sequence=4"])
