@@ -29,7 +29,7 @@ constexpr int kBytes = 32, kChains = 12;  // 16 registers
 constexpr int kBytes = 16, kChains = 12;
 #endif
 constexpr int kLanes = kBytes / 4;
-constexpr int kTries = 5;
+constexpr int kTries = 8;  // the system may begin with two threads on one core
 using Vector = float __attribute__((vector_size(kBytes)));
 
 volatile float sink;
@@ -88,7 +88,7 @@ extern "C" {
 
 // float32 fused multiply-adds a second, in flops.
 double fma_rate(int threads) {
-  constexpr std::int64_t rounds = 1 << 20;
+  constexpr std::int64_t rounds = 1 << 23;
   const double time = seconds(threads, [](int thread) {
     Vector sums[kChains];
     const Vector a = Vector{} + 0.999f, b = Vector{} + 1e-3f * (1 + thread);
@@ -105,7 +105,7 @@ double fma_rate(int threads) {
 // instruction.
 double bf16_dot_rate([[maybe_unused]] int threads) {
 #if defined(__AVX512BF16__)
-  constexpr std::int64_t rounds = 1 << 20;
+  constexpr std::int64_t rounds = 1 << 23;
   const double time = seconds(threads, [](int) {
     __m512 sums[kChains];
     const __m512bh a = _mm512_cvtne2ps_pbh(_mm512_set1_ps(0.5f), _mm512_set1_ps(-0.5f)), b = a;
@@ -126,7 +126,7 @@ double amx_rate([[maybe_unused]] int threads) {
 #if defined(__AMX_BF16__) && defined(__linux__)
   constexpr int request_permission = 0x1023, tile_data = 18;  // arch_prctl's
   if (syscall(SYS_arch_prctl, request_permission, tile_data) != 0) return 0;
-  constexpr std::int64_t rounds = 1 << 18;
+  constexpr std::int64_t rounds = 1 << 21;
   const double time = seconds(threads, [](int) {
     struct alignas(64) {
       std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
