@@ -27,7 +27,7 @@ class Ceilings:
     flops: a second, by dtype: fused multiply-adds in float32, which float16 is computed in too; for bfloat16
         the fastest of those, its dot products and AMX tiles.
     memory: bytes a second by bytes in use, read or copied, whichever is faster; it falls as they grow.
-    matmul: flops a second of torch's own matmul, by dtype: no limit, but what rivals stand on.
+    matmul: flops a second of torch's own matmul, by dtype: no limit, but what the baselines are built on.
     """
 
     flops: dict[str, float] = field(default_factory=dict)

@@ -169,7 +169,7 @@ def _milliseconds(seconds: float) -> str:
 
 
 def _ceilings(ceilings: Ceilings) -> list[str]:
-    """The limits, and how much of them torch's own matmul reaches, which is what the rivals stand on."""
+    """The limits, and how much of them torch's own matmul reaches, which the baselines are built on."""
     if not ceilings.flops:
         return []
     memory = ", ".join(

@@ -56,8 +56,8 @@ class ChunkCache:
             window.
         ema: keep the sink as a moving average, `sink = ema * sink + (1 - ema) * evicted chunk`, where every
             chunk is as long as the sink; None: leave it as it is.
-        max_frames: room for a stream without a window, in frames. With a window, which streams for ever, it
-            says alone whether the stream `evicts`.
+        max_frames: room for a stream without a window, in frames. With a window, which streams
+            indefinitely, it only says whether the stream `evicts`.
         first_chunk_frames: frames of the first chunk where it differs (1: independent first frame).
         dtype: of keys and values. A moving average is kept in float32: in bfloat16 an update of 0.1 % rounds
             away.

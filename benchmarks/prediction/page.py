@@ -145,7 +145,7 @@ share; the first one decodes.
 {table(head, rows)}
 
 Links move {device.link / 2e9:.0f} GB/s in each direction (datasheet). Collectives are assumed to
-reach {ASSUMED.link:.0%} of that, and to take {least:.0f} µs at least, while nothing else goes on. Each GPU
+reach {ASSUMED.link:.0%} of that, and to take {least:.0f} µs at least, while nothing else runs. Each GPU
 starts as many ops as one alone, and more."""
 
 

@@ -70,7 +70,7 @@ ASSUMED = Assumptions()
 def seconds_a_call(work: Work, device: Device, assumed: Assumptions = ASSUMED) -> float:
     """One call: the longer of what memory takes and what arithmetic takes, and no less than a launch.
 
-    What comes from other GPUs takes the link's time; nothing else goes on meanwhile, for it is waited for.
+    What comes from other GPUs takes the link's time; nothing else runs meanwhile, for it is waited for.
     """
     if work.engine == "link":
         return max(work.bytes / (device.link / 2 * assumed.link), assumed.collective)
