@@ -108,6 +108,7 @@ assets: $(VENV)/.built
 	$(BIN)/python -m stream_r1.tiny_world codec recipes/tiny/assets/codec.yaml
 	$(BIN)/python -m stream_r1.tiny_world codec recipes/tiny/assets/codec-decoder.yaml
 	$(BIN)/python -m stream_r1.tiny_world teacher recipes/tiny/assets/teacher.yaml
+	$(BIN)/python -m stream_r1.tiny_world teacher recipes/tiny/assets/teacher-longer.yaml
 	$(BIN)/python -m stream_r1.tiny_world student recipes/tiny/assets/student.yaml
 	$(BIN)/python -m stream_r1.tiny_world reward recipes/tiny/assets/reward.yaml
 	$(BIN)/python -m stream_r1.tiny_world reward recipes/tiny/assets/judge.yaml

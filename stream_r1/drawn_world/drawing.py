@@ -37,9 +37,7 @@ def draw(scene: Scene, seed: int | Sequence[int], frames: int = FRAMES) -> Drawi
     """The clip of a scene that belongs to a seed: the same numbers, the same pixels."""
     rng = np.random.default_rng(seed)
     place = PLACES[scene.place]
-    size, horizon = float(rng.uniform(*SIZES)), float(rng.uniform(34, 42))
-    floor = float(rng.uniform(53, 59))
-    path = make_path(scene.motion, size, floor, frames, rng)
+    size, horizon, floor, path = _layout(scene, frames, rng)
     camera = float(rng.uniform(-0.5, 0.5)) * np.arange(
         frames, dtype=np.float32
     )  # pixels that the nearer hills move
@@ -50,6 +48,25 @@ def draw(scene: Scene, seed: int | Sequence[int], frames: int = FRAMES) -> Drawi
     paint = np.clip(np.array(COLOURS[scene.colour], np.float32) + rng.normal(0, 0.02, 3), 0, 1) * place.light
     _thing(picture, scene.shape, path, size, paint.astype(np.float32))
     return Drawing((picture.clip(0, 1) * 255 + 0.5).astype(np.uint8), scene, path, size, floor)
+
+
+def covered(scene: Scene, seed: int | Sequence[int], frames: int = FRAMES, cell: int = 8) -> Array:
+    """How much of each square of `cell` pixels the thing of a clip covers: [T, H / cell, W / cell] in
+    [0, 1], by a disc around it.
+    """
+    size, _, _, path = _layout(scene, frames, np.random.default_rng(seed))
+    rows, columns = (np.arange(cell / 2, length, cell, dtype=np.float32) for length in (HEIGHT, WIDTH))
+    far = np.hypot(columns - path.x[:, None, None], rows[:, None] - path.y[:, None, None])
+    return ((1.25 * size - far) / cell + 0.5).clip(0, 1).astype(np.float32)
+
+
+def _layout(scene: Scene, frames: int, rng: np.random.Generator) -> tuple[float, float, float, Path]:
+    """The thing's size, the horizon, the ground under the thing and its path: what a clip's seed draws
+    first.
+    """
+    size, horizon = float(rng.uniform(*SIZES)), float(rng.uniform(34, 42))
+    floor = float(rng.uniform(53, 59))
+    return size, horizon, floor, make_path(scene.motion, size, floor, frames, rng)
 
 
 def draw_random(scenes: Sequence[Scene], seed: int, frames: int = FRAMES) -> Drawing:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from stream_r1.drawn_world import FRAMES, HEIGHT, WIDTH, all_scenes, draw
+from stream_r1.drawn_world.drawing import covered
 from stream_r1.models.block_vae import BlockVAE
 from stream_r1.models.text import load_text_encoder
 
@@ -65,6 +66,18 @@ class Clips:
                 )
         return torch.from_numpy(self._latents[list(rows)]).float()
 
+    def covered(self, rows: Sequence[int]) -> Tensor:
+        """How much of each latent the thing covers, in any of its frames: [N, F, 1, h, w] in [0, 1]."""
+        cells = torch.from_numpy(
+            np.stack([covered(self._scenes[self.scene(row)], [row, 2]) for row in rows])
+        )  # [N, T, h, w]; the first latent is the first frame, each other one four frames
+        later = cells[:, 1:].unflatten(1, (-1, 4)).amax(2)
+        return torch.cat([cells[:, :1], later], 1).unsqueeze(2)
+
+    def texts(self, rows: Sequence[int]) -> Tensor:
+        """The embeddings of the rows' prompts, [N, L, D]."""
+        return self.text[[self.scene(row) for row in rows]]
+
     def some(self, count: int) -> tuple[Tensor, Tensor]:
         """The latents of the first `count` rows and which text each has."""
         rows = range(min(count, len(self)))
@@ -73,11 +86,6 @@ class Clips:
     def draw(self, batch: int, generator: torch.Generator, among: int | None = None) -> list[int]:
         """Rows of a batch, of all or of the first `among`."""
         return torch.randint(among or len(self), (batch,), generator=generator).tolist()
-
-    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Random clips: latents [B, F, C, h, w] and their embeddings [B, L, D]."""
-        rows = self.draw(size, generator)
-        return self.latents(rows), self.text[[self.scene(row) for row in rows]]
 
 
 def _fingerprint(vae_folder: Path) -> str:

@@ -34,6 +34,9 @@ class TeacherSettings(Settings):
     ffn_ratio: width of the feed-forward over the model's.
     batch: clips a step.
     shift: of the training's timesteps.
+    start: folder of a teacher whose weights the training starts with; None: random ones.
+    thing_weight: how much more the error weighs where the thing is, per unit of signal: 1 + thing_weight (1
+        - sigma). Nothing at full noise, where a weight that knows the clip would bias where things are.
     drop_caption: share of the clips whose caption is left empty, for guidance.
     training: how long and how fast.
     """
@@ -48,6 +51,8 @@ class TeacherSettings(Settings):
     ffn_ratio: int = Field(default=4, ge=1)
     batch: int = Field(default=8, ge=1)
     shift: float = Field(default=3.0, gt=0)
+    start: str | None = None
+    thing_weight: float = Field(default=0.0, ge=0)
     drop_caption: float = Field(default=0.1, ge=0, le=1)
     training: LoopSettings
 
@@ -74,13 +79,17 @@ def train_teacher(settings: TeacherSettings) -> None:
     clips = Clips(Path(settings.vae), settings.clips, Path(settings.work))
     torch.manual_seed(settings.training.seed)
     config = teacher_config(settings, clips.channels, clips.text.shape[2])
-    frames = clips.batch(1, torch.Generator())[0].shape[1]
+    frames = clips.latents([0]).shape[1]
     model = CausalWanTransformer(**config, text_len=clips.text.shape[1], frames_per_chunk=frames).train()
+    if settings.start is not None:
+        start = WanTransformer3DModel.from_pretrained(settings.start, torch_dtype=torch.float32)
+        model.load_state_dict(start.state_dict())
     loop = Loop(model, settings.training, Path(settings.work) / "teacher.pt", is_hidden_matrix)
     schedule = FlowSchedule(settings.shift)
 
     def loss() -> tuple[Tensor, dict[str, float]]:
-        x0, text = clips.batch(settings.batch, loop.generator)
+        rows = clips.draw(settings.batch, loop.generator)
+        x0, text = clips.latents(rows), clips.texts(rows)
         u = torch.rand(settings.batch, generator=loop.generator)
         drop = torch.rand(settings.batch, generator=loop.generator) < settings.drop_caption
         eps = torch.randn(x0.shape, generator=loop.generator)
@@ -88,7 +97,12 @@ def train_teacher(settings: TeacherSettings) -> None:
         text = torch.where(drop[:, None, None], clips.empty, text)
         x_t = schedule.add_noise(x0, eps, t / 1000)
         v = model(x_t, t[:, None].expand(-1, frames), text, mask="causal")
-        return (v - schedule.velocity(x0, eps)).square().mean(), {}
+        error = (v - schedule.velocity(x0, eps)).square()
+        if settings.thing_weight:
+            signal = (1 - t / 1000)[:, None, None, None, None]
+            weighed = error * (1 + settings.thing_weight * signal * clips.covered(rows))
+            return weighed.mean(), {"error": error.detach().mean().item()}
+        return error.mean(), {}
 
     for _ in loop.run(loss):
         pass
