@@ -20,7 +20,7 @@ help:
 	@echo "make study   every way of weighting beside plain distribution matching, writes out/study/index.html (hours)"
 	@echo "make test    the tests"
 	@echo "make test-executor  those of the PTX executor (minutes; when it or a compiler changes)"
-	@echo "make bench   every op beside its rivals; writes docs/benchmarks.md, .json and docs/roofline.svg"
+	@echo "make bench   every op beside its baselines; writes docs/benchmarks.md, .json and docs/roofline.svg"
 	@echo "make gpu-check  on a machine with a GPU: build, tests, timings; writes docs/gpu-measured.md"
 	@echo "make lint    ruff, mypy, vermin, clang-format"
 	@echo "make docs    the documentation as a site that needs no network: out/site/index.html"

@@ -1,4 +1,4 @@
-"""What every benchmark is made of: a case with ours and its rivals, checked, then timed."""
+"""What every benchmark is made of: a case with ours and its baselines, checked, then timed."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Case:
     bytes: int = 0
     flops: int = 0
     tolerance: float = 1e-4
-    rivals: tuple[str, ...] = ("eager", "compiled")
+    baselines: tuple[str, ...] = ("eager", "compiled")
 
     @property
     def name(self) -> str:
         return f"{self.op} {self.size} {self.dtype}"
 
     def params(self) -> list[object]:
-        return [pytest.param(self, name, id=f"{self.name}-{name}") for name in ("ours", *self.rivals)]
+        return [pytest.param(self, name, id=f"{self.name}-{name}") for name in ("ours", *self.baselines)]
 
 
 def parametrize(cases: Sequence[Case]) -> pytest.MarkDecorator:
@@ -53,7 +53,7 @@ def check_and_time(benchmark: Callable, case: Case, implementation: str) -> None
     torch.manual_seed(0)
     implementations = case.build()
     run = implementations[implementation]
-    plain = next(implementations[name] for name in case.rivals)
+    plain = next(implementations[name] for name in case.baselines)
     for got, expected in zip(*(_as_tuple(result()) for result in (run, plain)), strict=True):
         largest = expected.double().abs().max().item() if expected.numel() else 0.0
         error = (got.double() - expected.double()).abs().max().item() if expected.numel() else 0.0

@@ -1,4 +1,4 @@
-"""Compares ours with its rivals after a run; with `--report FOLDER` writes the report (see report.py)."""
+"""Compares ours with its baselines after a run; with `--report FOLDER` writes the report (see report.py)."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     benchmarks = session.benchmarks if session is not None else ()
     timings = [timing for timing in map(report.timing_of, benchmarks) if timing is not None]
     comparisons = [
-        c for c in report.compare(timings, config.stash.get(CEILINGS, ceilings.Ceilings())) if c.rivals
+        c for c in report.compare(timings, config.stash.get(CEILINGS, ceilings.Ceilings())) if c.baselines
     ]
     if not comparisons:
         return
-    terminalreporter.section("ours against its rivals (median time of the rival / median time of ours)")
+    terminalreporter.section("ours against its baselines (median time of the baseline / median time of ours)")
     for comparison in comparisons:
-        ratios = ", ".join(f"{r.implementation} {comparison.ratio(r):.2f}x" for r in comparison.rivals)
+        ratios = ", ".join(f"{r.implementation} {comparison.ratio(r):.2f}x" for r in comparison.baselines)
         median = comparison.ours.percentile(50) * 1e3
         terminalreporter.write_line(f"{comparison.ours.case:<70} {median:9.3f} ms   {ratios}")
     if folder := config.getoption("--report"):

@@ -1,4 +1,4 @@
-"""Two formulations as the public code of Wan 2.1, Self Forcing and DMD2 runs them: rivals, not references."""
+"""Two formulations as public code of Wan 2.1, Self Forcing and DMD2 runs them: baselines, not references."""
 
 from __future__ import annotations
 

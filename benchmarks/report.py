@@ -1,9 +1,10 @@
 """From timed benchmarks to docs/benchmarks.md, docs/benchmarks.json and docs/roofline.svg.
 
-A benchmark takes part if it has a parameter `implementation` ("ours" or a rival's name) and a group that ours
-and its rivals share. `extra_info` may give `dtype`, `shape`, and `flops` and `bytes`: the work that can't be
-avoided. The limit of a case is the longer of two times: its bytes at the speed of memory with so many in use,
-its flops at that of multiply-adds in its dtype; both are measured in the same run, by loops of their own.
+A benchmark takes part if it has a parameter `implementation` ("ours" or a baseline's name) and a group that
+ours and its baselines share. `extra_info` may give `dtype`, `shape`, and `flops` and `bytes`: the work that
+can't be avoided. The limit of a case is the longer of two times: its bytes at the speed of memory with so
+many in use, its flops at that of multiply-adds in its dtype; both are measured in the same run, by loops of
+their own.
 """
 
 from __future__ import annotations
@@ -40,16 +41,16 @@ class Timing:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Ours beside its rivals. `limit` names the ceiling that is nearer, "" where a case has none."""
+    """Ours beside its baselines. `limit` names the ceiling that is nearer, "" where a case has none."""
 
     ours: Timing
-    rivals: tuple[Timing, ...]
+    baselines: tuple[Timing, ...]
     limit: str
     fraction_of_limit: float | None
 
-    def ratio(self, rival: Timing) -> float:
-        """Median time of the rival by median time of ours: above 1, ours is faster."""
-        return rival.percentile(50) / self.ours.percentile(50)
+    def ratio(self, baseline: Timing) -> float:
+        """Median time of the baseline by median time of ours: above 1, ours is faster."""
+        return baseline.percentile(50) / self.ours.percentile(50)
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,8 @@ def compare(timings: Iterable[Timing], ceilings: Ceilings) -> list[Comparison]:
     for members in cases.values():
         ours = next((member for member in members if member.implementation == "ours"), None)
         if ours is not None:
-            rivals = tuple(member for member in members if member is not ours)
-            comparisons.append(Comparison(ours, rivals, *_limit(ours, ceilings)))
+            baselines = tuple(member for member in members if member is not ours)
+            comparisons.append(Comparison(ours, baselines, *_limit(ours, ceilings)))
     return comparisons
 
 
@@ -105,20 +106,20 @@ def _limit(timing: Timing, ceilings: Ceilings) -> tuple[str, float | None]:
 
 
 def as_json(comparisons: Iterable[Comparison]) -> str:
-    """One object for each rival of each case; times are medians in milliseconds."""
+    """One object for each baseline of each case; times are medians in milliseconds."""
     rows = [
         {
             "name": comparison.ours.case,
-            "ratio": round(comparison.ratio(rival), 4),
+            "ratio": round(comparison.ratio(baseline), 4),
             "ours_ms": round(comparison.ours.percentile(50) * 1e3, 6),
-            "rival": rival.implementation,
-            "rival_ms": round(rival.percentile(50) * 1e3, 6),
+            "baseline": baseline.implementation,
+            "baseline_ms": round(baseline.percentile(50) * 1e3, 6),
             "dtype": comparison.ours.dtype,
             "shape": list(comparison.ours.shape),
             "fraction_of_limit": _rounded(comparison.fraction_of_limit),
         }
         for comparison in comparisons
-        for rival in comparison.rivals
+        for baseline in comparison.baselines
     ]
     return json.dumps(rows, indent=1) + "\n"
 
@@ -132,11 +133,11 @@ def as_markdown(comparisons: Sequence[Comparison], run: Run) -> str:
     lines = [
         "# Benchmarks",
         "",
-        "Written by `make bench`. A ratio is the rival's median time by ours: above 1, ours is faster. The",
-        "limit of a case is the time that the processor needs at least for the flops that it must do, or for",
-        "the bytes that it must move. Both are measured in the same run by loops that do nothing else:",
-        "multiply-adds on registers, and reads and copies of as many bytes as the case moves, so that small",
-        "cases stand beside a cache's speed.",
+        "Written by `make bench`. A ratio is the baseline's median time by ours: above 1, ours is faster.",
+        "The limit of a case is the time that the processor needs at least for the flops that it must do,",
+        "or for the bytes that it must move. Both are measured in the same run by loops that do nothing",
+        "else: multiply-adds on registers, and reads and copies of as many bytes as the case moves, so that",
+        "small cases stand beside a cache's speed.",
         "",
         f"- machine: {run.machine}, {run.isa}, {run.threads} thread{'s' if run.threads != 1 else ''}",
         f"- torch {run.torch}, commit {run.commit}",
@@ -147,7 +148,7 @@ def as_markdown(comparisons: Sequence[Comparison], run: Run) -> str:
             "",
             f"## {family}",
             "",
-            "| case | dtype | ours p20 / p50 / p80, ms | rivals p50, ms | ratios of medians | of the limit |",
+            "| case | dtype | ours p20 / p50 / p80, ms | baselines p50, ms | ratios of medians | of limit |",
             "|---|---|---|---|---|---|",
         ]
         lines += [_row(comparison) for comparison in comparisons if comparison.ours.family == family]
@@ -157,11 +158,13 @@ def as_markdown(comparisons: Sequence[Comparison], run: Run) -> str:
 
 def _row(comparison: Comparison) -> str:
     ours = " / ".join(_milliseconds(comparison.ours.percentile(p)) for p in (20, 50, 80))
-    rivals = ", ".join(f"{r.implementation} {_milliseconds(r.percentile(50))}" for r in comparison.rivals)
-    ratios = ", ".join(f"{r.implementation} {comparison.ratio(r):.2f}" for r in comparison.rivals)
+    baselines = ", ".join(
+        f"{b.implementation} {_milliseconds(b.percentile(50))}" for b in comparison.baselines
+    )
+    ratios = ", ".join(f"{b.implementation} {comparison.ratio(b):.2f}" for b in comparison.baselines)
     fraction = comparison.fraction_of_limit
     limit = "" if fraction is None else f"{fraction:.2f} of {comparison.limit}"
-    return f"| {comparison.ours.case} | {comparison.ours.dtype} | {ours} | {rivals} | {ratios} | {limit} |"
+    return f"| {comparison.ours.case} | {comparison.ours.dtype} | {ours} | {baselines} | {ratios} | {limit} |"
 
 
 def _milliseconds(seconds: float) -> str:

@@ -99,13 +99,13 @@ def test_sampling_attention(benchmark: Callable, size: str, dtype: str, implemen
     q, _, _ = projected(batch, queries, heads, width, DTYPES[dtype])
     past = Past(*torch.randn(2, batch, keys, heads, width).to(DTYPES[dtype]), True)
     ours = partial(cached_chunk_attention, q, None, None, past)
-    rivals = {
+    baselines = {
         "ours": ours,
         "reference": partial(ours, backend="reference"),
         "sdpa": partial(sdpa, *(heads_together(x) for x in (q, past.k, past.v))),
     }
     with torch.no_grad():
-        check_and_time(benchmark, ours, rivals["sdpa"], rivals[implementation], q)
+        check_and_time(benchmark, ours, baselines["sdpa"], baselines[implementation], q)
 
 
 @pytest.mark.parametrize("implementation", ["ours", "reference", "sdpa"])
@@ -122,11 +122,11 @@ def test_training_attention(benchmark: Callable, size: str, dtype: str, implemen
     def run(backend: str) -> tuple[Tensor, ...]:
         return with_grads(cached_chunk_attention(q, k, v, past, backend=backend), [q, k, v])
 
-    def rival() -> tuple[Tensor, ...]:
+    def baseline() -> tuple[Tensor, ...]:
         return with_grads(sdpa(q, torch.cat([past.k, k], 1), torch.cat([past.v, v], 1)), [q, k, v])
 
-    timed = {"ours": partial(run, "cpu"), "reference": partial(run, "reference"), "sdpa": rival}
-    check_and_time(benchmark, timed["ours"], rival, timed[implementation], q)
+    timed = {"ours": partial(run, "cpu"), "reference": partial(run, "reference"), "sdpa": baseline}
+    check_and_time(benchmark, timed["ours"], baseline, timed[implementation], q)
 
 
 # FlexAttention has no backward on a CPU. The two that know the mask are slow: at the large size alone.
@@ -150,7 +150,7 @@ def test_training_attention(benchmark: Callable, size: str, dtype: str, implemen
 def test_chunk_attention(
     benchmark: Callable, size: str, dtype: str, train: bool, implementation: str
 ) -> None:
-    """The first rival is a loop of torch's attention over the chunks, each against the keys that it sees."""
+    """The first baseline is a loop of torch's attention over chunks, each against the keys that it sees."""
     benchmark.group = f"chunk_attention {'forward + backward' if train else 'forward'} {size} {dtype}"  # type: ignore[attr-defined]
     batch, frames, heads, width, mask = SEQUENCES[size]
     tokens = frames * mask.tokens_per_frame * (2 if mask.teacher_forcing else 1)

@@ -163,7 +163,7 @@ CASES = [
         (1, 21 * ROWS * CLIP_COLUMNS, HEADS, WIDTH),
         block_causal(DTYPES[dtype]),
         tolerance=TOLERANCE[dtype],
-        rivals=("diffusers",),
+        baselines=("diffusers",),
     )
     for dtype in TOLERANCE
 ] + [
@@ -174,7 +174,7 @@ CASES = [
         (1, CHUNK * FRAME, HEADS, WIDTH),
         stream(DTYPES[dtype], positions),
         tolerance=TOLERANCE[dtype],
-        rivals=("published",),
+        baselines=("published",),
     )
     for dtype in TOLERANCE
     for positions in ("absolute", "window")

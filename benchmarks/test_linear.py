@@ -61,7 +61,7 @@ CASES = [
         partial(linear_case, size, dtype, kind),
         flops=flops(size, kind),
         tolerance=TOLERANCE[dtype],
-        rivals=("eager",),
+        baselines=("eager",),
     )
     for size in SIZES
     for dtype in ("float32", "bfloat16")

@@ -47,7 +47,7 @@ def weights_case(size: str) -> dict[str, Run]:
 
 
 def loss_case(size: str, dtype: str, weighted: bool) -> dict[str, Run]:
-    """Forward and backward. The published loss knows no weights: it is the rival of the plain case only."""
+    """Forward and backward. The published loss knows no weights: a baseline of the plain case only."""
     batch, frames, _, rows, columns = LATENTS[size]
     x, fake, cond, uncond = (torch.randn(LATENTS[size]).to(DTYPES[dtype]) for _ in range(4))
     x.requires_grad_()
@@ -133,7 +133,7 @@ def cases() -> list[Case]:
                         # forward: four inputs, the gradient's direction; backward: direction to gradient
                         bytes=7 * tensor,
                         tolerance=TOLERANCE[dtype],
-                        rivals=("eager", "compiled") if weighted else ("eager", "compiled", "published"),
+                        baselines=("eager", "compiled") if weighted else ("eager", "compiled", "published"),
                     )
                 )
             result.append(

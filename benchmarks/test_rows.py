@@ -98,7 +98,7 @@ def cases() -> list[Case]:
                             build=partial(build, size, dtype, train),
                             bytes=TENSORS[op][train] * torch.Size(shape).numel() * DTYPES[dtype].itemsize,
                             tolerance=TOLERANCE[dtype],
-                            rivals=("eager", "compiled", "published")
+                            baselines=("eager", "compiled", "published")
                             if op == "qk_norm_rotary"
                             else ("eager", "compiled"),
                         )

@@ -63,14 +63,14 @@ def test_nothing_that_runs_here_passes_the_measured_limits():
     assert rates[-1] > 1e7
 
 
-def test_json_has_an_object_for_each_rival():
+def test_json_has_an_object_for_each_baseline():
     assert json.loads(as_json(compare(TIMINGS, CEILINGS))) == [
         {
             "name": "gated_add B1 float32",
             "ratio": pytest.approx(2.5),
             "ours_ms": pytest.approx(2.0),
-            "rival": "eager",
-            "rival_ms": pytest.approx(5.0),
+            "baseline": "eager",
+            "baseline_ms": pytest.approx(5.0),
             "dtype": "float32",
             "shape": [1, 84, 256],
             "fraction_of_limit": pytest.approx(0.75),
@@ -79,8 +79,8 @@ def test_json_has_an_object_for_each_rival():
             "name": "gated_add B1 float32",
             "ratio": pytest.approx(1.5),
             "ours_ms": pytest.approx(2.0),
-            "rival": "compiled",
-            "rival_ms": pytest.approx(3.0),
+            "baseline": "compiled",
+            "baseline_ms": pytest.approx(3.0),
             "dtype": "float32",
             "shape": [1, 84, 256],
             "fraction_of_limit": pytest.approx(0.75),
@@ -89,8 +89,8 @@ def test_json_has_an_object_for_each_rival():
             "name": "dense bf16",
             "ratio": pytest.approx(0.75),
             "ours_ms": pytest.approx(4.0),
-            "rival": "sdpa",
-            "rival_ms": pytest.approx(3.0),
+            "baseline": "sdpa",
+            "baseline_ms": pytest.approx(3.0),
             "dtype": "bfloat16",
             "shape": [1, 84, 256],
             "fraction_of_limit": pytest.approx(0.5),

@@ -64,17 +64,17 @@ class Exactness:
             grad_weight = torch.einsum("bqhd,bkhd->bhqk", grad, v).abs().max().item()
             self.terms += abs(scale) * grad_weight * max(q.abs().max().item(), k.abs().max().item())
 
-    def check(self, ours: Tensor, rival: Tensor, exact: Tensor, terms: float = 1.0) -> None:
+    def check(self, ours: Tensor, baseline: Tensor, exact: Tensor, terms: float = 1.0) -> None:
         assert ours.shape == exact.shape
-        assert ours.dtype == rival.dtype
+        assert ours.dtype == baseline.dtype
         largest = max(terms, exact.abs().max().item() if exact.numel() else 0.0)
         rounding = torch.finfo(ours.dtype).eps + torch.finfo(torch.float32).eps * self.score
-        assert worst(ours, exact) <= 2 * worst(rival, exact) + rounding * largest
+        assert worst(ours, exact) <= 2 * worst(baseline, exact) + rounding * largest
 
     def check_gradients(
-        self, ours: Sequence[Tensor], rivals: Sequence[Tensor], exact: Sequence[Tensor]
+        self, ours: Sequence[Tensor], baselines: Sequence[Tensor], exact: Sequence[Tensor]
     ) -> None:
-        for a, b, c in zip(ours, rivals, exact, strict=True):
+        for a, b, c in zip(ours, baselines, exact, strict=True):
             self.check(a, b, c, self.terms)
 
 
@@ -118,13 +118,13 @@ def test_cached_chunk_attention(
     exact, exact_lse = reference.cached_chunk_attention(*doubles, *(x.double() for x in before), factor)
     exact_grads = torch.autograd.grad(exact, doubles, grad.double())
     keys, values = torch.cat([before[0], k], 1), torch.cat([before[1], v], 1)
-    rival = torchs_attention(q, keys, values, factor)
-    rival_grads = torch.autograd.grad(rival, (q, k, v), grad)
-    _, rival_lse = reference.cached_chunk_attention(q, k, v, *before, factor)
+    baseline = torchs_attention(q, keys, values, factor)
+    baseline_grads = torch.autograd.grad(baseline, (q, k, v), grad)
+    _, baseline_lse = reference.cached_chunk_attention(q, k, v, *before, factor)
     exactness = Exactness(q, keys, values, grad, factor)
-    exactness.check(out, rival, exact)
-    exactness.check(lse, rival_lse, exact_lse)
-    exactness.check_gradients(grads, rival_grads, exact_grads)
+    exactness.check(out, baseline, exact)
+    exactness.check(lse, baseline_lse, exact_lse)
+    exactness.check_gradients(grads, baseline_grads, exact_grads)
 
 
 masks = st.builds(
@@ -171,11 +171,11 @@ def test_chunk_attention(
     factor = width**-0.5 if scale is None else scale
     doubles = [x.detach().double().requires_grad_() for x in (q, k, v)]
     exact = reference.chunk_attention(*doubles, mask.table(tokens), factor)
-    rival = torchs_attention(q, k, v, factor, mask.visible(tokens))
+    baseline = torchs_attention(q, k, v, factor, mask.visible(tokens))
     exactness = Exactness(q, k, v, grad, factor)
-    exactness.check(out, rival, exact)
-    rival_grads = torch.autograd.grad(rival, (q, k, v), grad)
-    exactness.check_gradients(grads, rival_grads, torch.autograd.grad(exact, doubles, grad.double()))
+    exactness.check(out, baseline, exact)
+    baseline_grads = torch.autograd.grad(baseline, (q, k, v), grad)
+    exactness.check_gradients(grads, baseline_grads, torch.autograd.grad(exact, doubles, grad.double()))
 
 
 @thorough
@@ -205,12 +205,12 @@ def test_sizes_of_several_tiles_and_blocks(dtype: torch.dtype) -> None:
     out = cached_chunk_attention(q, k, v, Past(*past, False))
     doubles = [x.detach().double().requires_grad_() for x in (q, k, v)]
     exact, _ = reference.cached_chunk_attention(*doubles, *past.double(), 128**-0.5)
-    rival = torchs_attention(q, torch.cat([past[0], k], 1), torch.cat([past[1], v], 1), 128**-0.5)
+    baseline = torchs_attention(q, torch.cat([past[0], k], 1), torch.cat([past[1], v], 1), 128**-0.5)
     exactness = Exactness(q, k, v, grad, 128**-0.5)
-    exactness.check(out, rival, exact)
+    exactness.check(out, baseline, exact)
     exactness.check_gradients(
         torch.autograd.grad(out, (q, k, v), grad),
-        torch.autograd.grad(rival, (q, k, v), grad),
+        torch.autograd.grad(baseline, (q, k, v), grad),
         torch.autograd.grad(exact, doubles, grad.double()),
     )
 
