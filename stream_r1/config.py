@@ -14,10 +14,10 @@ import re
 import types
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stream_r1.files import FileError, read_text
 from stream_r1.messages import shown, some
@@ -26,6 +26,11 @@ _MOST_BYTES = 2**18  # of a recipe
 _MOST_VALUES = 20_000  # in it, what an alias stands for counted each time
 _MOST_DEEP = 16  # parts of a dotted key
 _MOST_BASES = 16  # below one another
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Unit = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
 
 
 class Settings(BaseModel):

@@ -14,6 +14,8 @@ import yaml
 from pydantic import Field
 
 from stream_r1.config import (
+    Count,
+    Positive,
     Settings,
     SettingsError,
     build,
@@ -24,12 +26,10 @@ from stream_r1.config import (
 )
 from stream_r1.data.prompts import read_prompt_file
 from stream_r1.distill.settings import (
-    Count,
     DistillSettings,
     Frames,
     GuidanceSettings,
     InitSettings,
-    Positive,
     RolloutSettings,
 )
 from stream_r1.messages import shown

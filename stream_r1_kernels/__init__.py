@@ -23,10 +23,11 @@ own); `python -m stream_r1_kernels.info` says what can run here, `backends.expla
 """
 
 from .attention import ChunkMask, Past, RangeMask, cached_chunk_attention, chunk_attention
-from .cache import ChunkCache, LayerCache
+from .cache import ChunkCache
 from .cache_fp8 import Fp8ChunkCache
 from .dmd import dmd_gradient_, dmd_loss
 from .fp8 import QuantizedRows, modulated_norm_fp8, multiply_rows, quantize_rows
+from .layer_cache import LayerCache
 from .linear import fused_linear
 from .norm import gated_add, modulated_norm, rms_norm, rms_norm_silu
 from .rotary import RotaryGrid, apply_rotary, qk_norm_rotary

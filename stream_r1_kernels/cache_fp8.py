@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from .attention.past import Past
-from .cache import ChunkCache, LayerCache
+from .cache import ChunkCache
 from .fp8 import QuantizedRows, quantize_rows
 from .fp8.rows import FP8
 from .graphs import renew_sinks_
+from .layer_cache import LayerCache
 from .sink import kept_sink
 
 

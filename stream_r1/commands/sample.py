@@ -136,7 +136,7 @@ def _sharing(processes: int, models: ModelChoice) -> Iterator[tuple[SequencePara
         yield None, models
         return
     from stream_r1.distill.ranks import join
-    from stream_r1.distill.settings import DistributedSettings
+    from stream_r1.distill.run_settings import DistributedSettings
 
     backends = {"auto": "auto", "cpu": "gloo", "cuda": "nccl"}
     if models.device not in backends:

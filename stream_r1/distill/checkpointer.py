@@ -15,8 +15,8 @@ from stream_r1.distill.checkpoint_files import (
 )
 from stream_r1.distill.events import Event, NotSaved, Saved, SetAside
 from stream_r1.distill.ranks import Ranks
+from stream_r1.distill.run_settings import RunSettings
 from stream_r1.distill.run_state import Parts, RunState
-from stream_r1.distill.settings import RunSettings
 from stream_r1.distill.sharded_state import SharedCheckpoints, load_shared_checkpoint
 from stream_r1.distill.sharding import sharded_like
 from stream_r1.distill.verification import (

@@ -18,8 +18,9 @@ from stream_r1.distill.noise import global_streams_kept, seed_global_streams
 from stream_r1.distill.optimizer_step import DivergedError, OptimizerStep
 from stream_r1.distill.precision import computing_in
 from stream_r1.distill.ranks import Ranks
+from stream_r1.distill.run_settings import RunSettings
 from stream_r1.distill.run_state import Ema, RunState
-from stream_r1.distill.settings import LoraSettings, RunSettings
+from stream_r1.distill.settings import LoraSettings
 from stream_r1.distill.sharding import Sharding, export_adapter, export_student, weight_sum
 from stream_r1.distill.stopping import StopRequest
 from stream_r1.models.autoencoder import Decoder

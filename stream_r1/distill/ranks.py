@@ -21,7 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from stream_r1.distill.events import summarise
-from stream_r1.distill.settings import DistributedSettings
+from stream_r1.distill.run_settings import DistributedSettings
 
 _LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _CPU = torch.device("cpu")

@@ -21,7 +21,7 @@ from stream_r1.disk.whole import written
 from stream_r1.distill.fsdp import shard_model
 from stream_r1.distill.lora import is_adapted, save_adapter, without_adapters
 from stream_r1.distill.ranks import Ranks
-from stream_r1.distill.settings import DistributedSettings
+from stream_r1.distill.run_settings import DistributedSettings
 from stream_r1.models.adapters import merge_adapter
 from stream_r1.models.sequence import SequenceParallel
 from stream_r1.models.transformer import CausalWanTransformer

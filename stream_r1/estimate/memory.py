@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from stream_r1.config import SettingsError
-from stream_r1.distill.settings import RunSettings
+from stream_r1.distill.run_settings import RunSettings
 from stream_r1.estimate.live import Bytes
 from stream_r1.estimate.networks import (
     Config,

@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from stream_r1.config import Settings, SettingsError, load_recipe
-from stream_r1.distill.settings import Count, Positive
+from stream_r1.config import Count, Positive, Settings, SettingsError, load_recipe
 from stream_r1.evaluation.vbench import DIMENSIONS, read_prompt_list
 from stream_r1.messages import shown
 from stream_r1.recipe import locate, read_prompts

@@ -89,8 +89,7 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         quantization: str | None = None,
     ) -> None:
         super().__init__()
-        problem = unsupported_setting(self.config)
-        if problem is not None:
+        if (problem := unsupported_setting(self.config)) is not None:
             raise ValueError(f"CausalWanTransformer: {problem}")
         if quantization is not None:
             raise ValueError(
@@ -98,7 +97,6 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 f"with quantize='fp8' or 'fp8-emulated', got {quantization!r}"
             )
         dim = num_attention_heads * attention_head_dim
-        out_channels = out_channels or in_channels
 
         self.rotary = RotaryGrid(attention_head_dim)
         patch = (1, patch_size[1], patch_size[2])
@@ -107,12 +105,12 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.blocks = nn.ModuleList(  # type: ignore[assignment]
             [Block(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps) for _ in range(num_layers)]
         )
-        self.proj_out = nn.Linear(dim, out_channels * math.prod(patch))
+        self.proj_out = nn.Linear(dim, (out_channels or in_channels) * math.prod(patch))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.gradient_checkpointing = False
         self.sequence: SequenceParallel | None = None
-        # Settings that no cache could follow are refused here, not when the first stream begins.
-        self._make_cache(1, 0, 1, 1, frames_per_chunk, torch.float32, torch.device("meta"))
+        # Settings that no cache could follow are refused here, not when a stream begins.
+        self._make_cache(ChunkCache, 1, 0, 1, 1, max_frames=frames_per_chunk, device="meta")
 
     def enable_sequence_parallel(self, sequence: SequenceParallel) -> None:
         """From now on passes are shared by processes, all of which make the same ones on the same latents.
@@ -326,43 +324,30 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             dtype: of the keys and values; None: that in which the model computes, autocast included;
                 torch.float8_e4m3fn: kept in FP8, read in the one in which the model computes.
         """
-        rows, columns = self._grid("new_cache", height, width)
+        patch = self.patch_embedding.kernel_size
+        rows, columns = patch_grid("CausalWanTransformer.new_cache", height, width, patch)
         device = device_of(self, self.device)
         kind, in_fp8 = device.type, dtype == torch.float8_e4m3fn
         if dtype is None or in_fp8:
             autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
             dtype = torch.get_autocast_dtype(kind) if autocast else self.dtype
-        sizes = (len(self.blocks), batch, rows, columns, max_frames)
-        return self._make_cache(*sizes, dtype, device, Fp8ChunkCache if in_fp8 else ChunkCache)
+        sizes = (len(self.blocks), batch, rows, columns)
+        cache = Fp8ChunkCache if in_fp8 else ChunkCache
+        return self._make_cache(cache, *sizes, max_frames=max_frames, dtype=dtype, device=device)
 
     def _make_cache(
-        self,
-        layers: int,
-        batch: int,
-        rows: int,
-        columns: int,
-        max_frames: int | None,
-        dtype: torch.dtype,
-        device: torch.device,
-        kind: type[ChunkCache] = ChunkCache,
+        self, cache: type[ChunkCache], layers: int, batch: int, rows: int, columns: int, **options: Any
     ) -> ChunkCache:
         config = self.config
-        return kind(
-            layers,
-            batch,
-            config["num_attention_heads"] // (1 if self.sequence is None else self.sequence.size),
-            self.rotary,
-            rows,
-            columns,
-            config["frames_per_chunk"],
+        heads = config["num_attention_heads"] // (1 if self.sequence is None else self.sequence.size)
+        return cache(
+            *(layers, batch, heads, self.rotary, rows, columns, config["frames_per_chunk"]),
             window_frames=config["window_frames"],
             sink_frames=config["sink_frames"],
             positions=config["positions"],
             ema=config["sink_ema"],
-            max_frames=max_frames,
             first_chunk_frames=config["first_chunk_frames"],
-            dtype=dtype,
-            device=device,
+            **options,
         )
 
     def causal_mask(self, tokens_per_frame: int, *, teacher_forcing: bool = False) -> ChunkMask:
@@ -392,9 +377,8 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def _share(self, where: str, rows: int, columns: int) -> TokenShare | None:
         """How the tokens of frames are shared; None: they are not."""
-        if self.sequence is None:
-            return None
-        return self.sequence.divide(f"CausalWanTransformer.{where}", rows, columns)
+        where = f"CausalWanTransformer.{where}"
+        return None if self.sequence is None else self.sequence.divide(where, rows, columns)
 
     def _head(
         self, h: Tensor, modulation: Tensor, rows: int, columns: int, share: TokenShare | None
@@ -409,9 +393,6 @@ class CausalWanTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def _check_latents(self, where: str, x: Tensor) -> tuple[int, int, int, int]:
         patch = self.patch_embedding.kernel_size
         return token_grid(f"CausalWanTransformer.{where}", x, self.config["in_channels"], patch)
-
-    def _grid(self, where: str, height: int, width: int) -> tuple[int, int]:
-        return patch_grid(f"CausalWanTransformer.{where}", height, width, self.patch_embedding.kernel_size)
 
     def _as_context(self, where: str, text: TextContext | Tensor, batch: int) -> TextContext:
         # The class's own function: a model in parts has its weights already, and would let them go again.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -76,70 +75,50 @@ def _assert_near(ours: list[torch.Tensor], true: list[torch.Tensor]) -> None:
 Probe = Callable[[TritonMachine, ModuleType, int], None]
 
 
-@dataclass(frozen=True)
-class Fault:
-    name: str
-    probe: Probe
-    old: str
-    new: str
+# Of each probe: what is planted, in place of what.
+FAULTS: dict[Probe, dict[str, tuple[str, str]]] = {
+    cached: {
+        "one key too many in a range's last tile": (
+            "tl.arange(0, BLOCK) < last",
+            "tl.arange(0, BLOCK) <= last",
+        ),
+        "the weighted sum of values not scaled down": (
+            "values_here, sums * shrink[:, None]",
+            "values_here, sums",
+        ),
+        "the sum of the weights not scaled down": ("total * shrink +", "total +"),
+        "a log-sum-exp in powers of two": ("+ tl.log2(total)) * _LN_2", "+ tl.log2(total))"),
+        "the past read from the fresh keys": ("_either(in_past, past_k, k)", "k"),
+        "heads and samples mixed up": (
+            "// heads, tl.program_id(1) % heads",
+            "% heads, tl.program_id(1) // heads",
+        ),
+        "the log-sum-exp's gradient left out": ("of_row -= tl.load(", "of_row -= 0 * tl.load("),
+        "a gradient of keys without the scale": ("sums_k *= (scale * unit)", "sums_k *= (unit)"),
+        "gradients of fresh keys written behind as many as the past has": (
+            "grad_k.data + _offsets(begin,",
+            "grad_k.data + _offsets(begin + past,",
+        ),
+    },
+    chunked: {
+        "one block a program whatever the table says": (
+            "tl.load(row, mask=here, other=tl.program_id(0) * BLOCK)",
+            "tl.program_id(0) * BLOCK",
+        ),
+        "the first range read again for the others": ("row += 2 * over", "row += 0 * over"),
+        "tiles continue past the end of a range": ("at + BLOCK >= last", "at + BLOCK >= last + BLOCK"),
+        "the end of the range before kept": ("tl.where(over, end, last)", "tl.where(last == 0, end, last)"),
+        "the last range of a row not read": ("(tile < tiles)", "(tile < tiles - 1)"),
+    },
+}
 
 
-FAULTS = [
-    Fault(
-        "one key too many in a range's last tile",
-        cached,
-        "tl.arange(0, BLOCK) < last",
-        "tl.arange(0, BLOCK) <= last",
-    ),
-    Fault(
-        "the weighted sum of values not scaled down",
-        cached,
-        "values_here, sums * shrink[:, None]",
-        "values_here, sums",
-    ),
-    Fault("the sum of the weights not scaled down", cached, "total * shrink +", "total +"),
-    Fault("a log-sum-exp in powers of two", cached, "+ tl.log2(total)) * _LN_2", "+ tl.log2(total))"),
-    Fault("the past read from the fresh keys", cached, "_either(in_past, past_k, k)", "k"),
-    Fault(
-        "heads and samples mixed up",
-        cached,
-        "// heads, tl.program_id(1) % heads",
-        "% heads, tl.program_id(1) // heads",
-    ),
-    Fault("the log-sum-exp's gradient left out", cached, "of_row -= tl.load(", "of_row -= 0 * tl.load("),
-    Fault("a gradient of keys without the scale", cached, "sums_k *= (scale * unit)", "sums_k *= (unit)"),
-    Fault(
-        "gradients of fresh keys written behind as many as the past has",
-        cached,
-        "grad_k.data + _offsets(begin,",
-        "grad_k.data + _offsets(begin + past,",
-    ),
-    Fault(
-        "one block a program whatever the table says",
-        chunked,
-        "tl.load(row, mask=here, other=tl.program_id(0) * BLOCK)",
-        "tl.program_id(0) * BLOCK",
-    ),
-    Fault("the first range read again for the others", chunked, "row += 2 * over", "row += 0 * over"),
-    Fault(
-        "tiles continue past the end of a range", chunked, "at + BLOCK >= last", "at + BLOCK >= last + BLOCK"
-    ),
-    Fault(
-        "the end of the range before kept",
-        chunked,
-        "tl.where(over, end, last)",
-        "tl.where(last == 0, end, last)",
-    ),
-    Fault("the last range of a row not read", chunked, "(tile < tiles)", "(tile < tiles - 1)"),
-]
-
-
-def broken(fault: Fault, folder: Path) -> ModuleType:
+def broken(old: str, new: str, folder: Path) -> ModuleType:
     """The kernels' module with the fault."""
     text = SOURCE.read_text()
-    assert text.count(fault.old) == 1, f"{text.count(fault.old)} places {fault.old!r}, expected one"
+    assert text.count(old) == 1, f"{text.count(old)} places {old!r}, expected one"
     path = folder / SOURCE.name
-    path.write_text(text.replace(fault.old, fault.new))
+    path.write_text(text.replace(old, new))
     spec = importlib.util.spec_from_file_location(SOURCE.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -148,17 +127,23 @@ def broken(fault: Fault, folder: Path) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("probe", [cached, chunked])
+@pytest.mark.parametrize("probe", FAULTS)
 def test_probes_pass_without_a_fault(triton_machine: TritonMachine, probe: Probe) -> None:
     probe(triton_machine, triton_kernels, 0)
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_planted_faults_are_caught(triton_machine: TritonMachine, fault: Fault, tmp_path: Path) -> None:
-    module = broken(fault, tmp_path)
+@pytest.mark.parametrize(
+    ("probe", "fault"),
+    [pytest.param(probe, fault, id=name) for probe in FAULTS for name, fault in FAULTS[probe].items()],
+)
+def test_planted_faults_are_caught(
+    triton_machine: TritonMachine, probe: Probe, fault: tuple[str, str], tmp_path: Path
+) -> None:
+    module = broken(*fault, tmp_path)
     with pytest.raises((AssertionError, PtxError)):
-        fault.probe(triton_machine, module, 0)
+        probe(triton_machine, module, 0)
 
 
 def test_the_list_is_complete() -> None:
-    assert [fault.name for fault in FAULTS if f"| {fault.name} |" not in PAGE.read_text()] == []
+    names = [name for faults in FAULTS.values() for name in faults]
+    assert [name for name in names if f"| {name} |" not in PAGE.read_text()] == []

@@ -24,7 +24,8 @@ from stream_r1.distill.initialise import InitTrainer
 from stream_r1.distill.ode import OdePairs, OdeRegression
 from stream_r1.distill.ranks import Ranks, join
 from stream_r1.distill.rollout import begin_rollout, self_rollout
-from stream_r1.distill.settings import DistillSettings, DistributedSettings, InitSettings
+from stream_r1.distill.run_settings import DistributedSettings
+from stream_r1.distill.settings import DistillSettings, InitSettings
 from stream_r1.distill.sharding import full_tensor
 from stream_r1.distill.trainer import DistillTrainer
 from stream_r1.models.sequence import SequenceParallel
