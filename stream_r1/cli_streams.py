@@ -19,8 +19,8 @@ _MOST_PROMPTS = 256
 Size = Annotated[str | None, typer.Option(help="Height x width in pixels, as 480x832.")]
 
 
-def _model_choice(
-    models: Annotated[
+def _model_options(
+    folder: Annotated[
         str,
         typer.Option(
             "--models",
@@ -76,38 +76,20 @@ def _model_choice(
         Path | None,
         typer.Option(help="Folder that keeps prompt embeddings (default: ~/.cache/stream-r1/prompts)."),
     ] = None,
-) -> "ModelChoice":
-    """What streams; the parameters are options of every command that streams."""
-    from stream_r1.commands.sample import ModelChoice
-
-    return ModelChoice(
-        folder=models,
-        checkpoint=checkpoint,
-        network=network,
-        adapter=adapter,
-        preset=preset,
-        decoder=decoder,
-        dtype=dtype,
-        vae_dtype=vae_dtype,
-        device=device,
-        vae_device=vae_device,
-        text_device=text_device,
-        offload=offload,
-        text_cache=text_cache,
-        cuda_graph=cuda_graph,
-        quantize=quantize,
-        cache_dtype=cache_dtype,
-    )
+) -> None:
+    """The options of every command that streams, which are the fields of `ModelChoice`."""
 
 
 def _with_models(command: Callable[..., None]) -> Callable[..., None]:
-    """A command that has the options of `_model_choice` too, and is called with its result as `chosen`."""
-    shared = inspect.signature(_model_choice).parameters
+    """A command with the options of `_model_options` too, called with their `ModelChoice` as `chosen`."""
+    shared = inspect.signature(_model_options).parameters
     own = [p for p in inspect.signature(command).parameters.values() if p.name != "chosen"]
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
-        chosen = _model_choice(**{name: given.pop(name) for name in shared})
+        from stream_r1.commands.sample import ModelChoice
+
+        chosen = ModelChoice(**{name: given.pop(name) for name in shared})
         command(chosen=chosen, **given)
 
     run.__signature__ = inspect.Signature([*own, *shared.values()])  # type: ignore[attr-defined]

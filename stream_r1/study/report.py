@@ -28,6 +28,8 @@ from stream_r1.watch.writers import METRICS, read_metrics
 
 Numbers = dict[str, dict[str, dict[int, NDArray[np.float64]]]]
 """figure -> arm -> seed -> [videos]."""
+Done = list[tuple[Run, list[dict[str, float]]]]
+"""Runs that are done, each with the rows of its metrics."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ def write_report(study: Study) -> Path:
 
     Returns the page. Raises FileError for a run's file that can't be read.
     """
-    done = [run for run in study.runs if is_done(run)]
-    numbers = read_numbers(done)
+    done = [(run, list(read_metrics(run.folder / METRICS))) for run in study.runs if is_done(run)]
+    numbers = _read_numbers(done)
     arms = [_arm(study, name, numbers, done) for name in study.settings.arms]
     arms = [arm for arm in arms if arm.seeds]
     write_text(study.out / "results.csv", _results(numbers))
@@ -63,10 +65,9 @@ def write_report(study: Study) -> Path:
     return study.out / "index.html"
 
 
-def read_numbers(runs: list[Run]) -> Numbers:
-    """The figures of runs that are done."""
+def _read_numbers(done: Done) -> Numbers:
     numbers: Numbers = {}
-    for run in runs:
+    for run, _ in done:
         path = run.folder / FIGURES
         for figure, values in read_json(path).items():
             if not isinstance(values, list) or not all(type(v) in (int, float) for v in values):
@@ -75,8 +76,8 @@ def read_numbers(runs: list[Run]) -> Numbers:
     return numbers
 
 
-def _arm(study: Study, name: str, numbers: Numbers, done: list[Run]) -> Arm:
-    runs = [run for run in done if run.arm == name]
+def _arm(study: Study, name: str, numbers: Numbers, done: Done) -> Arm:
+    runs = [(run, rows) for run, rows in done if run.arm == name]
     means, changes = {}, {}
     for figure, by_arm in numbers.items():
         own, base = by_arm.get(name), by_arm.get(study.settings.against)
@@ -86,22 +87,22 @@ def _arm(study: Study, name: str, numbers: Numbers, done: list[Run]) -> Arm:
             found = difference(own, base)
             if found is not None:
                 changes[figure] = found
-    steps = [seconds for run in runs if (seconds := step_seconds(run)) is not None]
+    steps = [seconds for run, rows in runs if (seconds := _step_seconds(run, rows)) is not None]
     return Arm(
         name,
         len(runs),
         means,
         changes,
         median(steps) if steps else None,
-        max((Cost.of(run.folder).peak_bytes for run in runs), default=0),
+        max((Cost.of(run.folder).peak_bytes for run, _ in runs), default=0),
     )
 
 
-def step_seconds(run: Run) -> float | None:
+def _step_seconds(run: Run, rows: list[dict[str, float]]) -> float | None:
     """Seconds of a student's step with its critic steps: the median over a run; None without metrics."""
-    rows = [row["seconds/step"] for row in read_metrics(run.folder / METRICS) if "seconds/step" in row]
+    seconds = [row["seconds/step"] for row in rows if "seconds/step" in row]
     period = run.recipe.critic_updates
-    whole = [sum(rows[i : i + period]) for i in range(0, len(rows) - period + 1, period)]
+    whole = [sum(seconds[i : i + period]) for i in range(0, len(seconds) - period + 1, period)]
     return median(whole) if whole else None
 
 
@@ -127,7 +128,7 @@ def _differences(arms: list[Arm]) -> str:
     return text.getvalue()
 
 
-def _context(study: Study, done: list[Run], numbers: Numbers, arms: list[Arm]) -> dict[str, Any]:
+def _context(study: Study, done: Done, numbers: Numbers, arms: list[Arm]) -> dict[str, Any]:
     base = next((arm for arm in arms if arm.name == study.settings.against), None)
     return {
         "against": study.settings.against,
@@ -176,15 +177,15 @@ def _cost(arm: Arm, base: Arm | None) -> dict[str, str]:
     }
 
 
-def _guard(arm: str, done: list[Run]) -> dict[str, str] | None:
+def _guard(arm: str, done: Done) -> dict[str, str] | None:
     """What a guard found in the arm's runs, the last check beside the first; None without a guard."""
     shares: dict[str, list[float]] = {}
     alarms, watched = 0, 0
-    for run in done:
+    for run, rows in done:
         settings = run.recipe.guard
         if run.arm != arm or settings is None:
             continue
-        checks = [row for row in read_metrics(run.folder / METRICS) if "guard/fault" in row]
+        checks = [row for row in rows if "guard/fault" in row]
         if len(checks) < 2:
             continue
         watched += 1
@@ -200,13 +201,13 @@ def _guard(arm: str, done: list[Run]) -> dict[str, str] | None:
     }
 
 
-def _videos(study: Study, done: list[Run]) -> list[dict[str, Any]]:
+def _videos(study: Study, done: Done) -> list[dict[str, Any]]:
     """For each shown prompt the first seed's video of every arm."""
     first = study.settings.seeds[0]
     rows = []
     for index, prompt in enumerate(study.settings.shown):
         videos = []
-        for run in done:
+        for run, _ in done:
             path = run.folder / VIDEOS / f"{index}.mp4"
             if run.seed == first and path.is_file():
                 videos.append({"arm": run.arm, "data": base64.b64encode(playable(path)).decode("ascii")})
