@@ -20,7 +20,7 @@ def state() -> str:
     """A digest of the executor, its tests and the compilers' versions."""
     digest = hashlib.sha256()
     files = [*ROOT.glob("ptx_executor/**/*.py"), *ROOT.glob("tests/executor/**/*")]
-    for file in sorted(path for path in files if path.is_file() and path.suffix in (".py", ".cu", ".ptx")):
+    for file in sorted(path for path in files if path.is_file() and path.suffix in (".py", ".cu")):
         digest.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes() + b"\0")
     digest.update(" ".join(COMPILERS.findall((ROOT / "pyproject.toml").read_text())).encode())
     return digest.hexdigest()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ptx_executor import Kernel, Module
+
+sys.path.insert(0, str(Path(__file__).parent))  # for the Triton kernels: importlib mode leaves it alone
 
 BITS = {1: "8", 2: "16", 4: "32", 8: "64"}
 

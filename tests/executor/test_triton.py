@@ -1,16 +1,12 @@
-"""Triton kernels for cuda:80: their recorded PTX, and freshly compiled where Triton is installed."""
+"""Triton kernels, compiled for cuda:80."""
 
-import importlib.util
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from triton_kernels import compile_kernel
 
 from ptx_executor import Kernel, MemoryAccessError, Module, RaceError
-
-HERE = Path(__file__).parent
 
 
 class Launcher:
@@ -24,11 +20,6 @@ class Launcher:
     def __call__(self, grid: tuple[int, ...], *args: object, **options: object) -> None:
         scratch = [None] * (len(self.kernel.parameters) - len(args))
         self.kernel.launch(grid, self.threads, [*args, *scratch], shared_bytes=self.shared, **options)
-
-
-def _recorded(name: str) -> Launcher:
-    facts = json.loads((HERE / "triton_ptx" / "launch.json").read_text())[name]
-    return Launcher((HERE / "triton_ptx" / f"{name}.ptx").read_text(), facts["shared"], facts["threads"])
 
 
 def _normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -84,42 +75,29 @@ CHECKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", list(CHECKS))
-def test_recorded_kernels(name):
-    run = _recorded(name)
+@pytest.mark.parametrize("name", CHECKS)
+def test_kernels(name):
+    run = Launcher(*compile_kernel(name))
     run.kernel.check()
     for seed in range(3):
         CHECKS[name](run, seed)
-
-
-def test_kernels_compiled_now():
-    pytest.importorskip("triton", reason="Triton is not installed: only its recorded PTX is run")
-    spec = importlib.util.spec_from_file_location("triton_kernels", HERE / "triton_kernels.py")
-    assert spec is not None
-    assert spec.loader is not None
-    kernels = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(kernels)
-    for name, check in CHECKS.items():
-        run = Launcher(*kernels.compile_kernel(name))
-        run.kernel.check()
-        check(run, 0)
 
 
 def test_a_missing_row_is_caught():
     m, n, k = 100, 80, 144
     a, b, c = _normal(m, k).bfloat16(), _normal(k, n).bfloat16(), _nan(m - 1, n)
     with pytest.raises(MemoryAccessError, match="past the end of argument 2"):
-        _recorded("matmul_bf16")((2, 2), a, b, c, m, n, k)
+        Launcher(*compile_kernel("matmul_bf16"))((2, 2), a, b, c, m, n, k)
 
 
-# Barriers of the recorded kernels that order nothing: before the first access, and where every warp continues
+# Barriers of these kernels that order nothing: before the first access, and where every warp continues
 # with its own part.
 SPARE = {"matmul_bf16": {1}, "attention": {3}}
 
 
-@pytest.mark.parametrize("name", list(SPARE))
+@pytest.mark.parametrize("name", SPARE)
 def test_every_missing_barrier_is_caught(name):
-    whole = _recorded(name)
+    whole = Launcher(*compile_kernel(name))
     pieces = whole.ptx.split("bar.sync \t0;")
     length, m, n, k = 150, 100, 80, 144
     q, k_, v = (_normal(length, 32, seed=i).bfloat16() for i in range(3))

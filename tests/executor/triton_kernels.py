@@ -1,24 +1,13 @@
-"""Small Triton kernels, compiled ahead of time for cuda:80.
-
-    python tests/executor/triton_kernels.py
-
-writes their PTX to tests/executor/triton_ptx, for machines that have no Triton; the debug information is left
-out.
-"""
+"""Small Triton kernels, compiled ahead of time for cuda:80."""
 
 from __future__ import annotations
 
-import json
-import re
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-FOLDER = Path(__file__).parent / "triton_ptx"
 
 
 class Compiled(NamedTuple):
@@ -138,21 +127,3 @@ def compile_kernel(name: str) -> Compiled:
     options = {"num_warps": warps, "num_stages": stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options)
     return Compiled(compiled.asm["ptx"], compiled.metadata.shared, 32 * warps)
-
-
-def _without_debug_information(ptx: str) -> str:
-    ptx = re.sub(r"\.section\s+\.debug.*", "", ptx, flags=re.S)
-    kept = [
-        line for line in ptx.splitlines() if not re.match(r"\s*(\.loc|\.file|//|\$L__tmp\d+:)|\s*$", line)
-    ]
-    return "\n".join(re.sub(r"\s*//.*", "", line) for line in kept) + "\n"
-
-
-if __name__ == "__main__":
-    FOLDER.mkdir(exist_ok=True)
-    facts = {"triton": triton.__version__}
-    for each in KERNELS:
-        result = compile_kernel(each)
-        (FOLDER / f"{each}.ptx").write_text(_without_debug_information(result.ptx))
-        facts[each] = {"shared": result.shared, "threads": result.threads}
-    (FOLDER / "launch.json").write_text(json.dumps(facts, indent=1) + "\n")
