@@ -1,4 +1,4 @@
-"""Files as players and viewers show them: what a file says about itself is honoured, or refused by name."""
+"""Videos as players show them: what a file says about itself is honoured, or refused by name."""
 
 from __future__ import annotations
 
@@ -8,37 +8,30 @@ import zlib
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import av
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
-from PIL import Image, ImageCms, ImageOps
+from media import (
+    COLOURS,
+    CORNERS,
+    bytes_of,
+    chunk,
+    clear,
+    greys,
+    over_white,
+    pipeline,
+    steps_of,
+    write,
+)
+from PIL import Image
 from torch import Tensor
 
 from stream_r1.sampling.start import read_start
-from stream_r1.sampling.video import VideoWriter, read_image, read_video
+from stream_r1.sampling.video import VideoWriter, read_video
 from stream_r1.sampling.video_file import VideoFile
-
-Pixels = NDArray[np.uint8]
-COLOURS = np.array([[200, 30, 30], [30, 200, 30], [30, 30, 200], [220, 220, 220]], np.uint8)
-CORNERS = COLOURS.reshape(2, 2, 3).repeat(16, 0).repeat(24, 1)  # [32, 48, 3]: four colours, none like another
-
-
-def greys(count: int, step: int = 10) -> list[Pixels]:
-    return [np.full((32, 48, 3), step * index, np.uint8) for index in range(count)]
-
-
-def bytes_of(video: Tensor) -> NDArray[np.int64]:
-    return (video.movedim(-3, -1) * 255).round().long().numpy()
-
-
-def steps_of(video: Tensor, step: int = 10) -> list[int]:
-    """Which of `greys` each frame is."""
-    return (video.mean((1, 2, 3)) * 255 / step).round().long().tolist()
 
 
 def seen_at(times: Sequence[int], fps: float, count: int) -> list[int]:
@@ -46,59 +39,8 @@ def seen_at(times: Sequence[int], fps: float, count: int) -> list[int]:
     return [sum(time <= 1000 * k / fps + 1 for time in times) - 1 for k in range(count)]
 
 
-def write(
-    path: Path,
-    pictures: Sequence[Pixels],
-    *,
-    rate: Fraction | int = 24,
-    codec: str = "libx264",
-    pix_fmt: str = "yuv444p",
-    times: Sequence[int] | None = None,
-    base: Fraction | None = None,
-    options: dict[str, str] | None = None,
-    container: dict[str, str] | None = None,
-    **properties: Any,
-) -> Path:
-    """A video of RGB or RGBA pictures, lossless where the codec can; `times` in units of `base`."""
-    lossless = {"crf": "0"} if codec.startswith("libx264") else {}
-    matrix = properties.get("colorspace", 5)
-    with av.open(str(path), "w", options=container or {}) as file:
-        stream = file.add_stream(codec, rate=rate, options=lossless | (options or {}))
-        stream.height, stream.width = pictures[0].shape[:2]
-        stream.pix_fmt = pix_fmt
-        if base is not None:
-            stream.codec_context.time_base = stream.time_base = base
-        for name, value in properties.items():
-            setattr(stream.codec_context, name, value)
-        for index, picture in enumerate(pictures):
-            whole = av.VideoFrame.from_ndarray(picture, format="rgba" if picture.shape[2] == 4 else "rgb24")
-            frame = whole.reformat(
-                format=pix_fmt, dst_colorspace=5 if matrix == 6 else matrix,
-                dst_color_range=properties.get("color_range", 1), interpolation="BICUBIC",
-            )  # fmt: skip
-            frame.pts = index if times is None else times[index]
-            frame.time_base = base or 1 / Fraction(rate)
-            file.mux(stream.encode(frame))
-        file.mux(stream.encode(None))
-    return path
-
-
-def pipeline(
-    size: tuple[int, int] = (32, 48), fps: float = 24, window: int | None = 3, first: int = 3
-) -> Any:
-    """What `read_start` looks at: one or more chunks of 3 latent frames of 4 frames each."""
-    config = {"frames_per_chunk": 3, "first_chunk_frames": first, "window_frames": window}
-    return SimpleNamespace(
-        size=size,
-        fps=fps,
-        student=SimpleNamespace(config=config),
-        vae=SimpleNamespace(frames=lambda latent: 1 + 4 * (latent - 1)),
-    )
-
-
 # (a, b, c, d) of a display matrix: column x and row y are shown at (a x + c y, b x + d y)
 MATRICES = [(1, 0, 0, 1), (-1, 0, 0, 1), (-1, 0, 0, -1), (1, 0, 0, -1)]
-MATRICES += [(0, 1, 1, 0), (0, 1, -1, 0), (0, -1, -1, 0), (0, -1, 1, 0)]
 
 
 def with_matrix(path: Path, a: float, b: float, c: float, d: float) -> None:
@@ -128,19 +70,6 @@ def test_a_slanted_matrix_is_refused(tmp_path: Path) -> None:
     with_matrix(path, 0.7071, 0.7071, -0.7071, 0.7071)
     with pytest.raises(ValueError, match=r"a\.mp4.*quarters.*0\.707"):
         read_video(path)
-
-
-@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_are_turned_as_their_exif_says(tmp_path: Path, suffix: str, orientation: int) -> None:
-    exif = Image.Exif()
-    exif[274] = orientation
-    path = tmp_path / f"a.{suffix}"
-    Image.fromarray(CORNERS).save(path, exif=exif, lossless=True)
-    turned = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    assert np.array_equal(bytes_of(read_image(path)), np.asarray(turned))
-    size = (turned.height, turned.width)
-    assert read_start(path, pipeline(size)).frames.shape[-2:] == size
 
 
 def test_pixels_that_are_not_square(tmp_path: Path) -> None:
@@ -253,19 +182,6 @@ def test_colours_by_the_matrix_and_range_that_are_stated(
     assert np.abs(bytes_of(read_video(path)[0])[0] - CORNERS).max() <= 2
 
 
-def clear(alpha: int = 128) -> Pixels:
-    """`CORNERS`, its left half transparent, its upper right one by `alpha`."""
-    picture = np.concatenate([CORNERS, np.full((32, 48, 1), 255, np.uint8)], 2)
-    picture[:, :24, 3] = 0
-    picture[:16, 24:, 3] = alpha
-    return picture
-
-
-def over_white(picture: Pixels) -> NDArray[np.float64]:
-    share = picture[..., 3:] / 255
-    return picture[..., :3] * share + 255 * (1 - share)
-
-
 @pytest.mark.parametrize(
     ("codec", "pix_fmt", "suffix"),
     [
@@ -280,117 +196,6 @@ def test_clear_videos_are_shown_over_white(tmp_path: Path, codec: str, pix_fmt: 
     shown = bytes_of(read_video(path)[0])[1]
     assert np.abs(shown - over_white(clear()))[4:-4, 4:20].max() <= 2
     assert np.abs(shown - over_white(clear()))[4:12, 28:-4].max() <= 3
-
-
-def _palette(picture: Image.Image) -> Image.Image:
-    return picture.convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE, colors=4)
-
-
-def _grey_alpha(picture: Image.Image) -> Image.Image:
-    return picture.convert("LA")
-
-
-def _same(picture: Image.Image) -> Image.Image:
-    return picture
-
-
-@pytest.mark.parametrize(
-    ("name", "make", "expected"),
-    [
-        ("rgba.png", _same, lambda p: over_white(np.asarray(p))),
-        ("rgba.webp", _same, lambda p: over_white(np.asarray(p))),
-        ("rgba.tif", _same, lambda p: over_white(np.asarray(p))),
-        ("grey-alpha.png", _grey_alpha, lambda p: over_white(np.asarray(p.convert("RGBA")))),
-        ("palette.png", _palette, lambda p: np.asarray(p.convert("RGB"))),
-        ("palette.gif", _palette, lambda p: np.asarray(p.convert("RGB"))),
-        ("cmyk.tif", lambda p: p.convert("RGB").convert("CMYK"), lambda p: np.asarray(p.convert("RGB"))),
-        ("bits.png", lambda p: p.convert("1"), lambda p: np.asarray(p.convert("RGB"))),
-        ("grey.png", lambda p: p.convert("L"), lambda p: np.asarray(p.convert("RGB"))),
-    ],
-)
-def test_kinds_of_pictures(
-    tmp_path: Path,
-    name: str,
-    make: Callable[[Image.Image], Image.Image],
-    expected: Callable[[Image.Image], Any],
-) -> None:
-    picture = make(Image.fromarray(clear()))
-    picture.save(tmp_path / name, lossless=True, exact=True)
-    assert np.abs(bytes_of(read_image(tmp_path / name)) - expected(picture)).max() <= 1
-
-
-def test_hidden_colours_stay_hidden(tmp_path: Path) -> None:
-    shown = []
-    for hidden in ((0, 0, 0), (255, 0, 0)):
-        picture = clear(alpha=0)
-        picture[picture[..., 3] == 0, :3] = hidden
-        Image.fromarray(picture).save(tmp_path / "a.png")
-        shown.append(read_image(tmp_path / "a.png"))
-    assert torch.equal(*shown)
-    palette = _palette(Image.fromarray(CORNERS))
-    levels = [0, 60, 130, 255]
-    palette.save(tmp_path / "a.png", transparency=bytes(levels))
-    indices = np.asarray(palette)
-    picture = np.dstack([CORNERS, np.array(levels, np.uint8)[indices]])
-    assert np.abs(bytes_of(read_image(tmp_path / "a.png")) - over_white(picture)).max() <= 1
-    Image.fromarray(CORNERS).save(tmp_path / "a.png", transparency=tuple(COLOURS[0].tolist()))
-    assert (bytes_of(read_image(tmp_path / "a.png"))[:16, :24] == 255).all()
-    assert (bytes_of(read_image(tmp_path / "a.png"))[16:] == CORNERS[16:]).all()
-
-
-@pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_grey_of_sixteen_bits(tmp_path: Path, suffix: str) -> None:
-    levels = np.linspace(0, 65535, 32 * 48).round().astype(np.uint16).reshape(32, 48)
-    Image.fromarray(levels).save(tmp_path / f"a.{suffix}")
-    read = read_image(tmp_path / f"a.{suffix}")
-    torch.testing.assert_close(
-        read, torch.from_numpy(levels / 65535).float().expand(3, -1, -1), atol=0.5 / 255, rtol=0
-    )
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def test_profiles_and_gamma(tmp_path: Path) -> None:
-    picture = Image.fromarray(CORNERS)
-    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    picture.save(tmp_path / "a.png", icc_profile=srgb)
-    assert np.abs(bytes_of(read_image(tmp_path / "a.png")) - CORNERS).max() <= 1
-    # the same with red and blue primaries exchanged: what is stored as red is blue
-    swapped = srgb.replace(b"rXYZ", b"tmpX", 1).replace(b"bXYZ", b"rXYZ", 1).replace(b"tmpX", b"bXYZ", 1)
-    picture.save(tmp_path / "a.png", icc_profile=swapped)
-    assert np.abs(bytes_of(read_image(tmp_path / "a.png")) - CORNERS[..., ::-1]).max() <= 2
-    picture.save(tmp_path / "a.png", icc_profile=b"no profile at all" * 20)
-    with pytest.raises(ValueError, match=r"a\.png.*profile"):
-        read_image(tmp_path / "a.png")
-    picture.save(tmp_path / "plain.png")
-    data = (tmp_path / "plain.png").read_bytes()
-    for gamma, power in ((1.0, 0.45455), (0.45455, 1.0)):
-        (tmp_path / "a.png").write_bytes(
-            data[:33] + chunk(b"gAMA", struct.pack(">I", int(1e5 * gamma))) + data[33:]
-        )
-        expected = 255 * (CORNERS / 255) ** power
-        assert np.abs(bytes_of(read_image(tmp_path / "a.png")) - expected).max() <= 1
-    (tmp_path / "a.png").write_bytes(data[:33] + chunk(b"cICP", bytes([9, 16, 0, 1])) + data[33:])
-    with pytest.raises(ValueError, match=r"a\.png.*PQ"):
-        read_image(tmp_path / "a.png")
-
-
-@pytest.mark.parametrize("suffix", ["gif", "png", "webp"])
-def test_moving_pictures_are_videos(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"a.{suffix}"
-    pictures = [Image.fromarray(picture) for picture in greys(6, 40)]
-    times = [100, 200, 50, 50, 500, 100]
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=times, lossless=True)
-    starts = np.cumsum([0, *times[:-1]])
-    video, fps = read_video(path, fps=20)
-    assert fps == 20
-    assert steps_of(video, 40) == [int((starts <= 50 * k).sum()) - 1 for k in range(20)]
-    start = read_start(path, pipeline())
-    assert steps_of(start.frames[0], 40) == [4] * 7 + [5] * 2  # the last tenth of a second is the sixth
-    with pytest.raises(ValueError, match="one picture, got 6 frames"):
-        read_image(path)
 
 
 @pytest.mark.parametrize(
