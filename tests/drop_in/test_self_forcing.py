@@ -17,6 +17,7 @@ from stream_r1_kernels import RotaryGrid, apply_rotary
 GOLDEN = Path(__file__).parents[1] / "golden"
 LAYERS, BATCH, HEADS, WIDTH, ROWS, COLUMNS = 2, 2, 2, 12, 2, 3
 FRAME, CHUNK = ROWS * COLUMNS, 3
+GRID = {"rows": ROWS, "columns": COLUMNS, "frames_per_chunk": CHUNK}
 ROTARY = RotaryGrid(WIDTH)
 
 SETTINGS = {
@@ -32,8 +33,11 @@ SETTINGS = {
 
 
 def dictionaries(frames: int, dtype: torch.dtype = torch.float32, layers: int = LAYERS) -> list[dict]:
+    return dictionaries_of((BATCH, frames * FRAME, HEADS, WIDTH), dtype, layers)
+
+
+def dictionaries_of(shape: tuple[int, ...], dtype: torch.dtype, layers: int) -> list[dict]:
     """As a Self Forcing pipeline makes them."""
-    shape = (BATCH, frames * FRAME, HEADS, WIDTH)
     return [
         {
             "k": torch.zeros(shape, dtype=dtype),
@@ -101,7 +105,7 @@ def test_outputs_and_counters_are_those_of_the_rolled_cache(settings):
     settings = {name: value for name, value in settings.items() if name != "frames"}
     generator = torch.Generator().manual_seed(0)
     kv_cache = dictionaries(frames)
-    adopt(kv_cache, rows=ROWS, columns=COLUMNS, frames_per_chunk=CHUNK, **settings)
+    adopt(kv_cache, **GRID, **settings)
     published = [RolledCache(frames, **settings) for _ in range(LAYERS)]
     for chunk in range(chunks):
         start = chunk * CHUNK * FRAME
@@ -118,7 +122,7 @@ def test_bfloat16_is_as_near_to_the_truth_as_the_rolled_cache():
     settings = {"sink_frames": 3, "positions": "window"}
     generator = torch.Generator().manual_seed(0)
     (ours,) = dictionaries(9, torch.bfloat16, layers=1)
-    adopt([ours], rows=ROWS, columns=COLUMNS, frames_per_chunk=CHUNK, **settings)
+    adopt([ours], **GRID, **settings)
     narrow, exact = RolledCache(9, **settings), RolledCache(9, **settings)
     narrow.entry |= {name: narrow.entry[name].bfloat16() for name in ("k", "v")}
     for chunk in range(6):
@@ -140,15 +144,7 @@ def test_a_published_recording_is_reproduced_through_dictionaries(name, monkeypa
     window, chunk = config["window_frames"], config["frames_per_chunk"]
     frames = window or recording.meta["chunks"] * chunk
     shape = (1, frames * rows * columns, config["num_attention_heads"], config["attention_head_dim"])
-    kv_cache = [
-        {
-            "k": torch.zeros(shape),
-            "v": torch.zeros(shape),
-            "global_end_index": torch.tensor([0]),
-            "local_end_index": torch.tensor([0]),
-        }
-        for _ in student.blocks
-    ]
+    kv_cache = dictionaries_of(shape, torch.float32, len(student.blocks))
     adopt(
         kv_cache,
         rows=rows,
@@ -233,7 +229,7 @@ def rollout(
     for stream in range(streams):
         if stream == 0 or not shared:
             kv_cache = dictionaries(9, layers=1)
-            adopt(kv_cache, rows=ROWS, columns=COLUMNS, frames_per_chunk=CHUNK, **settings)
+            adopt(kv_cache, **GRID, **settings)
         new_stream(kv_cache)
         for chunk in range(3 if settings.get("window") is False else 5):
             start = chunk * CHUNK * FRAME
@@ -323,7 +319,7 @@ def test_counters_may_be_integers():
     for entry in integers:
         entry["global_end_index"] = entry["local_end_index"] = 0
     for kv_cache in (tensors, integers):
-        adopt(kv_cache, rows=ROWS, columns=COLUMNS, frames_per_chunk=CHUNK, sink_frames=3)
+        adopt(kv_cache, **GRID, sink_frames=3)
     generator = torch.Generator().manual_seed(0)
     for chunk in (0, 1, 2, 3, 4, 0, 1):
         if chunk == 0:
@@ -341,7 +337,7 @@ def test_counters_may_be_integers():
 
 def test_memory_is_one_buffer_that_never_grows():
     kv_cache = dictionaries(9)
-    cache = adopt(kv_cache, rows=ROWS, columns=COLUMNS, frames_per_chunk=CHUNK)
+    cache = adopt(kv_cache, **GRID)
     addresses = {entry[name].data_ptr() for entry in kv_cache for name in ("k", "v")}
     assert len(addresses) == 2 * LAYERS
     for chunk in range(20):
@@ -353,21 +349,20 @@ def test_memory_is_one_buffer_that_never_grows():
 
 def test_counters_at_zero_begin_a_new_stream():
     (entry,) = dictionaries(9, layers=1)
-    adopt([entry], rows=ROWS, columns=COLUMNS, frames_per_chunk=CHUNK)
+    adopt([entry], **GRID)
     chunk = random_chunk(torch.Generator().manual_seed(0))
     first = attend(*chunk, entry, 0)
     for index in (1, 2):
         attend(*chunk, entry, index * CHUNK * FRAME)
     with pytest.raises(ValueError, match="or 0 with global_end_index 0"):
         attend(*chunk, entry, 0)
-    for name in ("global_end_index", "local_end_index"):
-        entry[name] = torch.tensor([0])
+    new_stream([entry])
     assert torch.equal(attend(*chunk, entry, 0), first)
 
 
 def test_a_chunk_that_nothing_kept_is_refused():
     (entry,) = dictionaries(9, layers=1)
-    adopt([entry], rows=ROWS, columns=COLUMNS, frames_per_chunk=CHUNK)
+    adopt([entry], **GRID)
     q, k, v = random_chunk(torch.Generator().manual_seed(0))
     attend(q.requires_grad_(), k, v, entry, 0)
     with pytest.raises(ValueError, match="no pass without gradients has kept the chunk at 0"):
@@ -375,36 +370,28 @@ def test_a_chunk_that_nothing_kept_is_refused():
 
 
 def test_what_does_not_fit_is_refused():
-    grid = {"rows": ROWS, "columns": COLUMNS, "frames_per_chunk": CHUNK}
-    with pytest.raises(ValueError, match="a dictionary a layer, got none"):
-        adopt([], **grid)
-    with pytest.raises(ValueError, match="a dictionary a layer, got one dict"):
-        adopt(dictionaries(9)[0], **grid)
-    lacking = dictionaries(9)
+    lacking, flat, begun, uneven = (dictionaries(9) for _ in range(4))
     del lacking[1]["local_end_index"]
-    with pytest.raises(
-        ValueError, match=r"kv_cache\[1\]: expected k, v, global_end.*none of the name local_end"
-    ):
-        adopt(lacking, **grid)
-    flat = dictionaries(9)
     flat[0]["k"] = flat[0]["k"][0]
-    with pytest.raises(ValueError, match=r"kv_cache\[0\]\['k'\]: expected \[B, size, heads, width\]"):
-        adopt(flat, **grid)
-    with pytest.raises(ValueError, match="whole frames of 2 x 5 tokens, got room for 54 tokens"):
-        adopt(dictionaries(9), **grid | {"columns": 5})
-    begun = dictionaries(9)
     begun[1]["global_end_index"].fill_(18)
-    with pytest.raises(ValueError, match=r"kv_cache\[1\]: expected a stream that has not begun.*18"):
-        adopt(begun, **grid)
-    uneven = dictionaries(9)
     uneven[1]["v"] = uneven[1]["v"].double()
-    with pytest.raises(ValueError, match=r"kv_cache\[1\]\['v'\].*float64"):
-        adopt(uneven, **grid)
+    for kv_cache, message in (
+        ([], "a dictionary a layer, got none"),
+        (dictionaries(9)[0], "a dictionary a layer, got one dict"),
+        (lacking, r"kv_cache\[1\]: expected k, v, global_end.*none of the name local_end"),
+        (flat, r"kv_cache\[0\]\['k'\]: expected \[B, size, heads, width\]"),
+        (begun, r"kv_cache\[1\]: expected a stream that has not begun.*18"),
+        (uneven, r"kv_cache\[1\]\['v'\].*float64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            adopt(kv_cache, **GRID)
+    with pytest.raises(ValueError, match="whole frames of 2 x 5 tokens, got room for 54 tokens"):
+        adopt(dictionaries(9), **GRID | {"columns": 5})
     (entry,) = dictionaries(9, layers=1)
     q, k, v = random_chunk(torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="a dictionary that adopt"):
         attend(q, k, v, entry, 0)
-    adopt([entry], **grid)
+    adopt([entry], **GRID)
     with pytest.raises(ValueError, match="a chunk of 3 frames of 6 tokens, got 6 tokens"):
         attend(q[:, :6], k[:, :6], v[:, :6], entry, 0)
     with pytest.raises(ValueError, match=r"q, k, v: expected \[.* as in the cache"):
