@@ -23,6 +23,8 @@ from stream_r1.distill.ode import (
 from stream_r1.distill.ranks import Ranks
 from stream_r1.distill.teacher_forcing import TeacherForcing
 from stream_r1.distill.trainer import DistillTrainer, hashed
+from stream_r1.drawn_world import Scene
+from stream_r1.drawn_world.reward import MeasuredReward
 from stream_r1.models.autoencoder import VideoAutoencoder
 from stream_r1.models.autoencoders import load_autoencoder
 from stream_r1.models.checkpoints import load_score_model, load_student
@@ -61,9 +63,6 @@ def load_models(recipe: Recipe, ranks: Ranks | None = None) -> Models:
     watched = recipe.watch.prompts or ()
     prompts = [*read_prompts(recipe.prompts), recipe.matching.negative_text, *watched]
     text = _text_encoder(recipe, prompts, ranks)  # before the others: while it encodes, it needs room
-    reward = load_reward(locate(paths.reward), device=device, **recipe.reward.overrides())
-    if recipe.reward.wrong is not None:
-        reward = WrongReward(reward, recipe.reward.wrong)
     return Models(
         student=_student(recipe, ranks),
         teacher=load_score_model(locate(paths.teacher), device=_home(recipe, ranks)),
@@ -71,7 +70,7 @@ def load_models(recipe: Recipe, ranks: Ranks | None = None) -> Models:
         if paths.critic is None
         else load_score_model(locate(paths.critic), device=_home(recipe, ranks)),
         vae=load_autoencoder(locate(paths.vae), dtype=decoding_dtype(device), device=device),
-        reward=reward,
+        reward=_reward(recipe, device),
         text=text,
     )
 
@@ -234,6 +233,20 @@ def _home(recipe: Recipe | InitRecipe, ranks: Ranks | None) -> torch.device:
 def _student(recipe: Recipe | InitRecipe, ranks: Ranks | None) -> CausalWanTransformer:
     path = locate(recipe.models.student)
     return load_student(path, device=_home(recipe, ranks), **recipe.stream.overrides())
+
+
+def _reward(recipe: Recipe, device: torch.device) -> Reward:
+    if recipe.reward.measured:
+        prompts = [*read_prompts(recipe.prompts), *(recipe.watch.prompts or ())]
+        for prompt in prompts:
+            if not Scene.has(prompt):
+                raise SettingsError(
+                    f"reward.measured: expected prompts of the drawn world, got {prompt[:80]!r}"
+                )
+        reward: Reward = MeasuredReward()
+    else:
+        reward = load_reward(locate(recipe.models.reward), device=device, **recipe.reward.overrides())
+    return reward if recipe.reward.wrong is None else WrongReward(reward, recipe.reward.wrong)
 
 
 def _text_encoder(recipe: Recipe | InitRecipe, prompts: list[str], ranks: Ranks) -> TransformersEncoder:

@@ -93,9 +93,11 @@ class TextSettings(Settings):
 
 
 class RewardSettings(Settings):
-    """How the VideoAlign reward is run; None keeps what its folder says. The small reward has only `wrong`.
+    """How the VideoAlign reward is run; None keeps what its folder says. The small reward has only `wrong`
+    and `measured`.
 
     wrong: make it wrong on purpose, for a study: see `WrongReward`.
+    measured: the drawn world's own measures in place of the folder's model: see `MeasuredReward`.
 
     fps: frames a second that it sees; "checkpoint": as it was trained; "all": every frame. Other frames have
         no saliency.
@@ -107,6 +109,7 @@ class RewardSettings(Settings):
     """
 
     wrong: WrongKind | None = None
+    measured: bool = False
     fps: Positive | Literal["checkpoint", "all"] | None = None
     video_fps: Positive | None = None
     max_pixels: Count | None = None
@@ -116,7 +119,7 @@ class RewardSettings(Settings):
 
     def overrides(self) -> dict[str, Any]:
         """What was set, as `load_reward` takes it."""
-        return self.model_dump(exclude_none=True, exclude={"wrong"})
+        return self.model_dump(exclude_none=True, exclude={"wrong", "measured"})
 
 
 class Recipe(DistillSettings):

@@ -106,3 +106,17 @@ def test_wrong_rewards_have_gradients_and_no_sense(world):
     scores = [WrongReward(right, "saturation").score(x, prompts) for x in (greyer, video.detach())]
     assert (scores[1] > scores[0]).all()
     assert slope.abs().sum() > 0
+
+
+def test_a_run_is_guided_by_the_drawn_worlds_measures_and_by_no_other_prompts(world, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a fat rabbit\n", encoding="utf-8")
+    measured = ("train", world / "recipe.yaml", "reward.measured=true", "steps=2", f"out={tmp_path / 'run'}")
+    assert run(*measured, f"prompts={tmp_path / 'prompts.txt'}") != 0
+    assert (
+        "reward.measured: expected prompts of the drawn world, got 'a fat rabbit'" in capsys.readouterr().err
+    )
+    assert run(*measured) == 0
+    with open(tmp_path / "run" / "metrics.csv", encoding="utf-8") as file:
+        scores = [float(row["reward/TA"]) for row in csv.DictReader(file) if row["reward/TA"]]
+    assert scores
+    assert all(score == pytest.approx(-0.44 / 0.15, abs=0.5) for score in scores)  # noise has no red ball
