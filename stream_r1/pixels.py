@@ -25,7 +25,17 @@ def check_range(pixels: Tensor, name: str, *, finite: bool = False) -> None:
     """
     if pixels.numel() == 0 or not pixels.is_floating_point() or _is_without_values(pixels):
         return
-    least, most = torch.stack(pixels.detach().aminmax()).tolist()
+    check_least_and_most(least_and_most(pixels), name, finite=finite)
+
+
+def least_and_most(pixels: Tensor) -> Tensor:
+    """[2]: the least and the largest value, on the pixels' device; both NaN where one of them is."""
+    return torch.stack(pixels.detach().aminmax())
+
+
+def check_least_and_most(ends: Tensor, name: str, *, finite: bool = False) -> None:
+    """`check_range` of pixels whose `least_and_most` are known."""
+    least, most = ends.tolist()
     if least < _LEAST or most > _MOST or (finite and least != least):
         raise ValueError(f"{name}: expected values in [0, 1], got {least:g} to {most:g}")
 

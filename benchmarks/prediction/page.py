@@ -303,7 +303,8 @@ def _assumptions(p: Predictions) -> str:
 
 - An op takes the longer of its bytes at the bandwidth's share and its flops at the rate's share, and
   {least:.0f} µs at least. Ops run one after the other; nothing overlaps; nothing is found in the L2
-  cache.
+  cache. A stream decodes a chunk beside the denoising of the next one: what that gains is not predicted,
+  for both keep a GPU busy. It can't be more than the shorter of the two.
 - Bytes are inputs read once and outputs written once. Kernels that read an input twice, or spill, take
   longer.
 - None of the shares was measured by this project. Those of attention lean on what FlashAttention-2 and

@@ -229,13 +229,13 @@ def _write(
     tell: Callable[[str], object],
 ) -> None:
     kept = 0
-    for chunk in stream:
-        assert chunk.frames is not None  # the sampler has a VAE
-        for writer, video in zip(writers, chunk.frames, strict=True):
+    for chunk in stream.ahead():
+        pixels = chunk.to_uint8()
+        for writer, video in zip(writers, pixels, strict=True):
             writer.write(video)
         if kept < _SHEET_FRAMES:
-            frames.append(chunk.frames)
-            kept += chunk.frames.shape[1]
+            frames.append(pixels)
+            kept += pixels.shape[1]
         tell(
             f"{stream.timings.frames / fps:.1f} s at {stream.timings.fps:.1f} frames a second; Ctrl-C ends it"
         )

@@ -129,9 +129,8 @@ def make_video(
     times: dict[str, list[float]] = {name: [] for name in (*_TIMES, "elapsed")}
     target, making = evaluation.file(model, video), evaluation.out / model / "making.mp4"
     with written(making) as place, VideoWriter(place, pipeline.fps) as writer:
-        for chunk in stream:
-            assert chunk.frames is not None  # the pipeline has a VAE
-            shown = chunk.frames[0][: wanted - sum(frames)]
+        for chunk in stream.ahead():
+            shown = chunk.to_uint8()[0][: wanted - sum(frames)]
             began = time.perf_counter()
             writer.write(shown)
             times["write"].append(time.perf_counter() - began)

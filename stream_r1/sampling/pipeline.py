@@ -25,7 +25,6 @@ from stream_r1.models.text import MiniLMEncoder, TextEncoder, TransformersEncode
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.models.wan import video_of
 from stream_r1.models.weight_files import read_config
-from stream_r1.pixels import to_uint8
 from stream_r1.sampling.chunk import StreamTimings
 from stream_r1.sampling.folders import find_parts
 from stream_r1.sampling.presets import DEFAULT_PRESET, PRESETS, choose_preset
@@ -340,8 +339,8 @@ class StreamR1Pipeline:
         stream = self.stream(prompt, seed, chunks, first_frames=first_frames)
         pictures = output_type == "pil"  # of 8 bits a colour
         made = [
-            (to_uint8(chunk.frames) if pictures else chunk.frames).cpu()
-            for chunk in stream
+            chunk.to_uint8() if pictures else chunk.frames.cpu()
+            for chunk in stream.ahead()
             if chunk.frames is not None
         ]
         return VideoOutput(_as_type(torch.cat(made, dim=1)[:, :frames], output_type), stream.timings)

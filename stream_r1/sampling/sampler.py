@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from stream_r1.chunk_loop import ChunkLoop, StudentPasses
-from stream_r1.clock import Clock
+from stream_r1.clock import Moment
 from stream_r1.models.autoencoder import VideoAutoencoder
 from stream_r1.models.offload import ModelOffload
 from stream_r1.models.text import TextEncoder
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.pixels import check_range
+from stream_r1.sampling.decoding import ChunkDecoder, SideStream
 from stream_r1.sampling.graphs import PassGraphs, refuse_graphs
 from stream_r1.sampling.noise import StreamNoise
 from stream_r1.sampling.stream import Prompts, Stream
@@ -97,6 +98,7 @@ class Sampler:
         self.fuse_cache_update = fuse_cache_update
         self.cache_dtype = cache_dtype
         self.offload: ModelOffload | None = None
+        self._side: SideStream | None = None
 
     @property
     def device(self) -> torch.device:
@@ -135,7 +137,7 @@ class Sampler:
         Raises:
             ValueError, TypeError: what does not fit, before any work but encoding.
         """
-        clock = Clock(self.device)
+        asked = Moment(self.device)
         if chunks is not None and chunks < 1:
             raise ValueError(f"stream: chunks must be at least 1 or None, got {chunks}")
         if chunks is None and self.student.config["window_frames"] is None:
@@ -157,14 +159,30 @@ class Sampler:
             return Stream(
                 loop,
                 noise,
-                None if self.decoder is None else self.decoder.stream_decoder(len(embeds)),
+                self.chunk_decoder(len(embeds)),
                 (height, width),
                 chunks=chunks,
                 given=given,
                 embed=self.embed,
                 use=self.use,
-                clock=clock,
+                device=self.device,
+                asked=asked,
             )
+
+    def chunk_decoder(self, batch: int) -> ChunkDecoder | None:
+        """A new one, for a stream; None: latents only."""
+        if self.decoder is None:
+            return None
+        return ChunkDecoder(self.decoder.stream_decoder(batch), self.device, self._side_stream(), self.use)
+
+    def _side_stream(self) -> SideStream | None:
+        """For decoding beside the student, where both stay on one GPU; one for all streams."""
+        assert self.decoder is not None
+        if self.offload is not None or self.device.type != "cuda" or self.decoder.device != self.device:
+            return None
+        if self._side is None:
+            self._side = SideStream(self.device)
+        return self._side
 
     def _loop(
         self, embeds: Tensor, noise: StreamNoise, max_frames: int | None, size: tuple[int, int]

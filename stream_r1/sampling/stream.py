@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from stream_r1.chunk_loop import ChunkLoop
-from stream_r1.clock import Clock
-from stream_r1.models.autoencoder import StreamDecoder
-from stream_r1.sampling.chunk import Chunk, StreamTimings
+from stream_r1.clock import Clock, Moment
+from stream_r1.sampling.chunk import Chunk, ChunkWork, StreamTimer, StreamTimings
+from stream_r1.sampling.decoding import ChunkDecoder
 from stream_r1.sampling.noise import StreamNoise
 from stream_r1.sampling.recache import HeldChunks
 from stream_r1_kernels import ChunkCache
@@ -21,8 +21,8 @@ Prompts = str | Sequence[str] | Tensor
 class Stream(Iterator[Chunk]):
     """A video being made. Iterating makes chunks; memory does not grow with them.
 
-    `timings` sums up what the stream did so far. `switch` changes the prompts from the next chunk on. Streams
-    are made by `Sampler.stream`.
+    `switch` changes the prompts from the next chunk on. Streams are made by `Sampler.stream`. On a GPU a
+    chunk is handed out while it is in the making: see `ahead`.
 
     Args:
         loop: with an empty cache.
@@ -33,43 +33,52 @@ class Stream(Iterator[Chunk]):
         given: latents [B, F, C, h, w], whole chunks, that the first chunk follows.
         embed: text embeddings of prompts.
         use: is called with a model before it works.
-        clock: since the stream was asked for.
+        asked: when the stream was asked for.
     """
 
     def __init__(
         self,
         loop: ChunkLoop,
         noise: StreamNoise,
-        decoder: StreamDecoder | None,
+        decoder: ChunkDecoder | None,
         size: tuple[int, int],
         *,
         chunks: int | None,
         given: Tensor | None,
         embed: Callable[[Prompts], Tensor],
         use: Callable[[nn.Module], None],
-        clock: Clock,
+        device: torch.device,
+        asked: Moment,
     ) -> None:
-        self.timings = StreamTimings(text=clock.elapsed())
+        begun = Moment(device)
+        sums = StreamTimings(text=begun.since(asked))
         self._loop = loop
         self._student = loop.passes.student
         self._noise, self._decoder = noise, decoder
         self._shape = (self._student.config["in_channels"], *size)
         self._chunks_left = chunks
         self._embed, self._use = embed, use
-        self._device = clock.device
+        self._device = device
         self._held = HeldChunks(loop.cache)
         if given is not None:
             frames = given.split(1, dim=1)
-            with clock.part("cache"):
-                while given.shape[1]:
-                    chunk, given = given[:, : loop.frames], given[:, loop.frames :]
-                    self._held.add(loop.index, chunk)
-                    loop.append(chunk)
-            with clock.part("decode"):
-                for frame in frames:
-                    self._decode(frame)  # for the decoder's caches: what follows is seamless
-            self.timings.cache, self.timings.decode = clock.seconds["cache"], clock.seconds["decode"]
-        self.timings.total = clock.elapsed()
+            while given.shape[1]:
+                chunk, given = given[:, : loop.frames], given[:, loop.frames :]
+                self._held.add(loop.index, chunk)
+                loop.append(chunk)
+            made = begun_at = Moment(device)
+            sums.cache = made.since(begun)
+            if decoder is not None:
+                for frame in frames:  # for its caches: what follows is seamless
+                    made = decoder.decode(frame, made).done
+            sums.decode, begun = made.since(begun_at), made
+        sums.total = begun.since(asked)
+        self._timer = StreamTimer(sums, begun)
+
+    @property
+    def timings(self) -> StreamTimings:
+        """Of what the stream did so far: of the chunks that are done; once it has ended, waits for all."""
+        return self._timer.sums(wait=self._chunks_left == 0)
 
     @property
     def index(self) -> int:
@@ -87,7 +96,7 @@ class Stream(Iterator[Chunk]):
     def __next__(self) -> Chunk:
         if self._chunks_left == 0:
             raise StopIteration
-        loop, clock, index = self._loop, Clock(self._device), self.index
+        loop, index, begun, clock = self._loop, self.index, Moment(self._device), Clock(self._device)
         self._use(self._student)
         if loop.owes_update:
             with clock.part("cache"):
@@ -95,15 +104,36 @@ class Stream(Iterator[Chunk]):
         with clock.part("denoise"):
             device = self.cache.storage.device
             latents = loop.denoise(self._noise.draw(index, 0, (loop.frames, *self._shape), device))
-            if device.type == "cuda" and self._chunks_left != 1:  # it is still at work
-                self._noise.prepare(self.index, len(loop.steps), (loop.frames, *self._shape), device)
-        with clock.part("decode"):
-            frames = self._decode(latents)
+        made = Moment(self._device)
+        if device.type == "cuda" and self._chunks_left != 1:  # it is still at work
+            self._noise.prepare(self.index, len(loop.steps), (loop.frames, *self._shape), device)
+        decoded = None if self._decoder is None else self._decoder.decode(latents, made)
         self._held.add(index, latents)
         if self._chunks_left is not None:
             self._chunks_left -= 1
-        made = latents.shape[1] if frames is None else frames.shape[1]
-        return Chunk(index, latents, frames, self.timings.add(clock.seconds, clock.elapsed(), made))
+        if decoded is None:
+            work = ChunkWork(begun, clock, made, None, latents.shape[1])
+        else:
+            work = ChunkWork(begun, clock, made, (decoded.begun, decoded.done), decoded.count)
+        self._timer.add(work)
+        return Chunk(index, latents, decoded, work, self._timer)
+
+    def ahead(self) -> Iterator[Chunk]:
+        """Its chunks; where a GPU decodes beside the student, each is handed out once the next one was begun.
+
+        For a consumer that reads frames at once: the GPU is at work meanwhile. `switch` then changes the
+        prompts from the chunk after the next one on.
+        """
+        if self._decoder is None or not self._decoder.beside:
+            yield from self
+            return
+        last = None
+        for chunk in self:
+            if last is not None:
+                yield last
+            last = chunk
+        if last is not None:
+            yield last
 
     @torch.no_grad()
     def switch(self, prompts: Prompts, *, recache: bool = False) -> None:
@@ -119,9 +149,3 @@ class Stream(Iterator[Chunk]):
         self._loop.passes.switch(self._student.encode_text(embeds))
         if held:
             self._loop.recompute(held)
-
-    def _decode(self, latents: Tensor) -> Tensor | None:
-        if self._decoder is None:
-            return None
-        self._use(self._decoder.vae)
-        return self._decoder.decode(latents)

@@ -8,7 +8,6 @@ import io
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,8 +18,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from stream_r1.models.autoencoder import StreamDecoder
-from stream_r1.pixels import to_uint8
+from stream_r1.clock import Moment
+from stream_r1.sampling.chunk import Chunk
+from stream_r1.sampling.decoding import ChunkDecoder
 from stream_r1.sampling.pipeline import StreamR1Pipeline
 from stream_r1.sampling.start import read_start
 from stream_r1.sampling.stream import Stream
@@ -36,15 +36,14 @@ class Take:
     """A stream from its first chunk to a restart."""
 
     stream: Stream
-    decoder: StreamDecoder | None  # None: the stream decodes itself
+    decoder: ChunkDecoder | None  # None: the stream decodes itself
 
 
 @dataclass(frozen=True)
 class Made:
     """A chunk before its pictures are made."""
 
-    latents: Tensor  # [1, f, C, h, w]
-    frames: Tensor | None  # [1, t, 3, H, W], where the stream decodes itself
+    chunk: Chunk
     seconds: float
 
 
@@ -69,13 +68,11 @@ class Engine:
     def __init__(self, pipeline: StreamR1Pipeline) -> None:
         self.pipeline = pipeline
         self._sampler = copy.copy(pipeline.sampler)
-        self._decoder = self._sampler.decoder
-        if self._sampler.offload is None:
+        self._decodes = self._sampler.offload is None and self._sampler.decoder is not None
+        if self._decodes:
             self._sampler.decoder = None  # streams make latents
         self._models = ThreadPoolExecutor(1, "denoise")
         self._pictures = ThreadPoolExecutor(1, "decode")
-        device = pipeline.vae.device if self._decoder is None else self._decoder.device
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     async def in_models(self, work: Callable[..., T], *args: Any) -> T:
         """Run on the thread that denoises; what was asked for first comes first."""
@@ -108,27 +105,25 @@ class Engine:
     def begin(self, prompt: str, seed: int, given: Tensor | None = None) -> Take:
         """A stream from its start, or from latents that `read` made."""
         stream = self._sampler.stream(prompt, seed=seed, first_frames=given)
-        if self._sampler.decoder is not None or self._decoder is None:
-            return Take(stream, None)
-        decoder = self._decoder.stream_decoder(1)
-        for frame in () if given is None else given.split(1, dim=1):
-            decoder.decode(frame)  # its caches: what follows is seamless
+        decoder = self.pipeline.sampler.chunk_decoder(1) if self._decodes else None
+        if decoder is not None and given is not None:
+            made = Moment(given.device)
+            for frame in given.split(1, dim=1):
+                decoder.decode(frame, made)  # its caches: what follows is seamless
         return Take(stream, decoder)
 
     def make(self, take: Take) -> Made:
-        """The next chunk."""
+        """The next chunk. Its latents are waited for: a stream is paced by the time that they take."""
         start = time.perf_counter()
         chunk = next(take.stream)
-        return Made(chunk.latents, chunk.frames, time.perf_counter() - start)
+        chunk.made.synchronize()
+        return Made(chunk, time.perf_counter() - start)
 
     def decode(self, take: Take, made: Made) -> Tensor:
         """Its frames as bytes, [t, H, W, 3] uint8 on the CPU."""
-        with nullcontext() if self._side is None else torch.cuda.stream(self._side), torch.no_grad():
-            frames = made.frames
-            if take.decoder is not None:
-                frames = take.decoder.decode(made.latents)
-            assert frames is not None
-            return to_uint8(frames[0]).movedim(1, -1).contiguous().cpu()
+        chunk = made.chunk
+        pixels = chunk if take.decoder is None else take.decoder.decode(chunk.latents, chunk.made)
+        return pixels.to_uint8()[0].movedim(1, -1)
 
     def measure(self) -> float:
         """Seconds of video that are made in a second, decoding and pictures included; warms everything up."""
