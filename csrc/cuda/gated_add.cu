@@ -4,8 +4,8 @@
 
 namespace stream_r1::cuda {
 
-#define STREAM_R1_GATED_ADD(suffix, X, Y)                                     \
-  STREAM_R1_KERNEL(gated_add_##suffix, 256, 3, GatedAddArgs, gated_add<X, Y>) \
+#define STREAM_R1_GATED_ADD(suffix, X, Y)                                              \
+  STREAM_R1_KERNEL(gated_add_##suffix, 256, kRowBlocks, GatedAddArgs, gated_add<X, Y>) \
   STREAM_R1_KERNEL(gated_add_backward_##suffix, 256, 3, GatedAddArgs, gated_add_backward<X, Y>)
 
 STREAM_R1_GATED_ADD(fp32, float, float)
@@ -31,7 +31,7 @@ LaunchError launch_gated_add(GatedAddArgs args, Stream stream) {
   const int64_t rows = args.batch * args.tokens;
   if (rows == 0 || args.width == 0) return nullptr;
   RowGrid grid;
-  if (const LaunchError error = row_grid(rows, kGateWarps, 1, grid)) return error;
+  if (const LaunchError error = row_grid(rows, kGateWarps, kRowBlocks, 1, grid)) return error;
   args.rows_a_warp = grid.rows_a_warp;
   args.whole = args.width % kPack == 0 &&
                rows_start_aligned(args.x, args.x_element, {args.x_batch, args.x_token}) &&

@@ -25,22 +25,22 @@ inline unsigned blocks_for(int64_t items, int64_t items_a_block) {
   return static_cast<unsigned>((items + items_a_block - 1) / items_a_block);
 }
 
-constexpr int kBlocksAProcessor = 3;  // of the row kernels, at least: they are compiled for it
+constexpr int kRowBlocks = 3;  // that fit a processor, of most row kernels: compiled for at least so many
 
 struct RowGrid {
   unsigned blocks;
   int64_t rows_a_warp;
 };
 
-// Blocks of `warps` warps for `rows` rows, each `sides` times. With a row for each warp a few blocks would
-// have to wait for the others to end and then be nearly alone; so warps get several rows, up to four, such
-// that all blocks run at once. Where four are not enough there are many rounds, and the last one matters
-// little.
-inline LaunchError row_grid(int64_t rows, int warps, int sides, RowGrid& grid) {
+// Blocks of `warps` warps, of which `fitting` fit a processor, for `rows` rows, each `sides` times. With a
+// row for each warp a few blocks would have to wait for the others to end and then be nearly alone; so warps
+// get several rows, up to four, such that all blocks run at once. Where four are not enough there are many
+// rounds, and the last one matters little.
+inline LaunchError row_grid(int64_t rows, int warps, int fitting, int sides, RowGrid& grid) {
   Device device{};
   const LaunchError error = current_device(device);
   if (error != nullptr) return error;
-  const int64_t at_once = int64_t(kBlocksAProcessor) * device.processors * warps;
+  const int64_t at_once = int64_t(fitting) * device.processors * warps;
   int64_t rows_a_warp = (sides * rows + at_once - 1) / at_once;
   rows_a_warp = rows_a_warp < 1 ? 1 : rows_a_warp > 4 ? 4 : rows_a_warp;
   grid = {blocks_for(rows, warps * rows_a_warp), rows_a_warp};

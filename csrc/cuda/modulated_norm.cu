@@ -4,11 +4,13 @@
 
 namespace stream_r1::cuda {
 
-#define STREAM_R1_MODULATED_NORM(suffix, T)                                                             \
-  STREAM_R1_KERNEL(modulated_norm_##suffix, 256, 3, ModulatedNormArgs, modulated_norm<T>)               \
-  STREAM_R1_KERNEL(modulated_norm_fp8_##suffix, 256, 2, ModulatedNormArgs, modulated_norm_fp8<T>)       \
-  STREAM_R1_KERNEL(modulated_norm_grad_x_##suffix, 256, 3, ModulatedNormArgs, modulated_norm_grad_x<T>) \
-  STREAM_R1_KERNEL(modulated_norm_grad_modulation_##suffix, 256, 3, ModulatedNormArgs,                  \
+constexpr int kFp8Blocks = 2;  // that fit a processor, of modulated_norm_fp8: it takes more registers
+
+#define STREAM_R1_MODULATED_NORM(suffix, T)                                                                \
+  STREAM_R1_KERNEL(modulated_norm_##suffix, 256, kRowBlocks, ModulatedNormArgs, modulated_norm<T>)         \
+  STREAM_R1_KERNEL(modulated_norm_fp8_##suffix, 256, kFp8Blocks, ModulatedNormArgs, modulated_norm_fp8<T>) \
+  STREAM_R1_KERNEL(modulated_norm_grad_x_##suffix, 256, 3, ModulatedNormArgs, modulated_norm_grad_x<T>)    \
+  STREAM_R1_KERNEL(modulated_norm_grad_modulation_##suffix, 256, 3, ModulatedNormArgs,                     \
                    modulated_norm_grad_modulation<T>)
 
 STREAM_R1_MODULATED_NORM(fp32, float)
@@ -17,9 +19,10 @@ STREAM_R1_MODULATED_NORM(fp16, Fp16)
 
 namespace {
 
-// Of a launch with rows.
-LaunchError set_rows(ModulatedNormArgs& args, RowGrid& grid) {
-  if (const LaunchError error = row_grid(args.batch * args.tokens, kNormWarps, 1, grid)) return error;
+// Of a launch with rows, in blocks of which `fitting` fit a processor.
+LaunchError set_rows(ModulatedNormArgs& args, int fitting, RowGrid& grid) {
+  if (const LaunchError error = row_grid(args.batch * args.tokens, kNormWarps, fitting, 1, grid))
+    return error;
   args.rows_a_warp = grid.rows_a_warp;
   args.whole =
       args.width % kPack == 0 && rows_start_aligned(args.x, args.element, {args.x_batch, args.x_token}) &&
@@ -34,7 +37,7 @@ LaunchError set_rows(ModulatedNormArgs& args, RowGrid& grid) {
 LaunchError launch_modulated_norm(ModulatedNormArgs args, Stream stream) {
   if (args.batch * args.tokens == 0 || args.width == 0) return nullptr;
   RowGrid grid;
-  if (const LaunchError error = set_rows(args, grid)) return error;
+  if (const LaunchError error = set_rows(args, kRowBlocks, grid)) return error;
   const auto kernel = STREAM_R1_BY_ELEMENT(args.element, modulated_norm);
   kernel<<<grid.blocks, kNormWarps * kWarp, 0, stream>>>(args);
   return launch_error();
@@ -43,7 +46,7 @@ LaunchError launch_modulated_norm(ModulatedNormArgs args, Stream stream) {
 LaunchError launch_modulated_norm_fp8(ModulatedNormArgs args, Stream stream) {
   if (args.batch * args.tokens == 0 || args.width == 0) return nullptr;
   RowGrid grid;
-  if (const LaunchError error = set_rows(args, grid)) return error;
+  if (const LaunchError error = set_rows(args, kFp8Blocks, grid)) return error;
   const auto kernel = STREAM_R1_BY_ELEMENT(args.element, modulated_norm_fp8);
   kernel<<<grid.blocks, kNormWarps * kWarp, 0, stream>>>(args);
   return launch_error();

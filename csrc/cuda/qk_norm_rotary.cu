@@ -5,7 +5,7 @@
 namespace stream_r1::cuda {
 
 #define STREAM_R1_NORM_ROTARY(suffix, T)                                                       \
-  STREAM_R1_KERNEL(norm_rotary_##suffix, 256, 3, NormRotaryArgs, norm_rotary<T>)               \
+  STREAM_R1_KERNEL(norm_rotary_##suffix, 256, kRowBlocks, NormRotaryArgs, norm_rotary<T>)      \
   STREAM_R1_KERNEL(norm_rotary_grad_x_##suffix, 256, 3, NormRotaryArgs, norm_rotary_grad_x<T>) \
   STREAM_R1_KERNEL(norm_rotary_grad_weight_##suffix, 256, 3, NormRotaryArgs, norm_rotary_grad_weight<T>)
 
@@ -17,7 +17,7 @@ LaunchError launch_norm_rotary(NormRotaryArgs args, Stream stream) {
   const int64_t rows = args.batch * args.tokens;
   if (rows * args.heads * args.head_dim == 0) return nullptr;
   RowGrid grid;
-  if (const LaunchError error = row_grid(rows, kRotaryWarps, 2, grid)) return error;
+  if (const LaunchError error = row_grid(rows, kRotaryWarps, kRowBlocks, 2, grid)) return error;
   args.rows_a_warp = grid.rows_a_warp;
   args.whole = args.head_dim % kPack == 0 && rows_start_aligned(args.cos, Element::float32, {}) &&
                rows_start_aligned(args.sin, Element::float32, {});

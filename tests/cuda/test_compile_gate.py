@@ -22,6 +22,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 import toolchain  # noqa: E402
 
 from build_support import cuda  # noqa: E402
+from stream_r1.estimate.devices import DEVICES, Device  # noqa: E402
+from stream_r1.estimate.roofline import KernelSize  # noqa: E402
 
 ARCHS = ("80", "90a", "100a", "120")
 TABLE = Path(__file__).parent / "compiled.tsv"
@@ -112,6 +114,14 @@ def machine_code(arch: str) -> dict[str, set[str]]:
     return kernels
 
 
+@cache
+def stated_blocks() -> dict[str, tuple[int, int]]:
+    """Threads of a block of every kernel, and how many blocks are to fit a processor, as its PTX says."""
+    _, ptx = toolchain.build_host(Path(__file__).parent / "runtime.cpp")
+    found = re.findall(r"\.entry (\w+)\([^{]*?\.maxntid (\d+)[^{]*?\.minnctapersm (\d+)", ptx)
+    return {name: (int(threads), int(blocks)) for name, threads, blocks in found}
+
+
 def read_table() -> dict[str, dict[str, str]]:
     """kernel -> architecture -> "registers shared"."""
     head, *rows = [line.split("\t") for line in TABLE.read_text().splitlines() if not line.startswith("#")]
@@ -150,6 +160,18 @@ def test_nothing_is_spilled_and_nothing_local(arch: str) -> None:
         assert (numbers["stack"], numbers["spill stores"], numbers["spill loads"]) == (0, 0, 0), name
     for name, opcodes in machine_code(arch).items():
         assert not [opcode for opcode in opcodes if opcode.startswith(("LDL", "STL"))], name
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+def test_the_blocks_that_a_kernel_states_fit_a_processor(device: Device) -> None:
+    """Grids of row kernels are made for so many (csrc/cuda/launch.cuh)."""
+    stated = stated_blocks()
+    assert stated["modulated_norm_fp8_bf16"] == (256, 2)
+    assert stated.keys() == read_table().keys()
+    for name, (threads, blocks) in stated.items():
+        registers, shared = map(int, read_table()[name][device.architecture].split())
+        size = KernelSize(threads, registers, shared)
+        assert size.resident_blocks(device) >= blocks, name
 
 
 @pytest.mark.parametrize("arch", ARCHS)

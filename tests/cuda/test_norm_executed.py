@@ -140,12 +140,17 @@ def test_several_whole_rows_a_warp(
 
 
 def test_blocks_run_all_at_once(machine: Machine) -> None:
-    """At the sizes of 1.3B: 4680 rows of 8 a block, where three blocks fit each of 132 processors."""
-    for rows, blocks in ((3168, 396), (3169, 199), (4680, 293), (12672, 396), (12673, 397), (32760, 1024)):
-        x = torch.zeros(1, rows, 1)
-        with machine.only_launching():
-            machine.run("gated_add", x, x, x[:, :1], processors=132)
-        assert machine.grids == [(blocks, 1, 1)], rows
+    """At the sizes of 1.3B: 4680 rows of 8 a block, where two or three blocks fit each of 132 processors."""
+    three = ((3168, 396), (3169, 199), (4680, 293), (12672, 396), (12673, 397), (32760, 1024))
+    two = ((2112, 264), (2113, 133), (4680, 195), (8448, 264), (8449, 265), (32760, 1024))
+    cases = {"gated_add": three, "modulated_norm": three, "modulated_norm_fp8": two, "quantize_rows": three}
+    for op, sizes in cases.items():
+        for rows, blocks in sizes:
+            x = torch.zeros(1, rows, 1)
+            rest = {"gated_add": (x, x[:, :1]), "quantize_rows": (False,)}.get(op, (x[:, :1], x[:, :1], 1e-6))
+            with machine.only_launching():
+                machine.run(op, x, *rest, processors=132)
+            assert machine.grids == [(blocks, 1, 1)], (op, rows)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
