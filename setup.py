@@ -85,12 +85,13 @@ class BuildKernels(build_ext):
             print(f"stream-r1: CUDA kernels for {', '.join(cuda.archs())}, by {CUDA.nvcc}", file=sys.stderr)
         for part, why in LEFT_OUT.items():
             print(f"stream-r1: left out: {part} ({why})", file=sys.stderr)
+        schemas = runpy.run_path(str(ROOT / "stream_r1_kernels/schemas.py"))
         record = {
             "torch": torch.__version__,
             "oldest_torch": target,
             "isa": list(ISA_FLAGS),
             "left_out": LEFT_OUT,
-            "schemas": runpy.run_path(str(ROOT / "stream_r1_kernels/schemas.py"))["SCHEMAS"],
+            "schemas": schemas["SCHEMAS"] + (schemas["GPU_SCHEMAS"] if CUDA else ()),
         }
         if CUDA:
             record["cuda_archs"] = cuda.archs()

@@ -37,7 +37,7 @@ from .dispatch import (
     choose,
     refusal,
 )
-from .schemas import SCHEMAS
+from .schemas import GPU_SCHEMAS, SCHEMAS
 
 _OLDEST_TRITON = (3, 6)
 
@@ -73,7 +73,8 @@ def _load_extension() -> str | None:
     built = f"the compiled extension, for torch {oldest} and later (built with {record['torch']})"
     if _release(torch.__version__) < _release(oldest):
         return f"{built}, can't be loaded with torch {torch.__version__}: install torch>={oldest}"
-    differ = sorted({schema.partition("(")[0] for schema in {*record["schemas"]} ^ {*SCHEMAS}})
+    expected = {*SCHEMAS, *(GPU_SCHEMAS if "cuda_archs" in record else ())}
+    differ = sorted({schema.partition("(")[0] for schema in {*record["schemas"]} ^ expected})
     if differ:  # the kernels would take their arguments for others
         return (
             f"the compiled extension {found[0]} was built for another version of {', '.join(differ)} "

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from stream_r1_kernels import ChunkMask, backends, cached_chunk_attention, chunk_attention, dispatch, info
 from stream_r1_kernels.attention import Past
-from stream_r1_kernels.schemas import SCHEMAS
+from stream_r1_kernels.schemas import GPU_SCHEMAS, SCHEMAS
 
 EVERY_OP_OF_AN_INSTRUCTION_SET = """
 import torch
@@ -113,23 +113,27 @@ def test_an_extension_without_its_record_is_explained(tmp_path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    ("built_for", "named"),
+    ("built_for", "cuda", "named"),
     [
-        ([s.replace("Tensor x, Tensor y", "Tensor y, Tensor x") for s in SCHEMAS], "gated_add"),
-        (SCHEMAS[1:-1], "cpu_isa, dmd_gradient_"),  # the package has gained ops
-        ([*SCHEMAS, "roll(Tensor x) -> Tensor"], "roll"),  # or lost one
+        ([s.replace("Tensor x, Tensor y", "Tensor y, Tensor x") for s in SCHEMAS], False, "gated_add"),
+        (SCHEMAS[1:-1], False, "cpu_isa, dmd_gradient_"),  # the package has gained ops
+        ([*SCHEMAS, "roll(Tensor x) -> Tensor"], False, "roll"),  # or lost one
+        ([*SCHEMAS, *(s.replace("bool gelu", "int act") for s in GPU_SCHEMAS)], True, "quantize_rows"),
+        (SCHEMAS, True, "modulated_norm_fp8, quantize_rows"),
     ],
 )
 def test_a_build_for_other_schemas_is_refused_before_it_is_loaded(
-    built_for, named, tmp_path, monkeypatch: pytest.MonkeyPatch
+    built_for, cuda, named, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else its kernels, called with other arguments, would fail or compute something else."""
     record = backends.read_build_record()
     assert record is not None  # of the build that runs here, by setup.py
-    assert record["schemas"] == list(SCHEMAS)
+    assert record["schemas"] == [*SCHEMAS, *(GPU_SCHEMAS if "cuda_archs" in record else ())]
+    record.pop("cuda_archs", None)
+    built = {"schemas": built_for} | ({"cuda_archs": ["80"]} if cuda else {})
     monkeypatch.setattr(backends, "_FOLDER", tmp_path)
     (tmp_path / "_C.abi3.so").touch()  # can't be loaded
-    (tmp_path / "_build.json").write_text(json.dumps(record | {"schemas": built_for}))
+    (tmp_path / "_build.json").write_text(json.dumps(record | built))
     assert backends._load_extension() == (
         f"the compiled extension {tmp_path / '_C.abi3.so'} was built for another version of {named} "
         "than this package's: build it again (`pip install -e .` in a checkout)"
