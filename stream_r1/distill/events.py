@@ -14,10 +14,14 @@ from stream_r1.distill.weighting import Weights
 
 @dataclass(frozen=True)
 class Preview:
-    """What the reward saw in a generator update (its last micro-batch)."""
+    """What the reward saw in a generator update (its last micro-batch).
+
+    Of processes that share the samples, each has the video of those that it decoded, the first process of the
+    first ones; None where there are none left for it.
+    """
 
     prompts: list[str]
-    video: Tensor  # [B, T, 3, H, W] in [0, 1]
+    video: Tensor | None  # [b, T, 3, H, W] in [0, 1]; alone, b = B
     weights: Weights
 
 

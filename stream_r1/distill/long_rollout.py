@@ -20,7 +20,8 @@ from torch import Tensor
 
 from stream_r1.chunk_loop import ChunkLoop
 from stream_r1.distill.rollout import self_rollout
-from stream_r1.models.autoencoder import VideoAutoencoder
+from stream_r1.models.autoencoder import StreamDecoder, VideoAutoencoder
+from stream_r1.models.sequence import SampleShare, SequenceParallel
 
 
 class RolloutClip(NamedTuple):
@@ -38,6 +39,7 @@ def long_rollout(
     frames: int,
     codec: VideoAutoencoder,
     grad: bool,
+    sequence: SequenceParallel | None = None,
 ) -> RolloutClip:
     """The last `frames` frames of a video of `length`, as a clip by itself.
 
@@ -46,6 +48,7 @@ def long_rollout(
         draw: standard normal noise [B, f, C, h, w] of so many frames.
         length, frames: latent frames, of whole chunks both, length > frames.
         grad: build a graph, of the chunks after the clip's first.
+        sequence: processes that share the rollout, and the samples that have to be decoded.
     """
     first, chunk = rollout.cache.first_chunk_frames, rollout.cache.frames_per_chunk
     if length <= frames or (length - frames) % chunk or (frames - first) % chunk:
@@ -61,18 +64,27 @@ def long_rollout(
             f"got one that never leaves its window of {rollout.cache.capacity} frames"
         )
     x0 = rollout.denoise(draw(first), grad=False)
-    decoder = codec.stream_decoder(len(x0))
-    with torch.no_grad(), torch.autocast(x0.device.type, enabled=False):
-        pixels = decoder.decode(x0)  # [B, T, 3, H, W]
+    share = SampleShare(len(x0), sequence)
+    decoder = None if share.idle else codec.stream_decoder(len(x0[share.own]))
+    pixels = _decode(decoder, x0[share.own])
     for _ in range((length - frames) // chunk):
         x0 = rollout.denoise(draw(chunk), grad=False)
-        with torch.no_grad(), torch.autocast(x0.device.type, enabled=False):
-            pixels = decoder.decode(x0)
+        pixels = _decode(decoder, x0[share.own])
+    encoded = None
     with torch.no_grad(), torch.autocast(x0.device.type, enabled=False):
-        picture = pixels[:, pixels.shape[1] - codec.temporal_factor * (first - 1) - 1]
-        beginning = torch.cat(
-            [codec.encode(picture[:, None]).to(x0), x0[:, x0.shape[1] - first + 1 :]], dim=1
-        )
+        if pixels is not None:
+            picture = pixels[:, pixels.shape[1] - codec.temporal_factor * (first - 1) - 1]
+            encoded = codec.encode(picture[:, None]).to(x0)
+        encoded = share.gathered(encoded, x0, len(x0), 1, *x0.shape[2:])
+        beginning = torch.cat([encoded, x0[:, x0.shape[1] - first + 1 :]], dim=1)
     rest = self_rollout(rollout, draw(frames - first), grad=grad)
     loss_mask = torch.arange(frames, device=x0.device).view(1, -1, 1, 1, 1) >= first
     return RolloutClip(torch.cat([beginning, rest], dim=1), loss_mask)
+
+
+def _decode(decoder: StreamDecoder | None, x0: Tensor) -> Tensor | None:
+    """Pixels [B, T, 3, H, W] of the next chunk, if there is something to decode."""
+    if decoder is None:
+        return None
+    with torch.no_grad(), torch.autocast(x0.device.type, enabled=False):
+        return decoder.decode(x0)

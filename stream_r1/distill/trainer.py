@@ -29,6 +29,7 @@ from stream_r1.distill.settings import DistillSettings
 from stream_r1.distill.weighting import StreamR1Weights
 from stream_r1.models.autoencoder import Decoder, VideoAutoencoder
 from stream_r1.models.recompute import enable_checkpointing
+from stream_r1.models.sequence import SampleShare
 from stream_r1.models.text import TextEncoder
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.rewards.base import Reward
@@ -210,17 +211,22 @@ class DistillTrainer(TrainingLoop):
         count = guard.settings.videos
         prompts = [self.prompts[i % len(self.prompts)] for i in range(count)]
         part = max(1, self.settings.batch // (self.ranks.parts * self.settings.accumulation))
-        checks = []
+        checks: list[tuple[int, dict[str, float]]] = []
         with clock.part("guard"):
             for start in range(0, count, part):
                 some = prompts[start : start + part]
-                video = self.vae.decode(self.sample(some, list(range(start, start + len(some)))))
+                x = self.sample(some, list(range(start, start + len(some))))
+                if not self.ranks.is_main:  # which tells the others
+                    continue
+                video = self.vae.decode(x)
                 figures = figures_of(video)
                 if self.weights is not None:
                     figures["reward"] = float(self.weights.reward.score(video, some).mean())
                 checks.append((len(some), figures))
-            figures = {key: sum(n * figures[key] for n, figures in checks) / count for key in checks[0][1]}
-            fault = guard.check(self.ranks.broadcast(figures))
+            names = checks[0][1] if checks else ()
+            figures = {key: sum(n * figures[key] for n, figures in checks) / count for key in names}
+            figures = self.ranks.broadcast(figures)
+            fault = guard.check(figures)
         scalars |= {f"guard/{key}": value for key, value in figures.items()}
         scalars["guard/fault"] = float(fault is not None)
         if fault is None:
@@ -294,7 +300,13 @@ class DistillTrainer(TrainingLoop):
                 return RolloutClip(self_rollout(rollout, latents(shape.frames), grad=grad))
             assert isinstance(self.vae, VideoAutoencoder)
             return long_rollout(
-                rollout, latents, length=draw.length, frames=shape.frames, codec=self.vae, grad=grad
+                rollout,
+                latents,
+                length=draw.length,
+                frames=shape.frames,
+                codec=self.vae,
+                grad=grad,
+                sequence=self.student.sequence,
             )
 
     def _dmd_noise(self, x: Tensor, noise: SampleNoise) -> tuple[Tensor, Tensor]:
@@ -303,14 +315,22 @@ class DistillTrainer(TrainingLoop):
         return t, noise.randn_like(x)
 
     def _score_rollout(self, x: Tensor, prompts: list[str]) -> Preview | None:
-        """Decodes the rollout and weighs it; None without a reward."""
+        """Decodes the rollout and weighs it; None without a reward. Ranks of a sequence share the samples."""
         if self.weights is None or self.vae is None:
             return None
-        with torch.no_grad():
-            video = self.vae.decode(x)
-        frames, _, height, width = x.shape[1:]
+        batch, frames, _, height, width = x.shape
+        shape, axes = (frames, height, width), len(self.weights.axes)
+        share = SampleShare(batch, self.student.sequence)
+        video = scores = saliency = None
+        if not share.idle:
+            with torch.no_grad():
+                video = self.vae.decode(x[share.own])
+            scores, saliency = self.weights.look(video, prompts[share.own], shape)
+        scores = share.gathered(scores, x.float(), batch, axes)
+        if self.weights.uses_saliency:
+            saliency = share.gathered(saliency, x.float(), axes, batch, *shape, dim=1)
         # The history learns of all micro-batches' scores at once, when the update is done.
-        return Preview(prompts, video, self.weights(video, prompts, (frames, height, width), observe=False))
+        return Preview(prompts, video, self.weights.weigh(scores, saliency, shape, observe=False))
 
     def _make_weights(self, reward: Reward | None) -> StreamR1Weights | None:
         chosen = self.settings.weighting

@@ -225,17 +225,30 @@ class StreamR1Weights:
             TypeError, ValueError: a video of another type, shape or range, prompts or a latent shape that do
                 not fit it, or a reward that scores something else.
         """
-        check_video(video, prompts, name="StreamR1Weights")
-        if len(latent_shape) != 3:
-            raise ValueError(f"StreamR1Weights: latent_shape: expected (F, h, w), got {tuple(latent_shape)}")
-        prompts, (frames, rows, columns) = list(prompts), latent_shape
-        scores, saliency = self._score_and_saliency(video.detach(), prompts, (frames, rows, columns))
+        scores, saliency = self.look(video, prompts, latent_shape)
+        return self.weigh(scores, saliency, latent_shape, observe=observe)
+
+    @property
+    def uses_saliency(self) -> bool:
+        """Whether the mode looks at pixels."""
+        return self._parts.intra
+
+    def weigh(
+        self,
+        scores: Tensor,
+        saliency: Tensor | None,
+        latent_shape: tuple[int, int, int],
+        *,
+        observe: bool = True,
+    ) -> Weights:
+        """Weights of a batch from what `look` said of it, in one call or in several."""
+        frames, rows, columns = latent_shape
         inter, log = self._inter(scores)
         if saliency is not None:
             intra = intra_weights(saliency, scores, **self._intra_options)
             log |= self._shares(scores) | self._intra_log(intra)
         else:
-            intra = scores.new_ones(len(prompts), frames, 1, rows, columns)
+            intra = scores.new_ones(len(scores), frames, 1, rows, columns)
         if observe:
             self.history.observe(scores)
         return Weights(inter, intra, scores, saliency, log)
@@ -247,10 +260,17 @@ class StreamR1Weights:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.history.load_state_dict(state)
 
-    def _score_and_saliency(
-        self, video: Tensor, prompts: list[str], latent_shape: tuple[int, int, int]
+    def look(
+        self, video: Tensor, prompts: Sequence[str], latent_shape: tuple[int, int, int]
     ) -> tuple[Tensor, Tensor | None]:
-        """Scores [B, axes], and the saliency of every axis [axes, B, F, h, w] if the mode uses it."""
+        """Scores [B, axes], and the saliency of every axis [axes, B, F, h, w] if the mode uses it.
+
+        Arguments and errors are those of a call; `samples_at_once` are seen at a time.
+        """
+        check_video(video, prompts, name="StreamR1Weights")
+        if len(latent_shape) != 3:
+            raise ValueError(f"StreamR1Weights: latent_shape: expected (F, h, w), got {tuple(latent_shape)}")
+        video, prompts = video.detach(), list(prompts)
         at_once = self.samples_at_once or max(len(prompts), 1)
         scores, saliency = [], []
         for start in range(0, max(len(prompts), 1), at_once):

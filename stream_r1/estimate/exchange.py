@@ -25,6 +25,10 @@ class CountedSequence(SequenceParallel):
         _count("all_gather", x, x.nbytes * (self.size - 1))
         return x.new_empty(self.size, *x.shape)
 
+    def all_reduce(self, x: Tensor) -> Tensor:
+        _count("all_reduce", x, 2 * x.nbytes * (self.size - 1) // self.size)  # in parts, there and back
+        return x
+
 
 def _count(op: str, x: Tensor, received: int) -> None:
     for watcher in Watching.around():

@@ -220,7 +220,11 @@ def _rollout(
         length = run.plan.recipe.rollout.bounds[1]
         if length == frames:
             return self_rollout(rollout, noise(frames), grad=grad)
-        return long_rollout(rollout, noise, length=length, frames=frames, codec=codec[0], grad=grad).x
+        shared = student.sequence
+        clip = long_rollout(
+            rollout, noise, length=length, frames=frames, codec=codec[0], grad=grad, sequence=shared
+        )
+        return clip.x
 
 
 @torch.no_grad()

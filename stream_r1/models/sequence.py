@@ -66,6 +66,47 @@ class SequenceParallel:
         dist.all_gather_into_tensor(out.flatten(0, 1), x, group=self.group)
         return out
 
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of every rank's x; x is overwritten."""
+        dist.all_reduce(x, group=self.group)
+        return x
+
+
+class SampleShare:
+    """Samples that the ranks of a sequence have in common, for work that can't be shared by tokens.
+
+    Each rank does some of them, the first rank the first ones. What it gives to the others is data.
+
+    Args:
+        samples: their number.
+        sequence: None: one process, which does all of them.
+
+    `own` is the slice of this rank, `idle` says that it is empty.
+    """
+
+    def __init__(self, samples: int, sequence: SequenceParallel | None) -> None:
+        rank, size = (0, 1) if sequence is None else (sequence.rank, sequence.size)
+        each = -(-samples // size)
+        self.own = slice(min(rank * each, samples), min((rank + 1) * each, samples))
+        self.idle = self.own.start == self.own.stop
+        self._sequence = sequence
+
+    def gathered(self, part: Tensor | None, like: Tensor, *shape: int, dim: int = 0) -> Tensor:
+        """Every rank's part, one after the other along `dim`.
+
+        Args:
+            part: of this rank's samples; None where it is idle.
+            like: of the result's dtype and device.
+            shape: of the whole.
+        """
+        if self._sequence is None:
+            assert part is not None
+            return part
+        whole = like.new_zeros(shape)
+        if part is not None:
+            whole.narrow(dim, self.own.start, self.own.stop - self.own.start).copy_(part)
+        return self._sequence.all_reduce(whole)  # zeros of all ranks but one
+
 
 class TokenShare:
     """What a rank has of frames of a certain size. F frames have T tokens, T = F * N * `tokens`.

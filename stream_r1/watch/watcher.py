@@ -218,6 +218,7 @@ def draw_maps(preview: Preview, axes: tuple[str, ...]) -> dict[str, Picture]:
     Each is scaled to its own range; a frame is the last of the pixel frames that its latent frame makes.
     """
     weights = preview.weights
+    assert preview.video is not None  # the first process always has one
     intra = weights.intra[0, :, 0].float().cpu().numpy()  # [F, h, w]
     count, rows, _ = intra.shape
     pixel_frames, _, height, width = preview.video.shape[1:]

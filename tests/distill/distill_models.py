@@ -28,9 +28,9 @@ def tiny_student(seed: int = 0, **settings: Any) -> CausalWanTransformer:
     return CausalWanTransformer(**(SIZES | {"text_len": 8, "frames_per_chunk": 3} | settings))
 
 
-def tiny_teacher(seed: int = 1) -> WanTransformer3DModel:
+def tiny_teacher(seed: int = 1, **settings: Any) -> WanTransformer3DModel:
     torch.manual_seed(seed)
-    return WanTransformer3DModel(**SIZES)
+    return WanTransformer3DModel(**(SIZES | settings))
 
 
 def tiny_vae(seed: int = 2) -> VideoVAE:

@@ -6,7 +6,17 @@ from typing import Any
 import pytest
 import torch
 from distill_models import tiny_student
-from workers import InitSettings, distiller, everything, joined, launch, settings, train, train_alone
+from workers import (
+    InitSettings,
+    distiller,
+    everything,
+    joined,
+    launch,
+    settings,
+    train,
+    train_alone,
+    train_four_heads,
+)
 
 from stream_r1.distill.settings import DistillSettings
 from stream_r1.models.checkpoints import load_student
@@ -78,12 +88,23 @@ def test_distillation(alone: tuple, size: int, changes: dict[str, Any]) -> None:
     assert_same_run(results[0], alone, start, of_micro_batches)
 
 
-def test_long_rollouts() -> None:
+def test_four_processes_share_three_samples() -> None:
+    """Of which the last decodes and scores none, and three do nothing for the guard but the passes."""
+    chosen = {"batch": 3, "rollout": {"width": 8}, "guard": {"every": 1, "videos": 2}}
+    expected = train_four_heads(settings(**chosen))
+    got = launch(4, train_four_heads, settings(**chosen, distributed={"sequence": 4}))
+    assert all(result[0] == got[0][0] for result in got)
+    assert "guard/reward" in got[0][0][-1]
+    assert_same_run(got[0], expected, {})
+
+
+@pytest.mark.parametrize("shared", [{"shard": "full"}, {"sequence": 2}])
+def test_long_rollouts(shared: dict[str, Any]) -> None:
     """Their lengths are drawn alike everywhere: ranks whose passes differ would wait for one another."""
     long = {"rollout": {"length": [6, 12]}, "critic_updates": 1}
     expected = train_alone(None, settings(**long))
     assert len({line["student/length"] for line in expected[0]}) > 1
-    sharded = settings(**long, accumulation=2, distributed={"shard": "full"})
+    sharded = settings(**long, accumulation=2, distributed=shared)
     got = launch(2, train, None, sharded)
     assert got[0][0] == got[1][0]
     start = everything(distiller(None, None, settings()))

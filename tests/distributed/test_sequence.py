@@ -8,7 +8,7 @@ import small_run
 import torch
 from PIL import Image
 from test_train_command import command
-from workers import DistributedSettings, join, launch, passes, shared_student, streams
+from workers import DistributedSettings, join, launch, passes, rows_by_sample, shared_student, streams
 
 from stream_r1.config import SettingsError
 from stream_r1.distill.ranks import Ranks
@@ -34,6 +34,17 @@ def test_velocities_and_gradients(size: int, checkpointing: bool) -> None:
 def test_streams(size: int, merge: bool, moving: bool) -> None:
     """Sinks that move and are averaged, windows of parts of chunks, merged passes; a cache of its heads."""
     assert_close(launch(size, streams, size, merge, moving), streams(None, merge, moving))
+
+
+@pytest.mark.parametrize(
+    ("size", "samples", "counts"),
+    [(2, 1, [1, 0]), (2, 3, [2, 1]), (4, 3, [1, 1, 1, 0]), (4, 5, [2, 2, 1, 0])],
+)
+def test_each_sample_is_worked_on_once(size: int, samples: int, counts: list[int]) -> None:
+    expected = torch.arange(float(samples)).log().expand(2, -1)
+    for got, whole in launch(size, rows_by_sample, samples):
+        assert got == counts
+        assert torch.equal(whole, expected)
 
 
 def _refused(heads: int, width: int) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import peft  # noqa: F401 (once, before processes are forked)
 import small_run
 import torch
-from distill_models import LATENT, tiny_student, tiny_vae
+from distill_models import LATENT, tiny_student, tiny_teacher, tiny_vae
 from small_run import numbers
 from torch import Tensor
 
@@ -28,7 +28,7 @@ from stream_r1.distill.run_settings import DistributedSettings
 from stream_r1.distill.settings import DistillSettings, InitSettings
 from stream_r1.distill.sharding import full_tensor
 from stream_r1.distill.trainer import DistillTrainer
-from stream_r1.models.sequence import SequenceParallel
+from stream_r1.models.sequence import SampleShare, SequenceParallel
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.sampling.sampler import Sampler
 from stream_r1.schedule import FlowSchedule
@@ -156,6 +156,15 @@ def train_alone(folder: Path | None, chosen: Any) -> tuple[list[dict[str, float]
     return numbers(trainer), everything(trainer)
 
 
+def train_four_heads(chosen: DistillSettings) -> tuple[list[dict[str, float]], Any]:
+    """A run of models that four processes can share; without a launcher's environment by this one alone."""
+    heads = {"num_attention_heads": 4, "num_layers": 1}
+    with joined(chosen) as ranks:
+        models = {"student": tiny_student(**heads), "teacher": tiny_teacher(**heads)}
+        trainer = distiller(ranks, None, chosen, **models)
+        return numbers(trainer), everything(trainer)
+
+
 def train_and_note(folder: Path, chosen: Any, log: Path) -> None:
     """A run that notes every step and checkpoint on the disk as it happens."""
     with joined(chosen) as ranks:
@@ -219,6 +228,16 @@ def passes(size: int | None, checkpointing: bool) -> dict[str, Tensor]:
             if name != "rollout":
                 out[f"{name}/x"] = given.grad
     return out
+
+
+def rows_by_sample(samples: int) -> tuple[list[int], Tensor]:
+    """How many of the samples each process works on, and what all of them have of it, along dimension 1."""
+    with join(DistributedSettings()) as ranks:
+        share = SampleShare(samples, SequenceParallel())
+        mine = torch.arange(float(samples)).expand(2, -1)[:, share.own]
+        part = None if share.idle else mine.log()  # the first is infinite
+        counts = ranks.gather(torch.tensor([mine.shape[1]])).tolist()
+        return counts, share.gathered(part, mine, 2, samples, dim=1)
 
 
 def streams(size: int | None, merge: bool, moving: bool) -> dict[str, Tensor]:
