@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import socket
 import tempfile
@@ -27,6 +28,12 @@ def run(settings: Settings, host: str, port: int, workers: int) -> None:
     except ImportError as error:
         needed = "fastapi, uvicorn and websockets: pip install 'stream-r1[serve]'"
         raise RuntimeError(f"serve: needs {needed} ({error})") from None
+    started = os.environ.get("WORLD_SIZE", "1")
+    if started != "1":
+        raise ValueError(
+            f"serve: expected one process, got {started} by a launcher as torchrun: several GPUs can't share "
+            "the passes of a live page's student (those of stream-r1 sample can: --sequence-parallel)"
+        )
     check_prompt(settings.prompt, "--prompt")
     pixels = settings.pixels
     _check_free(host, port)

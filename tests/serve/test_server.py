@@ -294,6 +294,16 @@ def test_the_command_refuses_in_one_line(
     assert error.count("\n") == 1
 
 
+def test_the_command_refuses_to_be_one_of_several(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Else each of torchrun's processes would load models, and all but one find the port taken."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(SystemExit):
+        main(["serve"])
+    assert "serve: expected one process, got 4 by a launcher" in capfd.readouterr().err
+
+
 def test_the_command_refuses_a_port_that_is_taken(served: str, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["serve", "--port", served.rpartition(":")[2]])
