@@ -107,6 +107,7 @@ class Engine:
         stream = self._sampler.stream(prompt, seed=seed, first_frames=given)
         decoder = self.pipeline.sampler.chunk_decoder(1) if self._decodes else None
         if decoder is not None and given is not None:
+            given = given.to(self._sampler.device)
             made = Moment(given.device)
             for frame in given.split(1, dim=1):
                 decoder.decode(frame, made)  # its caches: what follows is seamless

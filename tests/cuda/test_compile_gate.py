@@ -118,8 +118,12 @@ def machine_code(arch: str) -> dict[str, set[str]]:
 def stated_blocks() -> dict[str, tuple[int, int]]:
     """Threads of a block of every kernel, and how many blocks are to fit a processor, as its PTX says."""
     _, ptx = toolchain.build_host(Path(__file__).parent / "runtime.cpp")
-    found = re.findall(r"\.entry (\w+)\([^{]*?\.maxntid (\d+)[^{]*?\.minnctapersm (\d+)", ptx)
-    return {name: (int(threads), int(blocks)) for name, threads, blocks in found}
+    kernels = {}
+    for name, head in re.findall(r"\.entry (\w+)\(([^{]*)", ptx):
+        threads, blocks = re.search(r"\.maxntid (\d+)", head), re.search(r"\.minnctapersm (\d+)", head)
+        assert threads is not None, name
+        kernels[name] = int(threads[1]), 1 if blocks is None else int(blocks[1])
+    return kernels
 
 
 def read_table() -> dict[str, dict[str, str]]:

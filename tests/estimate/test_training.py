@@ -10,6 +10,7 @@ from stream_r1 import recipe
 from stream_r1.cli import main
 from stream_r1.estimate.advice import Change, _settings, advise, changed, larger
 from stream_r1.estimate.devices import DEVICES, Device
+from stream_r1.estimate.pixels import pixel_phases
 from stream_r1.estimate.training import Estimate, estimate
 
 WAN = "recipes/wan2.1-1.3b/stream-r1.yaml"
@@ -123,6 +124,9 @@ def test_gpus_that_share_a_sample_hold_a_part_of_it_and_send_the_rest() -> None:
     assert shared.exchanged > 0
     twice = recipe.load(TINY, ["batch=2", "accumulation=2", size, "distributed.sequence=4"])
     assert estimate(twice, DEVICES["H100"], 4).exchanged == pytest.approx(2 * shared.exchanged)
+    four = estimate(recipe.load(TINY, ["batch=4", size, "distributed.sequence=4"]), DEVICES["H100"], 4)
+    assert four.plan.samples == 4
+    assert pixel_phases(four.plan) == pixel_phases(alone.plan)  # each decodes and scores one
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
