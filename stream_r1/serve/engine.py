@@ -1,4 +1,4 @@
-"""The models of a live page, on two threads: one denoises, the other decodes and makes pictures."""
+"""The models of a live page: one thread denoises, one decodes and makes pictures, one records."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ class Made:
     """A chunk before its pictures are made."""
 
     chunk: Chunk
+    pictures: int  # frames that they are
     seconds: float
 
 
@@ -73,6 +74,7 @@ class Engine:
             self._sampler.decoder = None  # streams make latents
         self._models = ThreadPoolExecutor(1, "denoise")
         self._pictures = ThreadPoolExecutor(1, "decode")
+        self._recorder = ThreadPoolExecutor(1, "record")  # a second of video is no work of a moment
 
     async def in_models(self, work: Callable[..., T], *args: Any) -> T:
         """Run on the thread that denoises; what was asked for first comes first."""
@@ -82,9 +84,13 @@ class Engine:
         """Run on the thread that decodes."""
         return await asyncio.get_running_loop().run_in_executor(self._pictures, work, *args)
 
+    async def in_recorder(self, work: Callable[..., T], *args: Any) -> T:
+        """Run on the thread that writes recordings."""
+        return await asyncio.get_running_loop().run_in_executor(self._recorder, work, *args)
+
     def close(self) -> None:
         """Ends the threads when their work is done."""
-        for pool in (self._models, self._pictures):
+        for pool in (self._models, self._pictures, self._recorder):
             pool.shutdown(wait=True, cancel_futures=True)
 
     @property
@@ -118,7 +124,9 @@ class Engine:
         start = time.perf_counter()
         chunk = next(take.stream)
         chunk.made.synchronize()
-        return Made(chunk, time.perf_counter() - start)
+        vae, latents = self.pipeline.vae, chunk.latents.shape[1]
+        pictures = latents * vae.temporal_factor if chunk.index else vae.frames(latents)
+        return Made(chunk, pictures, time.perf_counter() - start)
 
     def decode(self, take: Take, made: Made) -> Tensor:
         """Its frames as bytes, [t, H, W, 3] uint8 on the CPU."""

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +17,12 @@ import torch
 
 from stream_r1.sampling.video import VideoWriter
 from stream_r1.serve.engine import Engine, Made, Picture, Take, encode
+from stream_r1.serve.pace import Pace
 from stream_r1.serve.protocol import Frame
 from stream_r1.serve.viewer import Viewer
 
 LINGER = 60.0  # seconds that a stream waits for somebody to come back
 MOST_RECORDED = 1800.0  # seconds of video
-_MARGIN = 1.3  # times the longest of the last chunks: how early the next one is begun
 
 
 @dataclass
@@ -46,41 +47,55 @@ class _Chunk:
     pictures: deque[Picture]
     changed: dict[str, Any] | None
     viewer: Viewer | None
-    begun: bool = False
+
+
+@dataclass(frozen=True)
+class _Coming:
+    """A chunk of which pictures are made."""
+
+    frames: int
+    changes: bool  # takes the place of all that waits
 
 
 class Room:
     """A stream, from the first viewer to `close`. All methods belong to the event loop.
 
-    A chunk is begun as late as it can be to be there in time, so that a change is seen soon; chunks made
-    before a change are dropped when the first one after it is there. Nothing is made while nobody watches or
+    A chunk is begun a little before it has to be (`Pace.lead`): chunks made before a change are dropped when
+    the first one after it is there, and the picture jumps over them. Nothing is made while nobody watches or
     the stream is paused.
 
     Args:
         engine: makes the chunks.
         folder: for the recording, of what was shown and not of what was dropped.
         prompt, seed: of the start.
+        clock: seconds that only grow, as the event loop's timers count them.
     """
 
-    def __init__(self, engine: Engine, folder: Path, prompt: str, seed: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        folder: Path,
+        prompt: str,
+        seed: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.id, self.key = secrets.token_urlsafe(9), secrets.token_urlsafe(12)
         self.prompt, self.seed, self.paused = prompt, seed, False
         self.viewers: set[Viewer] = set()
         self.recording = folder / f"{self.id}.mp4"
-        self.chunks = self.missed = 0
+        self.chunks = self.missed = 0  # missed: chunks that were not there when their first frame was due
         self.left_at = time.monotonic()  # when the last viewer went
-        self._engine = engine
+        self._engine, self._clock = engine, clock
         self._fps = engine.pipeline.fps
+        self._pace = Pace(self._fps, engine.frames_per_chunk)
         self._change: Change | None = Change(prompt, restart=True, seed=seed)
         self._take: Take | None = None
         self._prompts = -1  # changes so far, less one
         self._frames = 0
         self._queue: deque[_Chunk] = deque()
         self._decoding: asyncio.Task[None] | None = None
-        self._making = 0  # chunks begun and not yet in the queue
-        self._spent: deque[float] = deque(maxlen=8)  # seconds of the last chunks, all stages
-        self._costs: deque[float] = deque(maxlen=8)  # of their longest stage: stages overlap
-        self._deadline: float | None = None  # of the chunk that comes next
+        self._coming: _Coming | None = None
+        self._due: float | None = None  # when the next frame is; None: as soon as it is there
         self._wake = asyncio.Event()
         self._ready = asyncio.Event()
         self._writer: VideoWriter | None = None
@@ -99,7 +114,7 @@ class Room:
         self.viewers.discard(viewer)
         self.left_at = time.monotonic()
         if not self.viewers:
-            self._deadline = None
+            self._due = None
         self._tell_state()
 
     def change(self, change: Change) -> None:
@@ -119,7 +134,7 @@ class Room:
 
     def pause(self, paused: bool) -> None:
         self.paused = paused
-        self._deadline = None
+        self._due = None
         self._tell_state()
         self._notify()
 
@@ -130,11 +145,9 @@ class Room:
 
     def stats(self, viewer: Viewer) -> dict[str, Any]:
         """What a viewer is told once a second."""
-        seconds = sorted(self._spent)
-        chunk = 1000 * seconds[len(seconds) // 2] if seconds else 0.0
         counts = {"chunks": self.chunks, "missed": self.missed, "dropped": viewer.dropped}
-        waiting = sum(len(chunk.pictures) for chunk in self._queue)
-        return {"type": "stats", **counts, "chunk_ms": round(chunk, 1), "waiting": waiting}
+        chunk = round(1000 * self._pace.typical, 1)
+        return {"type": "stats", **counts, "chunk_ms": chunk, "waiting": self._waiting}
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -156,21 +169,16 @@ class Room:
 
     async def _produce(self) -> None:
         while True:
-            while not self._due():
-                self._wake.clear()
-                delay = self._delay()
-                with suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), delay)
-            begun = time.perf_counter()
+            while (delay := self._delay()) is None or delay > 0:
+                await _wait(self._wake, delay)
+            begun = self._clock()
             change, self._change = self._change, None
-            self._making += 1
             try:
                 made, stages = await self._engine.in_models(self._step, change)
             except (
                 ValueError,
                 OSError,
             ) as error:  # an upload that is no picture, a prompt that the encoder refuses
-                self._making -= 1
                 self._refuse(change, error)
                 continue
             if change is not None:
@@ -179,8 +187,30 @@ class Room:
                 await self._decoding  # one chunk ahead of the decoder, no more
             take = self._take
             assert take is not None
+            self._coming = _Coming(made.pictures, change is not None)
             work = self._decode(take, made, self._prompts, change, stages, begun)
             self._decoding = asyncio.create_task(work)
+
+    def _delay(self) -> float | None:
+        """Seconds until the next chunk has to be begun; None: until something happens."""
+        if not self.viewers:
+            return None
+        if self._change is not None:
+            return 0.0
+        if self.paused or self._take is None:
+            return None
+        coming, frames, first = self._coming, self._waiting, 0.0
+        if coming is not None and coming.changes:  # shown as soon as it is there
+            frames = coming.frames
+        else:
+            frames += 0 if coming is None else coming.frames
+            first = 0.0 if self._due is None else max(0.0, self._due - self._clock())
+        return max(0.0, first + frames * self._pace.period - self._pace.lead)
+
+    @property
+    def _waiting(self) -> int:
+        """Frames that wait to be shown."""
+        return sum(len(chunk.pictures) for chunk in self._queue)
 
     def _step(self, change: Change | None) -> tuple[Made, dict[str, float]]:
         """On the models' thread: what was asked for, and the next chunk; milliseconds by stage."""
@@ -213,7 +243,7 @@ class Room:
         stages: dict[str, float],
         begun: float,
     ) -> None:
-        modelled = time.perf_counter()
+        modelled = self._clock()
 
         def work() -> tuple[list[Picture], float, float]:
             start = time.perf_counter()
@@ -225,42 +255,22 @@ class Room:
         try:
             pictures, decode, jpeg = await self._engine.in_pictures(work)
         finally:
-            self._making -= 1
-        ended = time.perf_counter()
-        self._spent.append(ended - begun)
-        self._costs.append(max(modelled - begun, ended - modelled))
+            self._coming = None
+            self._notify()
+        ended = self._clock()
+        longest = max(modelled - begun, ended - modelled) if change is None else None
+        self._pace.add(ended - begun, longest)
         self.chunks += 1
-        if self._deadline is not None and time.monotonic() > self._deadline and change is None:
-            self.missed += 1
-        told = self._deadline = None
+        told = None
         if change is not None:
             stages |= {"decode": 1000 * decode, "encode": 1000 * jpeg}
             rounded = {name: round(value, 1) for name, value in stages.items()}
             told = {"type": "changed", "prompt": prompt, "request": change.request, "stages": rounded}
             self._queue.clear()  # of the prompt before
+        elif not self._queue and self._due is not None and ended > self._due:
+            self.missed += 1
+            self._due = None
         self._queue.append(_Chunk(prompt, deque(pictures), told, None if change is None else change.viewer))
-        self._ready.set()
-
-    def _due(self) -> bool:
-        if self._change is not None and self.viewers:
-            return True
-        if self.paused or not self.viewers or self._take is None:
-            return False
-        return self._delay() == 0
-
-    def _delay(self) -> float | None:
-        """Seconds until the next chunk has to be begun; None: until something happens."""
-        if self.paused or not self.viewers or self._take is None:
-            return None
-        waiting = sum(len(chunk.pictures) for chunk in self._queue)
-        ahead = (waiting + self._making * self._engine.frames_per_chunk) * self._period()
-        return max(0.0, ahead - _MARGIN * max(self._spent, default=1e9))
-
-    def _period(self) -> float:
-        """Seconds that a frame is shown: longer than it should be where the machine makes them slower."""
-        if not self._costs:
-            return 1 / self._fps
-        return max(1 / self._fps, sum(self._costs) / len(self._costs) / self._engine.frames_per_chunk)
 
     def _refuse(self, change: Change | None, error: Exception) -> None:
         request = 0 if change is None else change.request
@@ -277,26 +287,22 @@ class Room:
     # ---- showing
 
     async def _show(self) -> None:
-        due = time.monotonic()
         while True:
-            while not self._queue or self.paused or not self.viewers:
-                self._ready.clear()
-                await self._ready.wait()
-            now = time.monotonic()
-            chunk = self._queue[0]
+            if not self._queue or self.paused or not self.viewers:
+                await _wait(self._ready, None)
+                continue
+            now, chunk = self._clock(), self._queue[0]
             if chunk.changed is not None:
                 self._announce(chunk)
-                due = now
-            due = max(due, now - 1 / self._fps)  # late frames are not made up for
+                self._due = None
+            due = (
+                now if self._due is None else max(self._due, now - 1 / self._fps)
+            )  # no later one is made up for
             if due > now:
-                await asyncio.sleep(due - now)
-                if not self._queue or self._queue[0] is not chunk or self.paused or not self.viewers:
-                    continue  # flushed meanwhile
-            if not chunk.begun and len(self._queue) == 1:
-                self._deadline = due + len(chunk.pictures) / self._fps
-            chunk.begun = True
+                await _wait(self._ready, due - now)
+                continue
             self._publish(chunk.prompt, chunk.pictures.popleft(), due)
-            due += self._period()
+            self._due = due + self._pace.period
             if not chunk.pictures:
                 self._queue.popleft()
 
@@ -332,7 +338,7 @@ class Room:
         pictures, self._unwritten = self._unwritten, []
         if self._frames > MOST_RECORDED * self._fps:
             pictures = []
-        await self._engine.in_pictures(self._write, pictures, last)
+        await self._engine.in_recorder(self._write, pictures, last)
 
     def _write(self, pictures: list[Picture], last: bool) -> None:
         if pictures:
@@ -347,3 +353,10 @@ class Room:
         """The recording up to now; None: nothing was shown."""
         await self._record()
         return self.recording if self._writer is not None else None
+
+
+async def _wait(event: asyncio.Event, seconds: float | None) -> None:
+    """For something that happens from now on, so long at most."""
+    event.clear()
+    with suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(event.wait(), seconds)
