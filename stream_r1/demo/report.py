@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from numpy.typing import NDArray
 
@@ -19,6 +18,7 @@ from stream_r1.demo.record import Record
 from stream_r1.disk.whole import write_text
 from stream_r1.drawn_world.measures import MEASURES as EXACT
 from stream_r1.pages import LOOK
+from stream_r1.pages.report import render
 
 LABELS = {
     "before": "Student before",
@@ -33,15 +33,7 @@ _MAP_COLUMNS = 6
 
 def write_report(record: Record, folder: Path) -> Path:
     """Write ``index.html`` into ``folder`` from ``record`` and its files, leaving out what is missing."""
-    environment = Environment(
-        loader=PackageLoader("stream_r1.demo", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html.j2").render(_context(record, folder))
-    write_text(folder / "index.html", page)
+    write_text(folder / "index.html", render("stream_r1.demo", "report.html.j2", _context(record, folder)))
     return folder / "index.html"
 
 

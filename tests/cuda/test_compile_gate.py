@@ -126,36 +126,28 @@ def stated_blocks() -> dict[str, tuple[int, int]]:
     return kernels
 
 
-def read_table() -> dict[str, dict[str, str]]:
-    """kernel -> architecture -> "registers shared"."""
-    head, *rows = [line.split("\t") for line in TABLE.read_text().splitlines() if not line.startswith("#")]
-    return {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in rows}
+def read_table(path: Path) -> dict[str, dict[str, str]]:
+    """column -> kernel -> "registers shared"."""
+    head, *rows = [line.split("\t") for line in path.read_text().splitlines() if not line.startswith("#")]
+    return {column: {row[0]: row[index] for row in rows} for index, column in enumerate(head) if index}
 
 
-def measured() -> dict[str, dict[str, str]]:
-    kernels: dict[str, dict[str, str]] = {}
-    for arch in ARCHS:
-        for name, numbers in sorted(resources(arch).items()):
-            kernels.setdefault(name, {})[f"sm_{arch}"] = f"{numbers['registers']} {numbers['shared']}"
-    return kernels
+def write_table(path: Path, what: str, table: dict[str, dict[str, str]]) -> None:
+    names = dict.fromkeys(name for column in table.values() for name in column)
+    rows = [[name, *(column[name] for column in table.values())] for name in names]
+    lines = [f"# {what}", *("\t".join(row) for row in [["kernel", *table], *rows])]
+    path.write_text("\n".join(lines) + "\n")
 
 
-def write_table() -> None:
-    columns = [f"sm_{arch}" for arch in ARCHS]
-    lines = [
-        "# Registers of a thread, in eights, and bytes of static shared memory, by nvcc 13.0.",
-        "\t".join(["kernel", *columns]),
-    ]
-    lines += [
-        "\t".join([name, *(row[column] for column in columns)]) for name, row in sorted(measured().items())
-    ]
-    TABLE.write_text("\n".join(lines) + "\n")
+def measured(arch: str) -> dict[str, str]:
+    """kernel -> "registers shared"."""
+    found = sorted(resources(arch).items())
+    return {name: f"{numbers['registers']} {numbers['shared']}" for name, numbers in found}
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_registers_and_shared_memory(arch: str) -> None:
-    ours = {name: f"{numbers['registers']} {numbers['shared']}" for name, numbers in resources(arch).items()}
-    assert ours == {name: row[f"sm_{arch}"] for name, row in read_table().items()}
+    assert measured(arch) == read_table(TABLE)[f"sm_{arch}"]
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -171,9 +163,10 @@ def test_the_blocks_that_a_kernel_states_fit_a_processor(device: Device) -> None
     """Grids of row kernels are made for so many (csrc/cuda/launch.cuh)."""
     stated = stated_blocks()
     assert stated["modulated_norm_fp8_bf16"] == (256, 2)
-    assert stated.keys() == read_table().keys()
+    compiled = read_table(TABLE)[device.architecture]
+    assert stated.keys() == compiled.keys()
     for name, (threads, blocks) in stated.items():
-        registers, shared = map(int, read_table()[name][device.architecture].split())
+        registers, shared = map(int, compiled[name].split())
         size = KernelSize(threads, registers, shared)
         assert size.resident_blocks(device) >= blocks, name
 
@@ -208,4 +201,5 @@ def test_default_architectures_are_these() -> None:
 
 
 if __name__ == "__main__":
-    write_table()
+    what = "Registers of a thread, in eights, and bytes of static shared memory, by nvcc 13.0."
+    write_table(TABLE, what, {f"sm_{arch}": measured(arch) for arch in ARCHS})

@@ -21,7 +21,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 import toolchain  # noqa: E402
-from test_compile_gate import find_cuobjdump  # noqa: E402
+from test_compile_gate import find_cuobjdump, read_table, write_table  # noqa: E402
 from triton_machine import compile_kernel, target  # noqa: E402
 
 from stream_r1_kernels.attention import triton_attention, triton_kernels  # noqa: E402
@@ -82,25 +82,9 @@ def measured(generation: int) -> dict[str, str]:
     return row
 
 
-def read_table() -> dict[int, dict[str, str]]:
-    _, *rows = [line.split("\t") for line in TABLE.read_text().splitlines() if not line.startswith("#")]
-    columns = zip(GENERATIONS, zip(*[row[1:] for row in rows], strict=True), strict=True)
-    return {
-        generation: dict(zip([row[0] for row in rows], cells, strict=True)) for generation, cells in columns
-    }
-
-
-def write_table() -> None:
-    lines = ["# Registers of a thread, in eights, and bytes of shared memory, by Triton 3.7."]
-    lines.append("\t".join(["kernel", *(f"sm_{generation}0" for generation in GENERATIONS)]))
-    columns = [measured(generation) for generation in GENERATIONS]
-    lines += ["\t".join([name, *(column[name] for column in columns)]) for name in columns[0]]
-    TABLE.write_text("\n".join(lines) + "\n")
-
-
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_registers_and_shared_memory(generation: int) -> None:
-    assert measured(generation) == read_table()[generation]
+    assert measured(generation) == read_table(TABLE)[f"sm_{generation}0"]
     assert max(resources(generation, *kernel)["shared"] for kernel in KERNELS) <= SHARED[generation]
 
 
@@ -125,4 +109,5 @@ def test_tensor_cores_and_copies(generation: int) -> None:
 
 
 if __name__ == "__main__":
-    write_table()
+    what = "Registers of a thread, in eights, and bytes of shared memory, by Triton 3.7."
+    write_table(TABLE, what, {f"sm_{generation}0": measured(generation) for generation in GENERATIONS})
