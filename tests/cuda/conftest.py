@@ -3,6 +3,7 @@ and the calls of every op."""
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,3 +21,10 @@ def small_tensors(one_thread: None) -> None:
 @pytest.fixture(scope="session")
 def machine() -> Machine:
     return Machine()
+
+
+@pytest.fixture(scope="session")
+def triton_machine() -> Any:
+    from triton_machine import TritonMachine  # most of these tests need no Triton
+
+    return TritonMachine()

@@ -21,11 +21,6 @@ PAIRS = [(name, "cuda") for name in OPS if name not in ("rms_norm", "fused_linea
 PAIRS += [(name, "triton") for name in ATTENTION]
 
 
-@pytest.fixture(scope="module")
-def triton_machine() -> TritonMachine:
-    return TritonMachine()
-
-
 @pytest.fixture
 def running(machine: Machine, triton_machine: TritonMachine, monkeypatch: pytest.MonkeyPatch) -> Running:
     """running(backend): within it "cuda" or "triton" takes the calls."""

@@ -20,11 +20,6 @@ from stream_r1_kernels.attention import Past, api, triton_attention
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
-@pytest.fixture(scope="module")
-def triton_machine() -> TritonMachine:
-    return TritonMachine()
-
-
 def leaves(batch: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype = BF16) -> list[Tensor]:
     """q, k and v as slices of one projection, to take gradients of."""
     return [x.requires_grad_() for x in fused(batch, tokens, heads, head_dim, dtype)]

@@ -24,11 +24,6 @@ SOURCE = Path(triton_kernels.__file__)
 PAGE = Path(__file__).parents[2] / "docs/planted-faults.md"
 
 
-@pytest.fixture(scope="module")
-def triton_machine() -> TritonMachine:
-    return TritonMachine()
-
-
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("forward", "grad_queries", "grad_keys"):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import run
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -18,12 +19,6 @@ from stream_r1.distill.events import StepDone
 from stream_r1.distill.weighting import NOT_FINITE
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-
-
-def run(*arguments) -> int:
-    with pytest.raises(SystemExit) as end:
-        main([str(a) for a in arguments])
-    return end.value.code or 0
 
 
 def test_help_imports_nothing_heavy():

@@ -11,18 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+from command_line import run
 from safetensors.torch import load_file
 
 from stream_r1 import assembly
-from stream_r1.cli import main
 from stream_r1.disk.lock import folder_lock
 from stream_r1.distill.checkpoint_files import list_checkpoints
-
-
-def run(*arguments) -> int:
-    with pytest.raises(SystemExit) as end:
-        main([str(a) for a in arguments])
-    return end.value.code or 0
 
 
 def test_a_folder_in_use_is_refused_before_models_are_loaded(world, tmp_path, capsys, monkeypatch):

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from command_line import run
 
-from stream_r1.cli import main
 from stream_r1.evaluation import Reference
 from stream_r1.evaluation.kid import kernel_distance
 from stream_r1.evaluation.single import video_figures
@@ -21,12 +21,6 @@ from stream_r1.pixels import luma
 from stream_r1.rewards import load_reward
 from stream_r1.sampling.pipeline import StreamR1Pipeline
 from stream_r1.sampling.video import read_video
-
-
-def run(*arguments) -> int:
-    with pytest.raises(SystemExit) as end:
-        main([str(a) for a in arguments])
-    return end.value.code or 0
 
 
 @pytest.fixture(scope="module")

@@ -4,16 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
+from command_line import run
 from PIL import Image
 
-from stream_r1.cli import main
 from stream_r1.commands.outputs import check_files, check_folder
-
-
-def run(*arguments) -> int:
-    with pytest.raises(SystemExit) as end:
-        main([str(a) for a in arguments])
-    return end.value.code or 0
 
 
 @pytest.fixture

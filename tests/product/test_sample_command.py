@@ -2,18 +2,12 @@
 
 import pytest
 import torch
+from command_line import run
 from PIL import Image
 
-from stream_r1.cli import main
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.models.weight_names import to_original_names
 from stream_r1.sampling.video import read_video
-
-
-def run(*arguments) -> int:
-    with pytest.raises(SystemExit) as end:
-        main([str(a) for a in arguments])
-    return end.value.code or 0
 
 
 def test_two_prompts_twice(world, tmp_path, capsys):

@@ -9,16 +9,10 @@ import time
 
 import pytest
 import yaml
+from command_line import run
 
-from stream_r1.cli import main
 from stream_r1.rewards import load_reward
 from stream_r1.rewards.wrong import WrongReward
-
-
-def run(*arguments) -> int:
-    with pytest.raises(SystemExit) as end:
-        main([str(a) for a in arguments])
-    return end.value.code or 0
 
 
 def written(world, folder, **changes):

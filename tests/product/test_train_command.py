@@ -5,18 +5,12 @@ import shutil
 
 import pytest
 import torch
+from command_line import run
 from safetensors.torch import load_file, save_file
 
-from stream_r1.cli import main
 from stream_r1.files import FileError
 from stream_r1.models.checkpoints import load_student
 from stream_r1.watch.writers import read_metrics
-
-
-def run(*arguments) -> int:
-    with pytest.raises(SystemExit) as end:
-        main([str(a) for a in arguments])
-    return end.value.code or 0
 
 
 def history(folder):
