@@ -106,7 +106,7 @@ def _limit(timing: Timing, ceilings: Ceilings) -> tuple[str, float | None]:
 
 
 def as_json(comparisons: Iterable[Comparison]) -> str:
-    """One object for each baseline of each case; times are medians in milliseconds."""
+    """One object for each baseline of each case, a line each; times are medians in milliseconds."""
     rows = [
         {
             "name": comparison.ours.case,
@@ -121,7 +121,7 @@ def as_json(comparisons: Iterable[Comparison]) -> str:
         for comparison in comparisons
         for baseline in comparison.baselines
     ]
-    return json.dumps(rows, indent=1) + "\n"
+    return "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
 
 
 def _rounded(fraction: float | None) -> float | None:
