@@ -75,6 +75,10 @@ class VBenchSettings(Settings):
         for name in self.dimensions:
             if name not in DIMENSIONS:
                 raise ValueError(f"dimensions: expected some of {', '.join(DIMENSIONS)}, got {shown(name)}")
+        flickering = "temporal_flickering" in self.dimensions and self.python is not None
+        if flickering and not self.device.startswith("cuda"):
+            told = "for temporal_flickering, as VBench's filter of static videos runs on a GPU alone"
+            raise ValueError(f"device: expected cuda {told}, got {shown(self.device)}")
         return self
 
 

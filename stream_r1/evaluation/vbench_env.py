@@ -45,7 +45,10 @@ def main(
     """Make it, and print the line for a recipe. Resumes where it stopped: pip skips what is there."""
     if shutil.which(python) is None:
         raise typer.BadParameter(f"expected a Python, got {python}: no such command", param_hint="--python")
-    version = _output([python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"])
+    try:
+        version = _output([python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"])
+    except (OSError, subprocess.CalledProcessError):
+        version = f"{python}, which does not run"  # a version manager's stand-in, for example
     if version not in PYTHONS:
         raise typer.BadParameter(f"expected {' or '.join(PYTHONS)}, got {version}", param_hint="--python")
     subprocess.run([python, "-m", "venv", str(folder)], check=True)

@@ -4,7 +4,10 @@ import json
 import sys
 
 import pytest
+import typer
 
+from stream_r1.config import SettingsError
+from stream_r1.evaluation import vbench_env
 from stream_r1.evaluation.plan import load
 from stream_r1.evaluation.vbench import DIMENSIONS, read_prompt_list, read_results, totals
 from stream_r1.evaluation.vbench_tool import ToolFailedError, missing_dimensions, run_dimension
@@ -32,7 +35,8 @@ class VBench:
         found = [name for name in names if os.path.isfile(os.path.join(videos_path, name))]
         if not found:
             raise ValueError("no video of " + dimension_list[0])
-        result = {dimension_list[0]: [len(found) / 10, []]}
+        each = [{"video_path": os.path.join(videos_path, one), "video_results": False} for one in found]
+        result = {dimension_list[0]: [len(found) / 10, each]}
         json.dump(result, open(os.path.join(self.out, name + "_eval_results.json"), "w"))
 """
 
@@ -78,6 +82,27 @@ def test_the_tool_finds_the_videos_by_name_and_its_results_are_read(recipe, tmp_
         run_dimension(evaluation, "m", dimension)
     assert missing_dimensions(evaluation, "m") == []
     assert read_results(evaluation.vbench_results("m")) == {"color": 0.2, "scene": 0.4}
+
+
+def test_flickering_is_refused_without_a_gpu_before_anything_is_made(recipe):
+    text = recipe.read_text().replace("[scene, color]", "[temporal_flickering], device: cpu")
+    recipe.write_text(text)
+    with pytest.raises(SettingsError, match=r"device: expected cuda for temporal_flickering.*got .?cpu"):
+        load(recipe)
+    recipe.write_text(text.replace(f"python: {sys.executable}, ", ""))  # results from elsewhere
+    assert load(recipe).settings.vbench.python is None
+
+
+@pytest.mark.parametrize(("script", "got"), [("exit 127", "which does not run"), ("echo 3.13", "got 3.13")])
+def test_an_environment_is_made_with_a_python_that_runs_and_fits(script, got, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    with pytest.raises(
+        typer.BadParameter, match=rf"expected 3\.9 or 3\.10, got .*{got.removeprefix('got ')}"
+    ):
+        vbench_env.main(tmp_path / "env", python=str(python))
+    assert not (tmp_path / "env").exists()
 
 
 @pytest.mark.parametrize("content", ['{"scene": []}', '{"scenery": [0.5, []]}', "[0.5]", '{"scene": [nan'])
