@@ -1,8 +1,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from stream_r1_kernels import dmd_gradient_, dmd_loss
@@ -78,22 +76,6 @@ def test_against_the_published_formulation(used, dtype, backend):
     check(*inputs, backend=backend, **options)
     check(*inputs[:3], backend=backend, **options)
     check(*inputs, backend=backend, guidance=0.0, **options)
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    shape=st.tuples(*(st.integers(1, top) for top in (3, 4, 5, 40, 70))),
-    weight_dims=st.lists(st.booleans(), min_size=5, max_size=5),
-    mask_dims=st.lists(st.booleans(), min_size=5, max_size=5),
-    channels_first=st.booleans(),
-)
-def test_any_size_and_broadcast(shape, weight_dims, mask_dims, channels_first):
-    inputs = predictions(shape)
-    if channels_first:  # [B, C, F, h, w] in memory
-        inputs = [value.transpose(1, 2).contiguous().transpose(1, 2) for value in inputs]
-    w_intra = torch.rand([size if full else 1 for size, full in zip(shape, weight_dims, strict=True)])
-    mask = torch.rand([size if full else 1 for size, full in zip(shape, mask_dims, strict=True)]) < 0.7
-    check(*inputs, backend="cpu", w_intra=w_intra, mask=mask)
 
 
 def test_many_elements_are_summed_without_losing_digits():
