@@ -19,7 +19,6 @@ from starlette.websockets import WebSocketDisconnect
 from stream_r1.pages import LOOK, application
 from stream_r1.sampling.pipeline import StreamR1Pipeline
 from stream_r1.serve import protocol
-from stream_r1.serve.access import refusal
 from stream_r1.serve.engine import Engine, streams_at_once
 from stream_r1.serve.protocol import ProtocolError
 from stream_r1.serve.room import LINGER, Change, Room
@@ -108,11 +107,7 @@ def create_app(settings: Settings | None = None, pipeline: StreamR1Pipeline | No
             await hall.remove(room)
         engine.close()
 
-    def refused(request: Request) -> tuple[int, str] | None:
-        reason = refusal(settings, request.headers, request.query_params)
-        return None if reason is None else (403, reason)
-
-    app = application.create("Stream-R1", refused, lifespan)
+    app = application.create("Stream-R1", settings.token, settings.origins, lifespan=lifespan)
     page = _PAGE.replace("/*LOOK*/", LOOK)
 
     @app.get("/")
@@ -140,7 +135,8 @@ def create_app(settings: Settings | None = None, pipeline: StreamR1Pipeline | No
     @app.websocket("/socket")
     async def socket(socket: WebSocket) -> None:
         hall: Hall = socket.app.state.hall
-        if refusal(settings, socket.headers, socket.query_params) is not None:
+        refused = application.refusal(socket.headers, socket.query_params, settings.token, settings.origins)
+        if refused is not None:
             await socket.close(1008)  # before it is accepted: 403
             return
         await socket.accept()

@@ -6,7 +6,7 @@ import secrets
 from pathlib import Path
 from typing import Annotated, Literal
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, HTTPException
 from fastapi.responses import FileResponse, HTMLResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
@@ -34,18 +34,11 @@ def create_app(comparison: Comparison, token: str | None = None) -> FastAPI:
     """The application of a comparison.
 
     Args:
-        token: what raters have to know (`?token=...` of the page); None: nothing.
+        token: what raters have to know (`?token=...` of the page); None: nothing, and only this machine's own
+            names are answered.
     """
 
-    def refused(request: Request) -> tuple[int, str] | None:
-        length = request.headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > LARGEST_BODY:
-            return 413, f"expected a body of at most {LARGEST_BODY} bytes"
-        if token is not None and not application.has_token(token, request.headers, request.query_params):
-            return 403, application.NO_TOKEN
-        return None
-
-    app = application.create("Votes", refused)
+    app = application.create("Votes", token, largest_body=LARGEST_BODY)
     store = VoteStore(comparison.database)
     page = _PAGE.replace("/*LOOK*/", LOOK)
 

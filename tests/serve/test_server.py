@@ -262,15 +262,13 @@ def test_other_origins_other_names_and_a_missing_token_get_nothing(served: str) 
     with raw(served, origin=served):
         pass
 
-    from stream_r1.serve.access import refusal
-    from stream_r1.serve.settings import Settings
+    from stream_r1.pages.application import refusal
 
-    guarded = Settings(token="secret", origins=("https://friend.example",))
-    host = {"host": "machine:8600"}
-    assert refusal(guarded, host, {}) is not None
-    assert refusal(guarded, host, {"token": "wrong"}) is not None
-    assert refusal(guarded, host | {"origin": "https://friend.example"}, {"token": "secret"}) is None
-    assert refusal(guarded, host | {"origin": "https://enemy.example"}, {"token": "secret"}) is not None
+    host, guarded = {"host": "machine:8600"}, ("secret", ("https://friend.example",))
+    assert refusal(host, {}, *guarded) is not None
+    assert refusal(host, {"token": "wrong"}, *guarded) is not None
+    assert refusal(host | {"origin": "https://friend.example"}, {"token": "secret"}, *guarded) is None
+    assert refusal(host | {"origin": "https://enemy.example"}, {"token": "secret"}, *guarded) is not None
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from stream_r1.votes.report import summarise
 from stream_r1.votes.store import VoteStore
 
 ROOT = Path(__file__).parents[2]
+LOCAL = "http://localhost"
 QUESTIONS = ("dynamics", "visual quality", "overall")
 
 
@@ -36,7 +37,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
 
 @pytest.fixture
 def client(compared: Comparison) -> TestClient:
-    return TestClient(create_app(compared))
+    return TestClient(create_app(compared), LOCAL)
 
 
 def begin(client: TestClient) -> str:
@@ -78,7 +79,7 @@ def test_no_vote_is_counted_twice_or_changed(client: TestClient, compared: Compa
 
 
 def test_two_raters_at_once_lose_nothing(compared: Comparison) -> None:
-    client = TestClient(create_app(compared))
+    client = TestClient(create_app(compared), LOCAL)
     raters = [begin(client) for _ in range(8)]
 
     def rate(rater: str) -> None:
@@ -133,11 +134,17 @@ def test_unknown_raters_items_and_sides(client: TestClient) -> None:
 
 
 def test_away_from_this_machine_the_link_has_a_token(compared: Comparison) -> None:
-    client = TestClient(create_app(compared, token="secret-of-the-link"))
+    client = TestClient(create_app(compared, token="secret-of-the-link"), "http://votes.example")
     assert client.get("/").status_code == 403
     assert client.get("/?token=wrong").status_code == 403
     assert client.get("/?token=secret-of-the-link").status_code == 200
     assert client.post("/api/raters", headers={"x-token": "secret-of-the-link"}).status_code == 201
+
+
+@pytest.mark.parametrize("headers", [{"host": "evil.example"}, {"origin": "http://evil.example"}])
+def test_other_names_and_pages_of_others_get_nothing(headers: dict[str, str], client: TestClient) -> None:
+    assert client.post("/api/raters", headers=headers).status_code == 403
+    assert client.post("/api/raters", headers={"origin": LOCAL}).status_code == 201
 
 
 def test_videos_can_be_searched_by_players(client: TestClient) -> None:
@@ -164,7 +171,7 @@ def test_a_killed_server_loses_no_vote_that_it_said_was_kept(tmp_path: Path) -> 
     code = (
         "import os, signal, sys; from fastapi.testclient import TestClient; "
         "from stream_r1.votes.app import create_app; from stream_r1.votes.plan import load; "
-        f"client = TestClient(create_app(load({str(recipe)!r}, []))); "
+        f"client = TestClient(create_app(load({str(recipe)!r}, [])), {LOCAL!r}); "
         "rater = client.post('/api/raters').json()['rater']\n"
         "for item in range(3):\n"
         f"    sent = {{'item': item, 'answers': {answers('left')!r}}}\n"
@@ -179,7 +186,7 @@ def test_a_killed_server_loses_no_vote_that_it_said_was_kept(tmp_path: Path) -> 
 
 def test_the_commands_serve_and_report(tmp_path: Path) -> None:
     recipe = write_comparison(tmp_path, attention_checks=0)
-    with TestClient(create_app(comparison(tmp_path, attention_checks=0))) as client:
+    with TestClient(create_app(comparison(tmp_path, attention_checks=0)), LOCAL) as client:
         rater = begin(client)
         client.post(f"/api/raters/{rater}/votes", json={"item": 0, "answers": answers("left")})
     command = [sys.executable, "-m", "stream_r1", "votes", "report", str(recipe)]
