@@ -29,12 +29,6 @@ CACHES = {
 }
 
 
-def self_rollout(student, context, start: Tensor, *, grad: bool = True, **arguments) -> Tensor:
-    batch, frames, _, *size = start.shape
-    rollout = rollouts.begin_rollout(student, context, (batch, *size), max_frames=frames, **arguments)
-    return rollouts.self_rollout(rollout, start, grad=grad)
-
-
 def texts(batch: int = 2) -> Tensor:
     return torch.randn(batch, 8, 16, generator=torch.Generator().manual_seed(3))
 
@@ -47,20 +41,26 @@ def renoiser() -> Callable[[Tensor], Tensor]:
     return SampleNoise([10, 11]).randn_like
 
 
+def self_rollout(student, text: Tensor, start: Tensor, exit_step: int, *, grad=True, **changes) -> Tensor:
+    batch, frames, _, *size = start.shape
+    arguments = {"schedule": SCHEDULE, "steps": STEPS, "renoise": renoiser()} | changes
+    rollout = rollouts.begin_rollout(
+        student,
+        student.encode_text(text),
+        (batch, *size),
+        max_frames=frames,
+        exit_step=exit_step,
+        **arguments,
+    )
+    return rollouts.self_rollout(rollout, start, grad=grad)
+
+
 @pytest.mark.parametrize("first", [3, 1])
 @pytest.mark.parametrize("exit_step", [0, 2])
 def test_rollout_is_the_masked_model_on_clean_chunks(exit_step: int, first: int) -> None:
     """No cache on the other side: passes see [clean chunks | noisy chunk] under the block-causal mask."""
     student, text, start = tiny_student(first_chunk_frames=first).eval(), texts(), noise(first + 6)
-    got = self_rollout(
-        student,
-        student.encode_text(text),
-        start,
-        schedule=SCHEDULE,
-        steps=STEPS,
-        exit_step=exit_step,
-        renoise=renoiser(),
-    )
+    got = self_rollout(student, text, start, exit_step)
     again, clean = renoiser(), start[:, :0]
     with torch.no_grad():
         for chunk in start.split([first, 3, 3], dim=1):
@@ -85,16 +85,11 @@ def test_rollout_with_the_last_exit_is_sampling(cache: dict) -> None:
     start = torch.cat([noises.draw(chunk, 0, shape, torch.device("cpu")) for chunk in range(5)], dim=1)
     for grad in (True, False):
         fresh = iter([(chunk, step) for chunk in range(5) for step in (1, 2, 3)])
-        got = self_rollout(
-            student,
-            student.encode_text(text),
-            start,
-            schedule=SCHEDULE,
-            steps=STEPS,
-            exit_step=3,
-            renoise=lambda x, fresh=fresh: noises.draw(*next(fresh), shape, x.device),
-            grad=grad,
-        )
+
+        def renoise(x: Tensor, fresh=fresh) -> Tensor:
+            return noises.draw(*next(fresh), shape, x.device)
+
+        got = self_rollout(student, text, start, 3, renoise=renoise, grad=grad)
         assert got.requires_grad is grad
         torch.testing.assert_close(got.detach(), sampled, rtol=1e-4, atol=1e-5)
 
@@ -106,10 +101,7 @@ def test_no_gradient_crosses_chunks(cache: dict, checkpointing: bool) -> None:
     if checkpointing:
         student.enable_gradient_checkpointing()
     start = noise(12).requires_grad_()
-    context = student.encode_text(texts())
-    x0 = self_rollout(
-        student, context, start, schedule=SCHEDULE, steps=STEPS, exit_step=0, renoise=renoiser()
-    )
+    x0 = self_rollout(student, texts(), start, 0)
     for chunk, part in enumerate(x0.split(3, dim=1)):
         (grad,) = torch.autograd.grad(part.square().sum(), start, retain_graph=True)
         norms = [own.norm().item() for own in grad.split(3, dim=1)]
@@ -124,15 +116,7 @@ def test_checkpointing_gives_the_same_gradients(cache: dict) -> None:
         student = tiny_student(**cache)
         if checkpointing:
             student.enable_gradient_checkpointing()
-        x0 = self_rollout(
-            student,
-            student.encode_text(texts()),
-            noise(12),
-            schedule=SCHEDULE,
-            steps=STEPS,
-            exit_step=1,
-            renoise=renoiser(),
-        )
+        x0 = self_rollout(student, texts(), noise(12), 1)
         x0.square().mean().backward()
         gradients.append([p.grad for p in student.parameters()])
     assert all(g is not None and g.norm() > 0 for g in gradients[0])
@@ -150,15 +134,7 @@ def test_a_past_that_is_not_evicted_is_not_copied() -> None:
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            x0 = self_rollout(
-                student,
-                student.encode_text(texts()),
-                noise(12),
-                schedule=SCHEDULE,
-                steps=STEPS,
-                exit_step=0,
-                renoise=renoiser(),
-            )
+            x0 = self_rollout(student, texts(), noise(12), 0)
         held.append(sum(storages.values()))
         gradients.append(torch.autograd.grad(x0.square().mean(), list(student.parameters())))
     assert held[1] == held[0] < held[2]
@@ -168,14 +144,11 @@ def test_a_past_that_is_not_evicted_is_not_copied() -> None:
 def test_a_chunks_gradient_is_that_of_its_exit_step_on_frozen_context() -> None:
     """The weights' gradient stops at the past too: it is that of a single call on a cache made before."""
     student, text, start = tiny_student(), texts(), noise(6)
-    context = student.encode_text(text)
-    x0 = self_rollout(
-        student, context, start, schedule=SCHEDULE, steps=STEPS, exit_step=0, renoise=renoiser()
-    )
+    x0 = self_rollout(student, text, start, 0)
     got = torch.autograd.grad(x0[:, 3:].sum(), list(student.parameters()))
     stream = student.new_cache(2, 4, 6, max_frames=6)
     stream.begin_chunk()
-    student.forward_chunk(x0[:, :3].detach(), torch.zeros(2), context.detach(), stream)
+    student.forward_chunk(x0[:, :3].detach(), torch.zeros(2), student.encode_text(text).detach(), stream)
     stream.commit()
     stream.begin_chunk()
     x = start[:, 3:]
@@ -186,21 +159,7 @@ def test_a_chunks_gradient_is_that_of_its_exit_step_on_frozen_context() -> None:
 
 def test_context_noise_reaches_later_chunks_only() -> None:
     student, text, start = tiny_student().eval(), texts(), noise(6)
-
-    def roll(context_noise: float) -> Tensor:
-        return self_rollout(
-            student,
-            student.encode_text(text),
-            start,
-            schedule=SCHEDULE,
-            steps=STEPS,
-            exit_step=0,
-            renoise=renoiser(),
-            context_noise=context_noise,
-            grad=False,
-        )
-
-    clean, noisy = roll(0.0), roll(400.0)
+    clean, noisy = (self_rollout(student, text, start, 0, context_noise=t, grad=False) for t in (0.0, 400.0))
     assert torch.equal(clean[:, :3], noisy[:, :3])
     assert not torch.allclose(clean[:, 3:], noisy[:, 3:])
 
@@ -214,9 +173,7 @@ def test_noise_belongs_to_samples() -> None:
 
 
 def test_wrong_arguments_are_refused() -> None:
-    student = tiny_student()
-    context = student.encode_text(texts())
     with pytest.raises(ValueError, match="exit_step"):
-        self_rollout(student, context, noise(3), schedule=SCHEDULE, steps=STEPS, exit_step=4)
+        self_rollout(tiny_student(), texts(), noise(3), 4)
     with pytest.raises(ValueError, match="whole chunks"):
-        self_rollout(student, context, noise(4), schedule=SCHEDULE, steps=STEPS, exit_step=0)
+        self_rollout(tiny_student(), texts(), noise(4), 0)
