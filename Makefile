@@ -90,17 +90,18 @@ packages: $(VENV)/.built
 	  (cd build/packages/empty && ../env/bin/stream-r1 demo --set budget=60 --set evaluated_videos=2 --set teacher_steps=0) || exit 1; \
 	  rm -rf build/packages/env; done
 
-# The ops as people install them: one wheel, in environments that have nothing else of this repository.
-COMPAT_TORCH ?= 2.10.0 2.14.1
+# The ops as people install them: one wheel, in environments that have nothing else of this repository. Run from a folder without
+# the package, so that the wheel's is imported. COMPAT_PYTHON: the interpreter of those environments.
+COMPAT_TORCH  ?= 2.10.0 2.14.1
+COMPAT_PYTHON ?= $(PYTHON)
 compat: $(VENV)/.built
-	rm -rf build/compat && mkdir -p build/compat/tests
+	rm -rf build/compat && mkdir -p build/compat
 	$(PIP) wheel --no-build-isolation --no-deps -w build/compat ./kernels
-	cp -r tests/conftest.py tests/ops build/compat/tests
 	@for torch in $(COMPAT_TORCH); do echo "== torch $$torch"; \
-	  $(PYTHON) -m venv build/compat/env && \
+	  $(COMPAT_PYTHON) -m venv build/compat/env && \
 	  build/compat/env/bin/python -m pip --disable-pip-version-check -qq install torch==$$torch numpy pytest hypothesis build/compat/*.whl && \
-	  build/compat/env/bin/python -m stream_r1_kernels.info && \
-	  (cd build/compat && env/bin/python -m pytest -q --import-mode=importlib -c /dev/null --rootdir . tests/ops --ignore tests/ops/test_devices.py $(ARGS)) || exit 1; \
+	  (cd build/compat && env/bin/python -m stream_r1_kernels.info && \
+	    env/bin/python -m pytest -q --import-mode=importlib -c /dev/null --rootdir ../.. ../../tests/ops --ignore ../../tests/ops/test_devices.py $(ARGS)) || exit 1; \
 	  rm -rf build/compat/env; done
 
 # The tiny world from nothing; each training resumes where it was stopped.
