@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad, profiler
+from torch.autograd.function import _SingleLevelFunction
 from torch.autograd.graph import increment_version
 
 from .schemas import GPU_SCHEMAS, SCHEMAS
@@ -95,8 +96,8 @@ def register_autograd(
     def backward_below(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         return *backward(ctx, *grads), None
 
-    direct = _function(name, forward, backward)
-    recorded = _function(name, forward_below, backward_below)
+    direct = _function(name, forward, backward, torch.autograd.Function)
+    recorded = _function(name, forward_below, backward_below, _SingleLevelFunction)
 
     def enter(*inputs: Any) -> Any:
         if check is not None:
@@ -115,19 +116,20 @@ def register_autograd(
     LIBRARIES[0].impl(name, kernel, "Autograd", with_keyset=True)
 
 
-def _function(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Any:
+def _function(name: str, forward: Callable[..., Any], backward: Callable[..., Any], base: type) -> Any:
     class_name = "".join(word.capitalize() for word in name.split("_"))  # as the results' grad_fn has it
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type(class_name, (torch.autograd.Function,), members)
+    return type(class_name, (base,), members)
 
 
-def _record(function: type[torch.autograd.Function], *inputs: Any) -> Any:
-    """`function.apply` within an autograd kernel, which within torch.func's transforms is one level's own."""
+def _record(function: type[_SingleLevelFunction], *inputs: Any) -> Any:
+    """`function.apply` within an autograd kernel, which within torch.func's transforms is one level's own:
+    `torch.autograd.Function` would hand the call to all levels, or refuse it."""
+    recorded: Any = function
     if torch._C._functorch.maybe_current_level() is None:
-        return function.apply(*inputs)
+        return recorded.apply(*inputs)
     with enable_single_level_autograd_function():
-        within: Any = super(torch.autograd.Function, function)
-        return within.apply(*inputs)
+        return recorded.apply(*inputs)
 
 
 @contextmanager
@@ -158,7 +160,7 @@ def _no_derivative(name: str) -> Callable[..., Any]:
     return kernel
 
 
-class _NoDerivative(torch.autograd.Function):
+class _NoDerivative(_SingleLevelFunction):
     @staticmethod
     def forward(ctx: Any, name: str, run: Callable[[], Any], *tensors: Tensor) -> Any:
         ctx.name = name
