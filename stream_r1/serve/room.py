@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from av.error import FFmpegError
 
 from stream_r1.sampling.video import VideoWriter
 from stream_r1.serve.engine import Engine, Made, Picture, Take, encode
@@ -100,6 +101,7 @@ class Room:
         self._ready = asyncio.Event()
         self._writer: VideoWriter | None = None
         self._unwritten: list[Picture] = []
+        self._unwritable = False
         self._recording: asyncio.Task[None] | None = None
         self._tasks = [asyncio.create_task(self._produce()), asyncio.create_task(self._show())]
 
@@ -334,11 +336,21 @@ class Room:
         self._ready.set()
 
     async def _record(self, last: bool = False) -> None:
-        """Write what was shown since the last time."""
+        """Write what was shown since the last time, until that fails: the stream goes on without."""
         pictures, self._unwritten = self._unwritten, []
         if self._frames > MOST_RECORDED * self._fps:
             pictures = []
-        await self._engine.in_recorder(self._write, pictures, last)
+        if self._unwritable:
+            return
+        try:
+            await self._engine.in_recorder(self._write, pictures, last)
+        except (OSError, FFmpegError) as error:
+            if self._unwritable:  # said
+                return
+            self._unwritable = True
+            told = {"type": "error", "code": "recording", "message": f"the recording ended: {error}"}
+            for viewer in self.viewers:
+                viewer.tell(told | {"request": 0})
 
     def _write(self, pictures: list[Picture], last: bool) -> None:
         if pictures:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import random
 import selectors
 from collections.abc import Awaitable, Callable, Iterable
@@ -80,6 +81,7 @@ class Watched:
     room: Room
     viewer: Viewer
     frames: list[tuple[int, float]] = field(default_factory=list)
+    told: list[dict[str, Any]] = field(default_factory=list)
 
     def gaps(self) -> list[float]:
         return [after[1] - before[1] for before, after in itertools.pairwise(self.frames)]
@@ -104,6 +106,8 @@ def play(
                 frame = Frame.unpack(data)
                 watched.frames.append((frame.prompt, loop.time()))
                 viewer.seen(frame.number)
+            else:
+                watched.told.append(json.loads(data))
 
         viewer = Viewer(send, 12)
         watched = Watched(room, viewer)
@@ -237,3 +241,13 @@ def test_little_is_made_ahead_of_what_is_shown(tmp_path: Path) -> None:
 
     play(tmp_path, script, itertools.repeat(0.03), itertools.repeat(0.01))
     assert max(waiting[50:]) <= 12 + 4  # a chunk, and what a switch may cost besides
+
+
+def test_a_recording_that_can_not_be_written_is_said_once_and_the_stream_goes_on(tmp_path: Path) -> None:
+    folder = tmp_path / "recordings"
+    folder.write_text("no folder")
+    seen = play(folder, lambda _: asyncio.sleep(5), itertools.repeat(0.03), itertools.repeat(0.01))
+    assert len(seen.frames) > 24 * 4
+    [error] = [message for message in seen.told if message["type"] == "error"]
+    assert error["code"] == "recording"
+    assert "recordings" in error["message"]
