@@ -7,7 +7,7 @@ Full size is 480p: 21 latent frames, and the pixel gradients of 21 frames by the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -92,65 +92,55 @@ def gradient_case(size: str, dtype: str) -> dict[str, Run]:
     }
 
 
-def cases() -> list[Case]:
-    result = []
+def cases() -> Iterator[Case]:
     for size, (pixels, _) in PIXELS.items():
         for dtype in TOLERANCE:
-            result.append(
-                Case(
-                    op="region_saliency",
-                    size=size,
-                    dtype=dtype,
-                    shape=pixels,
-                    build=partial(saliency_case, size, dtype),
-                    bytes=torch.Size(pixels).numel() * DTYPES[dtype].itemsize,
-                )
+            yield Case(
+                op="region_saliency",
+                size=size,
+                dtype=dtype,
+                shape=pixels,
+                build=partial(saliency_case, size, dtype),
+                bytes=torch.Size(pixels).numel() * DTYPES[dtype].itemsize,
             )
     for size, latents in LATENTS.items():
         batch, frames, _, rows, columns = latents
         cells = batch * frames * rows * columns
-        result.append(
-            Case(
-                op="intra_weights",
-                size=size,
-                dtype="float32",
-                shape=(3, batch, frames, rows, columns),
-                build=partial(weights_case, size),
-                bytes=(3 + 1) * cells * 4,
-            )
+        yield Case(
+            op="intra_weights",
+            size=size,
+            dtype="float32",
+            shape=(3, batch, frames, rows, columns),
+            build=partial(weights_case, size),
+            bytes=(3 + 1) * cells * 4,
         )
         numel = torch.Size(latents).numel()
         for dtype in TOLERANCE:
             tensor = numel * DTYPES[dtype].itemsize
             for weighted in (False, True):
-                result.append(
-                    Case(
-                        op=f"dmd_loss {'weighted' if weighted else 'plain'} forward + backward",
-                        size=size,
-                        dtype=dtype,
-                        shape=latents,
-                        build=partial(loss_case, size, dtype, weighted),
-                        # forward: four inputs, the gradient's direction; backward: direction to gradient
-                        bytes=7 * tensor,
-                        tolerance=TOLERANCE[dtype],
-                        baselines=("eager", "compiled") if weighted else ("eager", "compiled", "published"),
-                    )
-                )
-            result.append(
-                Case(
-                    op="dmd_gradient_",
+                yield Case(
+                    op=f"dmd_loss {'weighted' if weighted else 'plain'} forward + backward",
                     size=size,
                     dtype=dtype,
                     shape=latents,
-                    build=partial(gradient_case, size, dtype),
-                    # the normaliser comes first: x, cond, uncond; then fake, cond, uncond, the buffer twice
-                    bytes=8 * tensor,
+                    build=partial(loss_case, size, dtype, weighted),
+                    # forward: four inputs, the gradient's direction; backward: direction to gradient
+                    bytes=7 * tensor,
                     tolerance=TOLERANCE[dtype],
+                    baselines=("eager", "compiled") if weighted else ("eager", "compiled", "published"),
                 )
+            yield Case(
+                op="dmd_gradient_",
+                size=size,
+                dtype=dtype,
+                shape=latents,
+                build=partial(gradient_case, size, dtype),
+                # the normaliser comes first: x, cond, uncond; then fake, cond, uncond, the buffer twice
+                bytes=8 * tensor,
+                tolerance=TOLERANCE[dtype],
             )
-    return result
 
 
-@parametrize(cases())
+@parametrize(list(cases()))
 def test_losses(benchmark: Callable, case: Case, implementation: str) -> None:
     check_and_time(benchmark, case, implementation)
