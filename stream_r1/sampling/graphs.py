@@ -47,7 +47,8 @@ class CudaCapture:
             enabled=torch.is_autocast_enabled("cuda"),
             cache_enabled=False,
         )
-        with cast, torch.cuda.graph(graph, pool=self._pool):
+        # What other threads do meanwhile, as the live page's that decodes, does not end the capture.
+        with cast, torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = run()
 
         def replay() -> Tensor:
