@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from hypothesis import given, settings
@@ -60,6 +61,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
     backend=st.sampled_from(["cpu", "sdpa", "reference"]),
 )
+@hypothesis.example((GivenMask(((0, 9, ((0, 1),)),)), 9), 40, torch.float32, "cpu")  # one key: no gradient
 def test_any_ranges(mask: tuple[GivenMask, int], width: int, dtype: torch.dtype, backend: str) -> None:
     torch.manual_seed(0)
     backend = "reference" if dtype == torch.float64 else backend  # others have no float64
@@ -82,9 +84,13 @@ def test_any_ranges(mask: tuple[GivenMask, int], width: int, dtype: torch.dtype,
     assert not out[:, unseen].any()
     assert not grads[0][:, unseen].any()
     unit = torch.finfo(dtype).eps
+    # What a probability's gradient and its row's mean, computed in float32 or better, may differ by where
+    # they cancel in exact numbers, times what they are multiplied with.
+    size = [x.detach().abs().amax().item() if tokens else 0.0 for x in (*leaves, upstream)]
+    cancelled = min(unit, torch.finfo(torch.float32).eps) * 0.3 * max(size[:2]) * width * size[2] * size[3]
     for ours, theirs in zip((out, *grads), (true, *true_grads), strict=True):
         largest = max(1.0, theirs.abs().max().item()) if tokens else 1.0
-        torch.testing.assert_close(ours.double(), theirs, rtol=2 * unit, atol=8 * unit * largest)
+        torch.testing.assert_close(ours.double(), theirs, rtol=2 * unit, atol=8 * unit * largest + cancelled)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
