@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from .rows import QuantizedRows
 
 _ROW_WISE = functional.ScalingType.RowWise
+_ON_CPUS = torch._C._dispatch_has_kernel_for_dispatch_key("aten::_scaled_mm_v2", "CPU")
 
 
 def multiply_rows(rows: QuantizedRows, weight: QuantizedRows, bias: Tensor) -> Tensor:
@@ -22,7 +24,12 @@ def multiply_rows(rows: QuantizedRows, weight: QuantizedRows, bias: Tensor) -> T
 
     Returns:
         [B, T, N] in bias' dtype.
+
+    Raises:
+        RuntimeError: on a CPU, for which torch 2.10 has no such product.
     """
+    if rows.data.device.type == "cpu" and not _ON_CPUS:
+        raise RuntimeError(f"multiply_rows: torch {torch.__version__} has no row-wise FP8 product on CPUs")
     shape = rows.data.shape
     out = functional.scaled_mm(
         rows.data.reshape(-1, shape[-1]),

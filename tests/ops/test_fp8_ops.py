@@ -85,6 +85,12 @@ def test_the_product_is_that_of_the_dequantised_factors() -> None:
     rows, weights = quantize_rows(x), quantize_rows(w)
     weight = QuantizedRows(weights.data[0], weights.scale[0])
     exact = rows.dequantize(torch.float64) @ weight.dequantize(torch.float64).t() + bias.double()
+    if torch.__version__.startswith("2.10."):
+        with pytest.raises(
+            RuntimeError, match=r"^multiply_rows: torch 2\.10\.\S+ has no row-wise FP8 product on CPUs$"
+        ):
+            multiply_rows(rows, weight, bias)
+        return
     torch.testing.assert_close(multiply_rows(rows, weight, bias).double(), exact, rtol=1e-5, atol=1e-5)
     half = multiply_rows(rows, weight, bias.bfloat16())
     assert half.dtype == torch.bfloat16
