@@ -21,7 +21,7 @@ from stream_r1.rewards.small import SmallHeads, SmallReward
 from stream_r1.rewards.small_features import FeatureExtractor
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(TESTS / "product"))  # importlib mode leaves it alone
+sys.path.append(str(TESTS / "product"))  # last: tests/distributed has a test_train_command of its own
 GOLDEN = TESTS / "golden"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CHANNELS = 4
