@@ -36,6 +36,18 @@ inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
+// a * b - c, rounded once, as an instruction set with FMA does it: beside a large product a difference of two
+// roundings would be as large as the result.
+inline Vec multiply_subtract(Vec a, float b, Vec c) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return a * b - c;
+#else
+  typedef double Wide __attribute__((vector_size(kLanes * 8)));
+  const Wide exact = __builtin_convertvector(a, Wide) * double(b) - __builtin_convertvector(c, Wide);
+  return __builtin_convertvector(exact, Vec);
+#endif
+}
+
 // Whether a comparison holds in any lane.
 inline bool any(IntVec mask) {
 #if defined(__AVX512F__)

@@ -72,7 +72,8 @@ template <class Math>
     for (int64_t i = 0; i < n; i += Math::kPerWord) {
       Vec grads[Math::kPerWord] = {};
       for (int64_t u = 0; u < Math::kPerWord && i + u < n; ++u) {
-        const Vec weight = exp2(load(scores + (i + u) * kQueries + j) * factor - lse_j - rest_j);
+        const Vec above = multiply_subtract(load(scores + (i + u) * kQueries + j), factor, lse_j);
+        const Vec weight = exp2(above - rest_j);
         grads[u] = weight * (load(grad_scores + (i + u) * kQueries + j) - delta_j);
         Math::store_row(weight_rows + (i + u) * kWords + j / Math::kPerWord, weight);
         if (Math::kPerWord > 1) Math::store_row(grad_rows + (i + u) * kWords + j / Math::kPerWord, grads[u]);

@@ -1,6 +1,10 @@
 """Every op where numbers are not finite, large, tiny or few: as its reference, or float64."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import extremes
 import pytest
@@ -51,6 +55,18 @@ def test_widths_of_one_and_two(name: str, backend: str, dtype: torch.dtype, widt
 def test_gradients_at_large_logits_are_as_exact_as_torchs(size: float, dtype: torch.dtype) -> None:
     for backend in ("cpu", "reference"):
         extremes.check_gradients_at_large_logits(backend, size, dtype)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_gradients_at_large_logits_are_as_exact_in_every_instruction_set(isa: str) -> None:
+    code = (
+        "import torch, extremes\n"
+        "for size in (1e2, 1e3, 1e4):\n"
+        "    extremes.check_gradients_at_large_logits('cpu', size, torch.float32)\n"
+    )
+    path = os.pathsep.join((str(Path(__file__).parent), *sys.path))
+    environment = os.environ | {"STREAM_R1_ISA": isa, "PYTHONPATH": path}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
