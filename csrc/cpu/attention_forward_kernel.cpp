@@ -88,7 +88,8 @@ template <class Math>
     for (int64_t i = 0; i < n; i += Math::kPerWord) {
       Vec weights[Math::kPerWord];
       for (int64_t u = 0; u < Math::kPerWord; ++u) {
-        weights[u] = i + u < n ? exp2(multiply_subtract(load(scores + (i + u) * columns + j), factor, top)) : Vec{};
+        weights[u] =
+            i + u < n ? exp2(multiply_subtract(load(scores + (i + u) * columns + j), factor, top)) : Vec{};
         sums[u] += weights[u];
       }
       store(scores + i / Math::kPerWord * columns + j, Math::join(weights));
