@@ -48,10 +48,18 @@ def check_integer(op: str, name: str, value: Any) -> None:
         raise TypeError(f"{op}: {name}: expected an integer, got {value!r}")
 
 
+# Asked here, for graphs of torch 2.10 can't ask.
+_WITH_AUTOCAST = frozenset(
+    device
+    for device in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia")
+    if torch.amp.is_autocast_available(device)
+)
+
+
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """For references: autocast leaves the ops alone, which compute in at least float32 under it too."""
     device = tensor.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device in _WITH_AUTOCAST and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
 
