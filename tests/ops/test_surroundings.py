@@ -195,7 +195,9 @@ class Results(torch.utils.data.Dataset):
         except RuntimeError as error:
             if "Autograd-and-Fork" not in str(error):
                 raise
-            return every_result(seed, gradients=False)  # torch 2.10 has no gradients in forks, of any op
+            return every_result(
+                seed, gradients=False
+            )  # CUDA builds of torch have no gradients in forks, of any op
 
 
 def test_workers_that_are_forked_after_the_ops_have_run() -> None:
