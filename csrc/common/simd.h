@@ -36,11 +36,17 @@ inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
-// a * b - c, rounded once, as an instruction set with FMA does it: beside a large product a difference of two
-// roundings would be as large as the result.
+// a * b - c, rounded once: beside a large product a difference of two roundings would be as large as the
+// result. In so many words, for compilers fuse a product and a difference only where they optimise.
 inline Vec multiply_subtract(Vec a, float b, Vec c) {
-#if defined(__FMA__) || defined(__aarch64__)
-  return a * b - c;
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmsub_ps((__m512)a, _mm512_set1_ps(b), (__m512)c);
+#elif defined(__FMA__)
+  return (Vec)_mm256_fmsub_ps((__m256)a, _mm256_set1_ps(b), (__m256)c);
+#elif defined(__aarch64__)
+  Vec difference;
+  for (int64_t i = 0; i < kLanes; ++i) difference[i] = __builtin_fmaf(a[i], b, -c[i]);
+  return difference;
 #else
   typedef double Wide __attribute__((vector_size(kLanes * 8)));
   const Wide exact = __builtin_convertvector(a, Wide) * double(b) - __builtin_convertvector(c, Wide);
