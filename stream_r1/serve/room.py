@@ -336,7 +336,7 @@ class Room:
         self._ready.set()
 
     async def _record(self, last: bool = False) -> None:
-        """Write what was shown since the last time, until that fails: the stream goes on without."""
+        """Write what was shown since the last time, until that fails: the stream continues without."""
         pictures, self._unwritten = self._unwritten, []
         if self._frames > MOST_RECORDED * self._fps:
             pictures = []

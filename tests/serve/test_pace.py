@@ -199,7 +199,7 @@ def test_a_pause_and_an_absence_are_not_late(tmp_path: Path) -> None:
     times = [at for _, at in seen.frames]
     for left, back in away:
         assert not any(left + MOMENT < at < back - MOMENT for at in times)
-        assert any(back - MOMENT < at < back + MOMENT for at in times)  # it goes on at once
+        assert any(back - MOMENT < at < back + MOMENT for at in times)  # it continues at once
     rest = [
         after - before
         for before, after in itertools.pairwise(times)
