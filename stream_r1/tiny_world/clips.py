@@ -24,12 +24,13 @@ class Clips:
     Args:
         vae_folder: of the autoencoder.
         count: clips there are.
-        work: folder of the file that keeps the latents; a second run finds them there.
+        kept: folder of the file that keeps the latents; a second run finds them there.
 
     text: float32 [P, L, D], embeddings of the scenes' prompts. empty: [L, D], of the empty prompt.
+    fingerprint: what tells these latents from those of another encoder.
     """
 
-    def __init__(self, vae_folder: Path, count: int, work: Path) -> None:
+    def __init__(self, vae_folder: Path, count: int, kept: Path) -> None:
         self._vae = BlockVAE.from_pretrained(vae_folder)
         self._scenes = all_scenes()
         shape = (
@@ -39,8 +40,9 @@ class Clips:
             HEIGHT // 8,
             WIDTH // 8,
         )
-        work.mkdir(parents=True, exist_ok=True)
-        path = work / f"clips_{_fingerprint(vae_folder)}_{count}.f16"
+        kept.mkdir(parents=True, exist_ok=True)
+        self.fingerprint = _fingerprint(vae_folder)
+        path = kept / f"clips_{self.fingerprint}_{count}.f16"
         self._latents = np.memmap(path, np.float16, "r+" if path.exists() else "w+", shape=shape)
         text = load_text_encoder("minilm").encode([*(scene.prompt for scene in self._scenes), ""])
         self.text, self.empty = text[:-1].clone(), text[-1].clone()

@@ -22,7 +22,7 @@ from stream_r1.config import Settings
 from stream_r1.disk.whole import written
 from stream_r1.drawn_world import HEIGHT, HELD_OUT, WIDTH, Scene, all_scenes, draw_random
 from stream_r1.models.block_vae import BlockVAE, as_blocks
-from stream_r1.tiny_world.loop import Loop, LoopSettings
+from stream_r1.tiny_world.loop import Loop, LoopSettings, origin
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,8 @@ def train_codec(settings: CodecSettings) -> None:
         for part in (model.project, model.encoder):
             part.requires_grad_(False)
     model.train()
-    loop = Loop(model, settings.training, Path(settings.work) / "codec.pt", _is_matrix)
+    state = Path(settings.work) / "codec.pt"
+    loop = Loop(model, settings.training, state, _is_matrix, origin(settings, settings.start))
     scenes = all_scenes()
 
     def loss() -> tuple[Tensor, dict[str, float]]:

@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -22,9 +23,18 @@ from stream_r1.distill.optimizer_step import OptimizerStep
 from stream_r1.distill.precision import computing_in
 from stream_r1.distill.run_state import trained
 from stream_r1.distill.stopping import StopRequest
+from stream_r1.messages import shown, some
+from stream_r1.models.prompt_cache import fingerprint
 from stream_r1.tiny_world.muon import Muon
 
 log = logging.getLogger(__name__)
+
+_ANY_TIME = {
+    "steps",
+    "save_seconds",
+    "log_steps",
+}  # of the loop's settings, those that may change between two runs
+_PLACES = {"out", "work", "latents", "vae", "start", "teacher"}
 
 
 class LoopSettings(Settings):
@@ -63,6 +73,19 @@ class LoopSettings(Settings):
         return self.lr * rising * max(0.02, falling)
 
 
+def origin(settings: Settings, start: str | None = None, clips: str = "") -> dict[str, Any]:
+    """What decides a training's outcome besides the loop's settings: its own, without where things lie, and
+    what lies there.
+
+    Args:
+        settings: of the training.
+        start: folder of the weights that it starts with.
+        clips: what tells the clips from others.
+    """
+    inputs = {"start": start and fingerprint([Path(start)]), "clips": clips}
+    return {**settings.model_dump(mode="json", exclude={*_PLACES, "training"}), **inputs}
+
+
 class Loop:
     """A model, its optimizers, its average and its random numbers, saved as one file.
 
@@ -71,6 +94,7 @@ class Loop:
         settings: how.
         state: file that holds the state; there from an earlier run, the loop resumes from it.
         is_matrix: which named parameters Muon trains; None: hidden ones of two or more dimensions.
+        origin: what else decides the outcome, from `origin`; a state that has another one is refused.
     """
 
     def __init__(
@@ -79,8 +103,10 @@ class Loop:
         settings: LoopSettings,
         state: Path,
         is_matrix: Callable[[str, Tensor], bool] | None = None,
+        origin: dict[str, Any] | None = None,
     ) -> None:
         self.model, self.settings, self.path = model, settings, state
+        self._origin = {**(origin or {}), **settings.model_dump(exclude=_ANY_TIME)}
         self.step = 0
         self.generator = torch.Generator().manual_seed(settings.seed)
         chosen = is_matrix or (lambda name, p: p.ndim >= 2 and min(p.shape[0], p[0].numel()) >= 16)
@@ -156,6 +182,7 @@ class Loop:
         """Write the state, whole or not at all."""
         state = {
             "step": self.step,
+            "origin": self._origin,
             "generator": self.generator.get_state(),
             "model": self._parameters,
             "average": self.average,
@@ -169,6 +196,20 @@ class Loop:
         if list(state["average"]) != list(self._parameters):
             raise SettingsError(
                 f"{self.path}: holds another model's training state; remove it or name another folder"
+            )
+        kept = state.get("origin", {})
+        changed = [key for key in {**kept, **self._origin} if kept.get(key) != self._origin.get(key)]
+        if changed:
+            was = some(
+                [f"{key} was {shown(kept.get(key))}, is {shown(self._origin.get(key))}" for key in changed]
+            )
+            raise SettingsError(
+                f"{self.path}: holds the state of another training ({was}); remove it or name another folder"
+            )
+        if state["step"] > self.settings.steps:
+            raise SettingsError(
+                f"training.steps: expected at least {state['step']}, which {self.path} has done, "
+                f"got {self.settings.steps}"
             )
         self.step = state["step"]
         self.generator.set_state(state["generator"])

@@ -21,7 +21,7 @@ from stream_r1.distill.teacher_forcing import TeacherForcing
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.schedule import FlowSchedule
 from stream_r1.tiny_world.clips import Clips
-from stream_r1.tiny_world.loop import Loop
+from stream_r1.tiny_world.loop import Loop, origin
 from stream_r1.tiny_world.teacher import TeacherSettings, is_hidden_matrix
 
 log = logging.getLogger(__name__)
@@ -71,10 +71,12 @@ def new_student(settings: StudentSettings, clips: Clips) -> CausalWanTransformer
 
 def train_student(settings: StudentSettings) -> None:
     """Train, or resume training, and write the averaged student to ``settings.out`` as float16."""
-    clips = Clips(Path(settings.vae), settings.clips, Path(settings.work))
+    clips = Clips(Path(settings.vae), settings.clips, Path(settings.latents))
     torch.manual_seed(settings.training.seed)
     model = new_student(settings, clips).train()
-    loop = Loop(model, settings.training, Path(settings.work) / "student.pt", is_hidden_matrix)
+    state = Path(settings.work) / "student.pt"
+    inputs = origin(settings, settings.teacher, clips.fingerprint)
+    loop = Loop(model, settings.training, state, is_hidden_matrix, inputs)
     latents, index = clips.some(settings.forced_clips)
     objective = TeacherForcing(
         latents,

@@ -18,7 +18,7 @@ from stream_r1.config import Settings
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.schedule import FlowSchedule
 from stream_r1.tiny_world.clips import Clips
-from stream_r1.tiny_world.loop import Loop, LoopSettings
+from stream_r1.tiny_world.loop import Loop, LoopSettings, origin
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,8 @@ class TeacherSettings(Settings):
     """The teacher and its training.
 
     out: folder that the averaged model is written to.
-    work: folder that keeps the encoded clips and the state of the training.
+    work: folder that keeps the state of the training.
+    latents: folder that keeps the encoded clips; trainings can share it.
     vae: folder of the autoencoder.
     clips: how many different drawings it may see; each is made when first needed.
     heads, head_dim, layers: sizes of the network.
@@ -43,6 +44,7 @@ class TeacherSettings(Settings):
 
     out: str
     work: str
+    latents: str
     vae: str
     clips: int = Field(default=20000, ge=1)
     heads: int = 4
@@ -76,7 +78,7 @@ def teacher_config(settings: TeacherSettings, latent_channels: int, text_dim: in
 
 def train_teacher(settings: TeacherSettings) -> None:
     """Train, or resume training, and write the averaged model to ``settings.out`` as float16."""
-    clips = Clips(Path(settings.vae), settings.clips, Path(settings.work))
+    clips = Clips(Path(settings.vae), settings.clips, Path(settings.latents))
     torch.manual_seed(settings.training.seed)
     config = teacher_config(settings, clips.channels, clips.text.shape[2])
     frames = clips.latents([0]).shape[1]
@@ -84,7 +86,9 @@ def train_teacher(settings: TeacherSettings) -> None:
     if settings.start is not None:
         start = WanTransformer3DModel.from_pretrained(settings.start, torch_dtype=torch.float32)
         model.load_state_dict(start.state_dict())
-    loop = Loop(model, settings.training, Path(settings.work) / "teacher.pt", is_hidden_matrix)
+    state = Path(settings.work) / "teacher.pt"
+    inputs = origin(settings, settings.start, clips.fingerprint)
+    loop = Loop(model, settings.training, state, is_hidden_matrix, inputs)
     schedule = FlowSchedule(settings.shift)
 
     def loss() -> tuple[Tensor, dict[str, float]]:

@@ -12,11 +12,11 @@ from stream_r1.tiny_world.loop import Loop, LoopSettings
 from stream_r1.tiny_world.muon import Muon, orthogonalise
 
 
-def make_loop(folder, steps):
+def make_loop(folder, steps, lr=1e-2, **origin):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 32), nn.GELU(), nn.Linear(32, 24))
-    settings = LoopSettings(steps=steps, lr=1e-2, warmup=2, decay=0.0, ema=0.9, seed=3)
-    return Loop(model, settings, folder / "state.pt")
+    settings = LoopSettings(steps=steps, lr=lr, warmup=2, decay=0.0, ema=0.9, seed=3)
+    return Loop(model, settings, folder / "state.pt", origin=origin)
 
 
 def loss_of(loop):
@@ -58,6 +58,26 @@ def test_another_models_state_is_refused(tmp_path):
     train(make_loop(tmp_path, 1))
     with pytest.raises(SettingsError, match="another model's"):
         Loop(nn.Sequential(nn.Linear(24, 32)), LoopSettings(steps=2, lr=1e-2), tmp_path / "state.pt")
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"lr": 2e-2}, "lr was 0.01, is 0.02"),
+        ({"clips": "of another codec"}, "clips was 'of a codec', is 'of another codec'"),
+        ({"batch": 8}, "batch was None, is 8"),
+    ],
+)
+def test_the_state_of_another_training_is_refused_and_what_changed_is_named(tmp_path, changed, named):
+    train(make_loop(tmp_path, 1, clips="of a codec"))
+    with pytest.raises(SettingsError, match=named):
+        make_loop(tmp_path, 2, **{"clips": "of a codec", **changed})
+
+
+def test_a_state_that_has_done_more_steps_is_refused(tmp_path):
+    train(make_loop(tmp_path, 2))
+    with pytest.raises(SettingsError, match=r"training\.steps: expected at least 2"):
+        make_loop(tmp_path, 1)
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
