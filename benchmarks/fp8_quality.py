@@ -18,6 +18,7 @@ import typer
 from torch import Tensor
 
 from stream_r1.chunk_loop import ChunkLoop, StudentPasses
+from stream_r1.cli import run_app
 from stream_r1.disk.whole import write_text
 from stream_r1.evaluation.single import video_figures
 from stream_r1.recipe import locate, read_prompts
@@ -139,4 +140,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_app(main)

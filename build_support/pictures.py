@@ -13,6 +13,7 @@ import typer
 from PIL import Image, ImageDraw, ImageFont
 
 from stream_r1 import maps
+from stream_r1.cli import run_app
 from stream_r1.demo.record import Record
 from stream_r1.demo.report import LABELS
 from stream_r1.disk.whole import written
@@ -96,4 +97,4 @@ def main(folder: Path, prompts: int = 3, out: Path = OUT) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_app(main)

@@ -90,6 +90,7 @@ def make_trainer(
         reward=models.reward,
         folder=folder,
         ranks=ranks,
+        origin=recipe.origin(),
     )
 
 
@@ -131,7 +132,13 @@ def make_init_trainer(recipe: InitRecipe, folder: Path | str, ranks: Ranks | Non
         texts = {prompt: texts_shown[[index]] for index, prompt in enumerate(shown)}
         samples = Samples(vae, texts, recipe.rollout)
     return InitTrainer(
-        recipe.training(), _student(recipe, ranks), objective, folder=folder, ranks=ranks, samples=samples
+        recipe.training(),
+        _student(recipe, ranks),
+        objective,
+        folder=folder,
+        ranks=ranks,
+        samples=samples,
+        origin=recipe.origin(),
     )
 
 

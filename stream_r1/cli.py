@@ -12,7 +12,7 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -270,7 +270,19 @@ def info(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; never returns (``SystemExit``)."""
+    run_app(app, "stream-r1", argv)
+
+
+def run_app(
+    command: typer.Typer | Callable[..., None], name: str | None = None, argv: Sequence[str] | None = None
+) -> None:
+    """Run an app of several commands, or a function as one, ending as ``stream-r1`` does; never returns."""
     args = list(sys.argv[1:] if argv is None else argv)
+    if not isinstance(command, typer.Typer):
+        function, command = command, typer.Typer(add_completion=False)
+        command.command()(function)
+    elif not args:
+        args = ["--help"]
     debug = "--debug" in args or bool(os.environ.get("STREAM_R1_DEBUG"))
     args = [arg for arg in args if arg != "--debug"]  # welcome anywhere on the line
     for library in ("DIFFUSERS", "TRANSFORMERS"):  # their remarks on loading are not about what the user did
@@ -281,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     with reporting_errors(None if debug else _one_line):
-        sys.exit(app(args or ["--help"], prog_name="stream-r1", standalone_mode=False))
+        sys.exit(command(args, prog_name=name, standalone_mode=False))
 
 
 def _one_line(error: Exception) -> str:

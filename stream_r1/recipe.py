@@ -25,6 +25,7 @@ from stream_r1.config import (
     read_recipe,
 )
 from stream_r1.data.prompts import read_prompt_file
+from stream_r1.disk.fingerprint import fingerprint
 from stream_r1.distill.settings import (
     DistillSettings,
     Frames,
@@ -156,6 +157,13 @@ class Recipe(DistillSettings):
         """What the run reads, the recipe at `path` included, by key."""
         return _inputs(self, path)
 
+    def origin(self) -> dict[str, Any]:
+        """What decides a run's outcome besides `distillation` and the prompts: how models stream, score and
+        encode, and what their folders hold.
+        """
+        reward = self.reward.model_dump(mode="json", exclude={"gradient_checkpointing", "samples_at_once"})
+        return _origin(self) | {"reward": reward}
+
 
 class InitModelPaths(Settings):
     """Where the models are: folders, as those of a distillation.
@@ -229,6 +237,22 @@ class InitRecipe(InitSettings):
     def inputs(self, path: Path | str) -> dict[str, Path | None]:
         """As `Recipe.inputs`."""
         return _inputs(self, path) | {"pairs.folder": locate(self.pairs.folder)}
+
+    def origin(self) -> dict[str, Any]:
+        """As `Recipe.origin`; the teacher's trajectories count, and not the teacher."""
+        found = _origin(self)
+        del found["models"]["teacher"]
+        return found | {"pairs": fingerprint([locate(self.pairs.folder)])}
+
+
+def _origin(recipe: Recipe | InitRecipe) -> dict[str, Any]:
+    named = recipe.models.model_dump(exclude_none=True)
+    models = {name: fingerprint([locate(folder)], folder == "minilm") for name, folder in named.items()}
+    return {
+        "models": models,
+        "stream": recipe.stream.model_dump(mode="json"),
+        "text": {"dtype": recipe.text.dtype},
+    }
 
 
 def _inputs(recipe: Recipe | InitRecipe, path: Path | str) -> dict[str, Path | None]:

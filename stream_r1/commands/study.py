@@ -12,7 +12,7 @@ from stream_r1.disk.lock import folder_lock
 from stream_r1.recipe import locate
 from stream_r1.study.plan import Run, Study, load
 from stream_r1.study.report import write_report
-from stream_r1.study.run import Cost, Runner, is_done
+from stream_r1.study.run import Cost, Runner, is_done, require_same
 
 
 def run(path: Path, overrides: list[str], *, jobs: int, trainer: str | None, report_only: bool) -> None:
@@ -22,6 +22,7 @@ def run(path: Path, overrides: list[str], *, jobs: int, trainer: str | None, rep
     check_folder(
         "out", study.out, study.runs[0].recipe.inputs(study.settings.recipe) | {"study": locate(path)}
     )
+    require_same(study)
     if report_only:
         console.print(str(write_report(study)), soft_wrap=True, highlight=False)
         return

@@ -5,8 +5,6 @@ Every stage leaves its result in the run's record, so a run that was stopped res
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import platform
 import shutil
@@ -29,6 +27,7 @@ from stream_r1.demo.record import FILE as RECORD
 from stream_r1.demo.record import Number, Record, StepPoint
 from stream_r1.demo.report import LABELS
 from stream_r1.demo.settings import DemoSettings, seconds_to_distil, steps_in
+from stream_r1.disk.fingerprint import fingerprint
 from stream_r1.distill.events import Event, StepDone
 from stream_r1.distill.trainer import DistillTrainer
 from stream_r1.drawn_world import Scene
@@ -306,16 +305,10 @@ def clear(folder: Path) -> None:
 
 def _fingerprint(recipe: Recipe, settings: DemoSettings) -> str:
     """Of everything that a resumed run must share with its beginning."""
-    digest = hashlib.sha256(
-        json.dumps([recipe.model_dump(mode="json"), settings.model_dump(mode="json")]).encode()
-    )
-    for folder in recipe.models.model_dump(exclude_none=True).values():
-        root = locate(folder)
-        for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
-            if path.is_file():  # by size and time: a run continues in the place where it began
-                found = path.stat()
-                digest.update(f"{path.relative_to(root.parent)} {found.st_size} {found.st_mtime_ns}".encode())
-    return digest.hexdigest()[:16]
+    folders = [locate(folder) for folder in recipe.models.model_dump(exclude_none=True).values()]
+    measured_by = [locate(settings.judge), locate(settings.reference)]
+    asked = recipe.model_dump(mode="json"), settings.model_dump(mode="json")
+    return fingerprint([*folders, *measured_by], *asked)
 
 
 def _machine() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -70,6 +71,7 @@ class InitTrainer(TrainingLoop):
         folder: where checkpoints go and come from; None keeps none.
         ranks: see `DistillTrainer`.
         samples: for sample videos; None: there are none.
+        origin: see `DistillTrainer`.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class InitTrainer(TrainingLoop):
         folder: Path | str | None = None,
         ranks: Ranks | None = None,
         samples: Samples | None = None,
+        origin: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__(settings, folder, ranks)
         self.settings = settings
@@ -102,7 +105,7 @@ class InitTrainer(TrainingLoop):
             ShuffledOrder(len(objective), settings.seed),
             torch.Generator().manual_seed(settings.seed),
         )
-        self._begin(state, objective=type(objective).__name__)
+        self._begin(state, **origin or {}, objective=type(objective).__name__)
         self.step_student = self._optimizer_step("student", optimizer, settings.optimizer.clip)
 
     def _step(self) -> StepDone:

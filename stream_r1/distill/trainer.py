@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +74,8 @@ class DistillTrainer(TrainingLoop):
             `matching.negative_text`.
         ranks: the processes that train together (see `join`): each makes the same trainer of the same models,
             which move to the ranks' devices, and sees its part of every batch. None: this process alone.
+        origin: what else a resumed run must share with its beginning, as JSON has it, such as
+            `Recipe.origin`: the trainer is given models and cannot know where they come from.
 
     Everything random comes from `settings.seed`; two runs with the same arguments on one machine are equal
     bit for bit, resumed or not. Random choices belong to samples and not to ranks, so other numbers of ranks
@@ -94,6 +96,7 @@ class DistillTrainer(TrainingLoop):
         reward: Reward | None = None,
         negative: Tensor | None = None,
         ranks: Ranks | None = None,
+        origin: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__(settings, folder, ranks)
         self.settings = settings
@@ -140,7 +143,7 @@ class DistillTrainer(TrainingLoop):
             self.weights,
             None if settings.guard is None else Guard(settings.guard),
         )
-        self._begin(state, prompts=hashed(self.prompts))
+        self._begin(state, **origin or {}, prompts=hashed(self.prompts))
         self.step_student = self._optimizer_step("student", student_optimizer, settings.student.clip)
         self.step_critic = self._optimizer_step("critic", critic_optimizer, settings.critic.clip)
 

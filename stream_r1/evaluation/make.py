@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -11,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from stream_r1.disk.fingerprint import fingerprint
 from stream_r1.disk.whole import write_text, written
 from stream_r1.evaluation.plan import Evaluation, Video
 from stream_r1.files import FileError, read_json
@@ -77,16 +77,11 @@ def asked(evaluation: Evaluation, model: str, video: Video, weights: str) -> dic
 
 
 def weights_mark(evaluation: Evaluation, model: str) -> str:
-    """Changes when a model's files do: by their names, sizes and times."""
-    settings, digest = evaluation.settings.models[model], hashlib.sha256()
+    """Changes when a model's files do."""
+    settings = evaluation.settings.models[model]
     decoder = None if settings.decoder is None else settings.decoder.partition(":")[2]
-    for name in (settings.folder, settings.checkpoint, settings.adapter, decoder):
-        root = None if name is None else locate(name)
-        for path in () if root is None else sorted(root.rglob("*")) if root.is_dir() else [root]:
-            if path.is_file():
-                found = path.stat()
-                digest.update(f"{path.name} {found.st_size} {found.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:16]
+    names = (settings.folder, settings.checkpoint, settings.adapter, decoder)
+    return fingerprint(locate(name) for name in names if name)
 
 
 def read_made(evaluation: Evaluation, model: str, video: Video, weights: str | None = None) -> Made | None:

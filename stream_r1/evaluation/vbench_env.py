@@ -14,6 +14,8 @@ from typing import Annotated
 
 import typer
 
+from stream_r1.cli import run_app
+
 PYTHONS = ("3.9", "3.10")
 TORCH = ("torch==2.1.2", "torchvision==0.16.2")
 TORCH_INDEX = "https://download.pytorch.org/whl/cu121"
@@ -70,4 +72,4 @@ def _output(command: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_app(main)

@@ -5,7 +5,7 @@ and of many prompts only the tokens take room.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,8 +16,6 @@ from stream_r1.disk.whole import written
 from stream_r1.files import FileError
 from stream_r1.models.tensor_files import opened
 
-_TAIL = 1 << 20  # bytes of a large file that tell it from another of its size
-
 
 class PromptCache:
     """Token states by prompt, one small `.safetensors` file each.
@@ -27,7 +25,7 @@ class PromptCache:
 
     Args:
         folder: made when something is first kept.
-        model: what the states depend on besides the prompt; see `fingerprint`.
+        model: what the states depend on besides the prompt; see `stream_r1.disk.fingerprint`.
     """
 
     def __init__(self, folder: str | Path, model: str) -> None:
@@ -110,20 +108,3 @@ def padded(states: Sequence[Tensor], length: int) -> Tensor:
     for row, state in zip(out, states, strict=True):
         row[: len(state)] = state
     return out
-
-
-def fingerprint(folders: Iterable[Path], *settings: object) -> str:
-    """What tells one encoder from another: its files and settings, in a second however large they are.
-
-    Of a file of more than 1 MiB its size and last MiB count, of smaller ones everything; where they lie does
-    not.
-    """
-    digest = hashlib.sha256(repr([str(setting) for setting in settings]).encode())
-    for folder in folders:
-        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-            size = file.stat().st_size
-            digest.update(f"{file.relative_to(folder)}\0{size}\0".encode())
-            with file.open("rb") as content:
-                content.seek(max(0, size - _TAIL))
-                digest.update(content.read())
-    return digest.hexdigest()

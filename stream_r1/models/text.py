@@ -17,10 +17,11 @@ import ftfy
 import torch
 from torch import Tensor
 
+from stream_r1.disk.fingerprint import fingerprint
 from stream_r1.files import FileError
 from stream_r1.models.library import read_library_model, read_tokenizer
 from stream_r1.models.offload import ModelOffload
-from stream_r1.models.prompt_cache import PromptCache, PromptEmbeddings, fingerprint, padded
+from stream_r1.models.prompt_cache import PromptCache, PromptEmbeddings, padded
 from stream_r1.models.sizes import read_sizes
 
 # What Wan 2.1's teachers are guided away from, as its own pipelines have it: over-exposed, static, blurred,

@@ -21,6 +21,7 @@ import torch
 import typer
 from torch import Tensor
 
+from stream_r1.cli import run_app
 from stream_r1.commands.console import make_console
 from stream_r1.commands.sample import ModelChoice
 from stream_r1.drawn_world.measures import measure
@@ -267,4 +268,4 @@ def page(
 
 
 if __name__ == "__main__":
-    app()
+    run_app(app)

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import typer
 from torch import Tensor
 
 from stream_r1.assembly import load_models
+from stream_r1.cli import run_app
 from stream_r1.demo.stages import make_sampler, stream_batches
 from stream_r1.disk.whole import write_text, written
 from stream_r1.evaluation import Reference
@@ -76,4 +76,4 @@ def main(path: Path, arm: str, seed: int, overrides: list[str] | None = None) ->
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_app(main)

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from stream_r1.cli import run_app
 from stream_r1.config import load_recipe
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
@@ -83,4 +84,4 @@ def chance(
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    app()
+    run_app(app)

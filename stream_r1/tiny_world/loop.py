@@ -18,13 +18,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from stream_r1.config import Settings, SettingsError
+from stream_r1.disk.fingerprint import fingerprint
 from stream_r1.disk.whole import written
 from stream_r1.distill.optimizer_step import OptimizerStep
 from stream_r1.distill.precision import computing_in
 from stream_r1.distill.run_state import trained
 from stream_r1.distill.stopping import StopRequest
 from stream_r1.messages import shown, some
-from stream_r1.models.prompt_cache import fingerprint
 from stream_r1.tiny_world.muon import Muon
 
 log = logging.getLogger(__name__)
@@ -197,7 +197,11 @@ class Loop:
             raise SettingsError(
                 f"{self.path}: holds another model's training state; remove it or name another folder"
             )
-        kept = state.get("origin", {})
+        if "origin" not in state:
+            raise SettingsError(
+                f"{self.path}: written by an earlier version; remove it or name another folder"
+            )
+        kept = state["origin"]
         changed = [key for key in {**kept, **self._origin} if kept.get(key) != self._origin.get(key)]
         if changed:
             was = some(

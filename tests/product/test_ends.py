@@ -178,3 +178,22 @@ def test_damaged_diagnostics_stop_no_run(damage, world, tmp_path, capsys):
     assert str(tmp_path / "metrics.csv.damaged") in told.replace("\n", "")
     assert (tmp_path / "metrics.csv").read_text().splitlines()[1].startswith("2,")
     assert (tmp_path / "samples" / "step-00000002").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["stream_r1.tiny_world", "teacher", "nowhere.yaml"], "nowhere.yaml: no such recipe"),
+        (["stream_r1.study.measure", "nowhere.yaml", "full", "0"], "nowhere.yaml: no such recipe"),
+        (["stream_r1.study.measure", "nowhere.yaml", "full", "zero"], "'seed'"),
+        (["stream_r1.serve.measure", "switch", "nowhere.txt"], "nowhere.txt: no such file"),
+        (["stream_r1.evaluation.vbench_env", "somewhere", "--python", "no-python"], "got no-python"),
+    ],
+)
+def test_a_module_that_is_a_command_ends_as_the_command_line_does(command, told, tmp_path):
+    ended = subprocess.run(
+        [sys.executable, "-m", *command], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 2
+    assert told in ended.stderr
+    assert ended.stderr.count("\n") == 1

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,6 +63,29 @@ def test_a_study_that_was_killed_goes_on_and_ends_with_a_page(world, tmp_path, c
     assert page.count("0 of 1 runs") == 2  # alarms of the guard, an arm each
     assert "http" not in page.replace("http://www.w3.org", "")
     assert str(out / "index.html") in capsys.readouterr().out
+
+
+def test_results_of_another_study_are_not_taken_for_this_ones(world, tmp_path, capsys):
+    """Of other settings, of models whose files changed since, and of another number of videos."""
+    assert run("study", written(world, tmp_path)) == 0
+    kept = (tmp_path / "out" / "index.html").read_bytes()
+    changed = written(world, tmp_path, set={"steps": 3})
+    for more in ((), ("--report-only",)):
+        capsys.readouterr()
+        assert run("study", changed, *more) == 2
+        assert "begun with" in (told := capsys.readouterr().err)
+        assert "steps 2, the study has 3" in told
+    assert run("study", written(world, tmp_path, videos=4)) == 2
+    assert "videos 3, the study has 4" in capsys.readouterr().err
+    other = tmp_path / "teacher"
+    shutil.copytree(world / "teacher", other)
+    weights = other / "diffusion_pytorch_model.safetensors"
+    path = written(world, tmp_path, set={"models": {"teacher": str(other)}}, out=str(tmp_path / "second"))
+    assert run("study", path) == 0
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    assert run("study", path) == 2
+    assert "models.teacher" in capsys.readouterr().err
+    assert (tmp_path / "out" / "index.html").read_bytes() == kept
 
 
 def test_arms_that_can_not_be_are_refused_before_anything_runs(world, tmp_path, capsys):

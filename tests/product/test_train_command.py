@@ -51,6 +51,27 @@ def test_a_run_that_was_killed_while_it_exported_exports(world, tmp_path, capsys
     assert file.read_bytes() == written
 
 
+def test_a_run_is_not_continued_with_other_models_or_another_reward(world, tmp_path, capsys):
+    """The folders may move; what is in them may not change, nor how the reward scores."""
+    models = tmp_path / "models"
+    for name in ("teacher", "reward"):
+        shutil.copytree(world / name, models / name)
+    command = ("train", world / "recipe.yaml", f"out={tmp_path / 'out'}")
+    assert run(*command, "steps=2") == 0
+    moved = [f"models.{name}={models / name}" for name in ("teacher", "reward")]
+    assert run(*command, "steps=3", *moved) == 0
+    assert run(*command, "reward.wrong=saturation") == 2
+    assert "made with reward.wrong = None, this run has 'saturation'" in capsys.readouterr().err
+    for name, file in (("teacher", "diffusion_pytorch_model.safetensors"), ("reward", "config.json")):
+        content = (models / name / file).read_bytes()
+        changed = content + b"\n" if name == "reward" else content[:-1] + b"?"
+        (models / name / file).write_bytes(changed)
+        assert run(*command, *moved) == 2
+        assert f"made with models.{name} = " in capsys.readouterr().err
+        (models / name / file).write_bytes(content)
+    assert run(*command, *moved) == 0
+
+
 def test_check_shows_a_recipe_and_trains_nothing(world, tmp_path, capsys):
     out = tmp_path / "out"
     assert run("train", world / "recipe.yaml", f"out={out}", "weighting.mode=spatial", "--check") == 0
