@@ -12,12 +12,12 @@ import logging
 from pathlib import Path
 
 import torch
-from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from pydantic import Field
 from torch import Tensor
 
 from stream_r1.distill.noise import SampleNoise
 from stream_r1.distill.teacher_forcing import TeacherForcing
+from stream_r1.models.checkpoints import load_student
 from stream_r1.models.transformer import CausalWanTransformer
 from stream_r1.schedule import FlowSchedule
 from stream_r1.tiny_world.clips import Clips
@@ -54,10 +54,8 @@ class StudentSettings(TeacherSettings):
 
 def new_student(settings: StudentSettings, clips: Clips) -> CausalWanTransformer:
     """The student with the teacher's weights."""
-    teacher = WanTransformer3DModel.from_pretrained(settings.teacher, torch_dtype=torch.float32)
-    config = {key: value for key, value in teacher.config.items() if not key.startswith("_")}
-    student = CausalWanTransformer(
-        **config,
+    return load_student(
+        settings.teacher,
         text_len=clips.text.shape[1],
         frames_per_chunk=settings.frames_per_chunk,
         window_frames=settings.window_frames,
@@ -65,8 +63,6 @@ def new_student(settings: StudentSettings, clips: Clips) -> CausalWanTransformer
         positions="window",
         sink_ema=settings.sink_ema,
     )
-    student.load_state_dict(teacher.state_dict())
-    return student
 
 
 def train_student(settings: StudentSettings) -> None:
