@@ -11,6 +11,7 @@ from torch import nn
 
 from stream_r1.config import SettingsError, problems_of
 from stream_r1.devices import decoding_dtype
+from stream_r1.disk.fingerprint import fingerprint
 from stream_r1.distill.initialise import InitTrainer, Objective, Samples
 from stream_r1.distill.ode import (
     OdePairs,
@@ -170,6 +171,7 @@ def write_ode_pairs(recipe: InitRecipe, ranks: Ranks | None = None) -> Iterator[
         seed=recipe.seed,
         precision=recipe.precision,
         data=_pairs_data(recipe, prompts),
+        weights=fingerprint([locate(recipe.models.teacher)]),
         share=(ranks.rank, ranks.size),
         agree=ranks.broadcast,
     )

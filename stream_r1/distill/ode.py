@@ -169,6 +169,7 @@ def make_ode_pairs(
     dtype: torch.dtype = torch.float16,
     precision: Precision = "float32",
     data: str = "",
+    weights: str = "",
     share: tuple[int, int] = (0, 1),
     agree: Callable[[list[int]], list[int]] = list,
 ) -> Iterator[int]:
@@ -185,6 +186,7 @@ def make_ode_pairs(
         dtype: of the trajectories on disk.
         precision: that the teacher computes in; the solver's sums are float32.
         data: tells other texts from these.
+        weights: tells other teachers from this one, such as `fingerprint` of its folder.
         share: (which, of how many): write only every so many-th of the missing files; processes that share
             the work make the files that one would make.
         agree: gives processes that share the work the first one's list of what is missing.
@@ -203,6 +205,7 @@ def make_ode_pairs(
         "latent_shape": list(latent_shape),
         "shift": schedule.shift,
         "data": data,
+        "weights": weights,
     }
     files = {start: folder / f"pairs-{start:06d}.safetensors" for start in range(0, pairs, batch)}
     counts = {start: min(batch, pairs - start) for start in files}

@@ -84,7 +84,7 @@ def origin(study: Study, run: Run) -> dict[str, Any]:
     found = {
         **recipe.distillation().maths(),
         **recipe.origin(),
-        "steps": recipe.steps,
+        **recipe.model_dump(mode="json", include={"steps", "guard"}),
         "prompts": fingerprint([locate(recipe.prompts)], recipe.prompts),
         "videos": settings.videos,
         "shown": list(settings.shown),

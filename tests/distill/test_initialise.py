@@ -205,6 +205,7 @@ def test_files_that_do_not_agree_are_refused(tmp_path: Path) -> None:
         "steps": {"steps": (1000, 250)},
         "shift": {"schedule": FlowSchedule(3.0)},
         "seed": {"seed": 1},
+        "weights": {"weights": "of another teacher"},
     }.items():
         make(tmp_path / name, 4, **changes)
         shutil.copy(tmp_path / name / "pairs-000002.safetensors", tmp_path / "whole")
