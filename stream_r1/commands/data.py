@@ -66,7 +66,7 @@ def baselines(out: Path, recipe: Path) -> None:
     """Measure the teacher's samples and drawings as the demo measures the students, and write the figures."""
     from stream_r1 import recipe as recipes
     from stream_r1.assembly import load_models
-    from stream_r1.demo.baselines import measure_baselines, save_baselines
+    from stream_r1.demo.baselines import measure_baselines, measured_with, save_baselines
     from stream_r1.demo.settings import DemoSettings
     from stream_r1.evaluation import Reference
     from stream_r1.rewards import load_reward
@@ -80,7 +80,7 @@ def baselines(out: Path, recipe: Path) -> None:
         columns = measure_baselines(
             load_models(loaded), loaded, settings, Reference.load(statistics), load_reward(judge)
         )
-    save_baselines(out, columns)
+    save_baselines(out, columns, measured_with(loaded, settings))
     table = Table(box=None, pad_edge=False)
     table.add_column("")
     for name in columns:

@@ -22,7 +22,7 @@ from stream_r1 import __version__
 from stream_r1.assembly import Models, load_models, make_trainer, require_models
 from stream_r1.config import SettingsError
 from stream_r1.demo import stages
-from stream_r1.demo.baselines import load_baselines
+from stream_r1.demo.baselines import OtherBaselinesError, load_baselines, measured_with
 from stream_r1.demo.record import FILE as RECORD
 from stream_r1.demo.record import Number, Record, StepPoint
 from stream_r1.demo.report import LABELS
@@ -90,12 +90,20 @@ class Demo:
         self.judge = load_reward(locate(settings.judge))
         self.stopped_by = int(signal.SIGINT)
         self._models: Models | None = None
-        fingerprint = _fingerprint(recipe, settings)
+        self._baselines: dict[str, dict[str, Number]] = {}
+        self._baselines_said = "Teacher and drawings were measured when the assets were made."
+        try:
+            self._baselines = load_baselines(locate(settings.baselines), measured_with(recipe, settings))
+        except OtherBaselinesError as error:
+            self._baselines_said = (
+                f"No teacher and drawings: {error} (stream-r1 data baselines measures them)."
+            )
+        mark = _fingerprint(recipe, settings)
         record = Record.load(folder)
-        if record is None or record.fingerprint != fingerprint:
+        if record is None or record.fingerprint != mark:
             clear(folder)
             record = Record(
-                fingerprint=fingerprint,
+                fingerprint=mark,
                 started=datetime.now().strftime("%Y-%m-%d %H:%M"),
                 recipe=source,
                 seed=settings.seed,
@@ -249,9 +257,8 @@ class Demo:
     def _evaluate(self, name: str, sampler: Sampler) -> None:
         videos, prompts = stages.sample(sampler, self.recipe, self.settings)
         figures = evaluate_videos(videos, prompts, self.reference, self.judge)
-        baselines = load_baselines(locate(self.settings.baselines))
         for column in ("teacher", "drawings"):
-            self.record.evaluations[column] = baselines.get(column, {})
+            self.record.evaluations[column] = self._baselines.get(column, {})
         self.record.evaluations[name] = {key: Number.of(figure) for key, figure in figures.items()}
 
     def _describe(self, models: Models) -> None:
@@ -265,7 +272,7 @@ class Demo:
             f"Means over {self.settings.evaluated_videos} videos of {frames} frames, prompts and noise the "
             "same before and after, ± their standard error (jackknife over the videos; of the change, in "
             "pairs). "
-            "Teacher and drawings were measured when the assets were made."
+            f"{self._baselines_said}"
         )
 
     @contextmanager

@@ -20,8 +20,8 @@ class DemoSettings(Settings):
     seed: of the noise of all videos.
     reference: statistics of drawings that KID compares with.
     judge: folder of the reward that judges; it is not the one that guides.
-    baselines: figures of the teacher and of drawings for the table, see `stream-r1 data baselines`; left out
-        if not there.
+    baselines: figures of the teacher and of drawings for the table, see `stream-r1 data baselines`; left out,
+        and said so, if not there or of other models.
     evaluated_videos: videos that the measures see, before and after.
     evaluated_batch: how many of them are made together.
     timed_chunks: chunks of the stream that is timed.

@@ -5,7 +5,13 @@ import torch
 
 from stream_r1 import recipe
 from stream_r1.assembly import load_models
-from stream_r1.demo.baselines import load_baselines, measure_baselines, save_baselines
+from stream_r1.demo.baselines import (
+    OtherBaselinesError,
+    load_baselines,
+    measure_baselines,
+    measured_with,
+    save_baselines,
+)
 from stream_r1.demo.settings import DemoSettings
 from stream_r1.demo.stages import drawings
 from stream_r1.drawn_world.measures import MEASURES
@@ -31,15 +37,27 @@ def test_measured_kept_and_read(world, tmp_path):
     assert all({"kid", "sharpness", "judge/TA"} <= row.keys() for row in columns.values())
     assert all(columns["drawings"][name].value > 0.95 for name in MEASURES)
     path = tmp_path / "assets" / "baselines.json"
-    save_baselines(path, columns)
-    kept = load_baselines(path)["drawings"]["sharpness"]
+    of = measured_with(
+        loaded, settings.model_copy(update={"reference": str(world / "reference.safetensors")})
+    )
+    save_baselines(path, columns, of)
+    kept = load_baselines(path, of)["drawings"]["sharpness"]
     assert kept.value == pytest.approx(columns["drawings"]["sharpness"].value, abs=1e-4)
     assert kept.spread == pytest.approx(columns["drawings"]["sharpness"].spread, abs=1e-4)
-    assert load_baselines(tmp_path / "nothing.json") == {}
+    assert load_baselines(path, of | {"teacher_steps": 0}) == load_baselines(path, of)
+    for key, value in {"teacher": "another", "teacher_steps": 2, "guidance_scale": 7.5}.items():
+        with pytest.raises(OtherBaselinesError, match=rf"measured with {key} .*, here it is '?{value}"):
+            load_baselines(path, of | {key: value})
+    with pytest.raises(OtherBaselinesError, match=r"nothing\.json: no such file"):
+        load_baselines(tmp_path / "nothing.json", of)
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
     for content in ('{"teacher": {"kid": 0.5}}', '{"teacher": [1, 2]}', '{"teacher": {"kid": [1, "2"]}}'):
-        (tmp_path / "it.json").write_text(content, encoding="utf-8")
-        with pytest.raises(FileError, match=r"it\.json: 'teacher.*': expected \[value, spread\] by column"):
-            load_baselines(tmp_path / "it.json")
+        (tmp_path / "it.json").write_text(
+            f'{{"measured_with": {{}}, "figures": {content}}}', encoding="utf-8"
+        )
+        with pytest.raises(
+            FileError, match=r"it\.json: 'figures\.teacher.*': expected measured_with and, by"
+        ):
+            load_baselines(tmp_path / "it.json", {})

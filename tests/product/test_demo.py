@@ -7,7 +7,7 @@ import pytest
 
 from stream_r1 import recipe
 from stream_r1.config import SettingsError
-from stream_r1.demo.baselines import save_baselines
+from stream_r1.demo.baselines import measured_with, save_baselines
 from stream_r1.demo.record import Number, Record
 from stream_r1.demo.report import write_report
 from stream_r1.demo.run import Demo
@@ -45,8 +45,7 @@ class Watcher:
 @pytest.fixture(scope="module")
 def settings(world):
     kid, sharpness = Number(value=0.5, spread=0.1), Number(value=8.0, spread=0.25)
-    save_baselines(world / "baselines.json", {"teacher": {"kid": kid}, "drawings": {"sharpness": sharpness}})
-    return DemoSettings(
+    made = DemoSettings(
         prompts=("a red ball bounces in a meadow at noon",),
         chunks=1,
         evaluated_videos=2,
@@ -57,6 +56,10 @@ def settings(world):
         judge=str(world / "reward"),
         baselines=str(world / "baselines.json"),
     )
+    figures = {"teacher": {"kid": kid}, "drawings": {"sharpness": sharpness}}
+    loaded = recipe.load(world / "recipe.yaml", ["rollout.frames=3"])
+    save_baselines(world / "baselines.json", figures, measured_with(loaded, made))
+    return made
 
 
 def test_stopped_and_gone_on_with(world, settings, tmp_path):
