@@ -41,6 +41,7 @@ def prepare(comparison: Comparison) -> None:
     from stream_r1.votes.damage import write_damaged
 
     check_folder("out", comparison.out, comparison.settings.models)
+    comparison.begin()
     first = next(iter(comparison.videos.values()))
     for index in comparison.checked:
         target = comparison.damaged(index)
@@ -55,6 +56,7 @@ def report(recipe: Path, overrides: list[str]) -> None:
         raise FileNotFoundError(
             f"{comparison.database}: no such file; expected votes: stream-r1 votes serve {recipe}"
         )
+    comparison.require_same()
     found = summarise(VoteStore(comparison.database).votes())
     page = comparison.out / "report.html"
     write_text(page, as_html(found, f"Votes: {', '.join(comparison.settings.models)}"))

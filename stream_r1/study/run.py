@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,17 +23,15 @@ from typing import IO, Any
 
 import torch
 
-from stream_r1.config import SettingsError
 from stream_r1.disk.fingerprint import fingerprint
+from stream_r1.disk.origin import keep_origin, require_origin
 from stream_r1.disk.whole import write_text
 from stream_r1.files import FileError, read_json
-from stream_r1.messages import shown
 from stream_r1.recipe import locate
 from stream_r1.study.measure import FIGURES
 from stream_r1.study.plan import Run, Study
 
 COST = "cost.json"
-ORIGIN = "origin.json"
 LOG = "log.txt"
 STUDENT = "student"
 CHECKPOINTS = "checkpoints"
@@ -78,10 +76,10 @@ def is_done(run: Run) -> bool:
 
 
 def origin(study: Study, run: Run) -> dict[str, Any]:
-    """What decides a run's figures, flat: settings, the models' files, and what judges."""
+    """What decides a run's figures: settings, the models' files, and what judges."""
     settings, recipe = study.settings, run.recipe
     judged_by = [locate(place) for place in (settings.judge, settings.reference) if place]
-    found = {
+    return {
         **recipe.distillation().maths(),
         **recipe.origin(),
         **recipe.model_dump(mode="json", include={"steps", "guard"}),
@@ -90,34 +88,12 @@ def origin(study: Study, run: Run) -> dict[str, Any]:
         "shown": list(settings.shown),
         "judge and reference": fingerprint(judged_by),
     }
-    return dict(_flat(found))
-
-
-def _flat(values: dict[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{at}{key}.")
-        else:
-            yield f"{at}{key}", value
 
 
 def require_same(study: Study) -> None:
     """Raises SettingsError when a run was begun with other settings, models or judges than the study's."""
     for run in study.runs:
-        path = run.folder / ORIGIN
-        if not path.exists():
-            if is_done(run):
-                raise SettingsError(f"{run.folder}: has results but no {ORIGIN}: {_INSTEAD}")
-            continue
-        kept, now = read_json(path), origin(study, run)
-        changed = [key for key in {**kept, **now} if kept.get(key) != now.get(key)]
-        if changed:
-            key = changed[0]
-            was, wanted = shown(kept.get(key)), shown(now.get(key))
-            raise SettingsError(f"{run.folder}: begun with {key} {was}, the study has {wanted}: {_INSTEAD}")
-
-
-_INSTEAD = "remove the folder, or name another one by out="
+        require_origin(run.folder, origin(study, run), run.folder / FIGURES)
 
 
 class Runner:
@@ -177,7 +153,7 @@ class Runner:
         with open(run.folder / LOG, "ab") as log:
             cost = Cost.of(run.folder)
             if not cost.trained:
-                write_text(run.folder / ORIGIN, json.dumps(origin(self.study, run), indent=1) + "\n")
+                keep_origin(run.folder, origin(self.study, run))
                 recipe = run.folder / "arm.yaml"
                 write_text(recipe, run.recipe.as_yaml())
                 seconds, peak = self._process([*self._trainer, "train", str(recipe)], slot, log, run)

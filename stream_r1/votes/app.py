@@ -36,9 +36,13 @@ def create_app(comparison: Comparison, token: str | None = None) -> FastAPI:
     Args:
         token: what raters have to know (`?token=...` of the page); None: nothing, and only this machine's own
             names are answered.
+
+    Raises:
+        SettingsError: the votes that are there are on other videos, models or prompts.
     """
 
     app = application.create("Votes", token, largest_body=LARGEST_BODY)
+    comparison.begin()
     store = VoteStore(comparison.database)
     page = _PAGE.replace("/*LOOK*/", LOOK)
 

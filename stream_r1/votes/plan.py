@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from stream_r1.config import Settings, SettingsError, load_recipe
 from stream_r1.data.prompts import read_prompt_file
+from stream_r1.disk.fingerprint import fingerprint
+from stream_r1.disk.origin import keep_origin, require_origin
 
 Side = Literal["left", "right"]
 CHECK = "check"
@@ -87,6 +89,23 @@ class Comparison:
     @property
     def out(self) -> Path:
         return Path(self.settings.out)
+
+    def require_same(self) -> None:
+        """Raises SettingsError when the votes that are there are on other videos, models or prompts."""
+        require_origin(self.out, self._origin(), self.database)
+
+    def begin(self) -> None:
+        """Make the folder of the votes, and keep what they will be on; otherwise as `require_same`."""
+        self.require_same()
+        self.out.mkdir(parents=True, exist_ok=True)
+        keep_origin(self.out, self._origin())
+
+    def _origin(self) -> dict[str, Any]:
+        return {
+            "models": list(self.videos),
+            "prompts": fingerprint([], *self.prompts),
+            "videos": {name: fingerprint(files) for name, files in self.videos.items()},
+        }
 
     @property
     def database(self) -> Path:

@@ -74,9 +74,9 @@ def test_results_of_another_study_are_not_taken_for_this_ones(world, tmp_path, c
         capsys.readouterr()
         assert run("study", changed, *more) == 2
         assert "begun with" in (told := capsys.readouterr().err)
-        assert "steps 2, the study has 3" in told
+        assert "steps 2, now it is 3" in told
     assert run("study", written(world, tmp_path, videos=4)) == 2
-    assert "videos 3, the study has 4" in capsys.readouterr().err
+    assert "videos 3, now it is 4" in capsys.readouterr().err
     other = tmp_path / "teacher"
     shutil.copytree(world / "teacher", other)
     weights = other / "diffusion_pytorch_model.safetensors"

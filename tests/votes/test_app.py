@@ -15,11 +15,12 @@ import torch
 from fastapi.testclient import TestClient
 from votes_folder import comparison, write_comparison
 
-from stream_r1.commands.votes import prepare
+from stream_r1.commands.votes import prepare, report
+from stream_r1.config import SettingsError
 from stream_r1.sampling.video import read_video
 from stream_r1.votes.app import create_app
 from stream_r1.votes.damage import damaged
-from stream_r1.votes.plan import Comparison
+from stream_r1.votes.plan import Comparison, load
 from stream_r1.votes.report import summarise
 from stream_r1.votes.store import VoteStore
 
@@ -182,6 +183,24 @@ def test_a_killed_server_loses_no_vote_that_it_said_was_kept(tmp_path: Path) -> 
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert done.stdout.split() == ["200"] * 3
     assert len(VoteStore(tmp_path / "out/votes.sqlite").votes()) == 9
+
+
+def test_votes_on_other_videos_or_prompts_are_not_mixed(tmp_path: Path) -> None:
+    recipe = write_comparison(tmp_path, attention_checks=0)
+    with TestClient(create_app(load(recipe, [])), LOCAL) as client:
+        begin(client)
+    create_app(load(recipe, ["pairs_a_rater=2"]))
+    video = tmp_path / "weighted" / "clip-9.mp4"
+    content = video.read_bytes()
+    video.write_bytes((tmp_path / "plain" / "clip-9.mp4").read_bytes())
+    for taken in (create_app, prepare):
+        with pytest.raises(SettingsError, match=r"out: begun with videos\.weighted "):
+            taken(load(recipe, []))
+    video.write_bytes(content)
+    create_app(load(recipe, []))
+    (tmp_path / "prompts.txt").write_text("a star\na red ball rolls\na blue box floats\n")
+    with pytest.raises(SettingsError, match="begun with prompts "):
+        report(recipe, [])
 
 
 def test_the_commands_serve_and_report(tmp_path: Path) -> None:
