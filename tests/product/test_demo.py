@@ -62,6 +62,16 @@ def settings(world):
     return made
 
 
+def test_figures_of_other_baselines_are_left_out_and_it_says_so(world, settings, tmp_path):
+    loaded = recipe.load(world / "recipe.yaml", ["rollout.frames=3"])
+    other = settings.model_copy(update={"teacher_steps": 2})
+    record = Demo(loaded, other, tmp_path, Watcher(stop_at=1), source="it").run()
+    assert record.evaluations["teacher"] == record.evaluations["drawings"] == {}
+    page = write_report(record, tmp_path).read_text(encoding="utf-8")
+    assert "No teacher and drawings" in page
+    assert "measured with teacher_steps 1, here it is 2" in page
+
+
 def test_stopped_and_gone_on_with(world, settings, tmp_path):
     loaded = recipe.load(world / "recipe.yaml", ["rollout.frames=3"])
     out = tmp_path / "demo"
