@@ -2,7 +2,7 @@
 
 A run is two processes: ``stream-r1 train`` on its recipe, which resumes where it was stopped, then
 ``stream_r1.study.measure``. What is done is in files of the run's folder, so a study that was killed at any
-moment continues; several studies may work in one folder, as each run's folder is locked by who trains it.
+moment continues.
 """
 
 from __future__ import annotations
