@@ -34,6 +34,12 @@ class OtherBaselinesError(ValueError):
 
 
 class _Kept(Settings):
+    """The file.
+
+    measured_with: what the figures depend on.
+    figures: value and spread, by column and figure.
+    """
+
     measured_with: dict[str, Any]
     figures: dict[str, dict[str, tuple[float, float]]]
 

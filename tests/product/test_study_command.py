@@ -66,22 +66,24 @@ def test_a_study_that_was_killed_goes_on_and_ends_with_a_page(world, tmp_path, c
 
 
 def test_results_of_another_study_are_not_taken_for_this_ones(world, tmp_path, capsys):
-    """Of other settings, of models whose files changed since, and of another number of videos."""
-    assert run("study", written(world, tmp_path)) == 0
+    """Of other settings, of another number of videos, and of models whose files changed since."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(world / "teacher", teacher)
+    models = {"teacher": str(teacher)}
+    path = written(world, tmp_path, set={"steps": 1, "models": models})
+    assert run("study", path) == 0
     kept = (tmp_path / "out" / "index.html").read_bytes()
-    changed = written(world, tmp_path, set={"steps": 3})
+    path = written(world, tmp_path, set={"steps": 3, "models": models})
     for more in ((), ("--report-only",)):
         capsys.readouterr()
-        assert run("study", changed, *more) == 2
-        assert "begun with" in (told := capsys.readouterr().err)
-        assert "steps 2, now it is 3" in told
-    assert run("study", written(world, tmp_path, videos=4)) == 2
+        assert run("study", path, *more) == 2
+        assert "begun with steps 1, now it is 3" in capsys.readouterr().err
+    path = written(world, tmp_path, set={"steps": 1, "models": models}, videos=4)
+    assert run("study", path) == 2
     assert "videos 3, now it is 4" in capsys.readouterr().err
-    other = tmp_path / "teacher"
-    shutil.copytree(world / "teacher", other)
-    weights = other / "diffusion_pytorch_model.safetensors"
-    path = written(world, tmp_path, set={"models": {"teacher": str(other)}}, out=str(tmp_path / "second"))
+    path = written(world, tmp_path, set={"steps": 1, "models": models})
     assert run("study", path) == 0
+    weights = teacher / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
     assert run("study", path) == 2
     assert "models.teacher" in capsys.readouterr().err
