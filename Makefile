@@ -105,7 +105,7 @@ compat: $(VENV)/.built
 	  rm -rf build/compat/env; done
 
 # The tiny world from nothing; each training resumes where it was stopped. The teacher takes nearly all of the time:
-# TEACHER_ARGS="training.steps=1500" makes a worse one sooner.
+# TEACHER_ARGS="training.steps=1800" makes a worse one sooner.
 assets: $(VENV)/.built
 	$(BIN)/python -m stream_r1.tiny_world codec recipes/tiny/assets/codec.yaml
 	$(BIN)/python -m stream_r1.tiny_world codec recipes/tiny/assets/codec-decoder.yaml
