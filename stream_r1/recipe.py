@@ -247,7 +247,10 @@ class InitRecipe(InitSettings):
 
 def _origin(recipe: Recipe | InitRecipe) -> dict[str, Any]:
     named = recipe.models.model_dump(exclude_none=True)
-    models = {name: fingerprint([locate(folder)], folder == "minilm") for name, folder in named.items()}
+    models = {
+        name: folder if folder == "minilm" else fingerprint([locate(folder)])
+        for name, folder in named.items()
+    }
     return {
         "models": models,
         "stream": recipe.stream.model_dump(mode="json"),

@@ -16,8 +16,8 @@ FILE = "origin.json"
 
 
 def keep_origin(folder: Path, origin: Mapping[str, Any]) -> None:
-    """Write what the folder's results are made of: names, numbers and fingerprints, in parts or flat."""
-    write_text(folder / FILE, json.dumps(dict(_flat(origin)), indent=1) + "\n")
+    """Write what the folder's results are made of: names, numbers and fingerprints, as JSON has them."""
+    write_text(folder / FILE, json.dumps(origin, indent=1) + "\n")
 
 
 def require_origin(folder: Path, origin: Mapping[str, Any], results: Path) -> None:
@@ -34,16 +34,15 @@ def require_origin(folder: Path, origin: Mapping[str, Any], results: Path) -> No
         if results.exists():
             raise SettingsError(f"{folder}: expected {FILE} beside {results.name}, got none: {instead}")
         return
-    kept, now = read_json(folder / FILE), dict(_flat(origin))
-    changed = [key for key in {**kept, **now} if kept.get(key) != now.get(key)]
-    if changed:
-        was, wanted = shown(kept.get(changed[0])), shown(now.get(changed[0]))
-        raise SettingsError(f"{folder}: begun with {changed[0]} {was}, now it is {wanted}: {instead}")
+    for key, was, now in changes(read_json(folder / FILE), origin):
+        raise SettingsError(f"{folder}: begun with {key} {shown(was)}, now it is {shown(now)}: {instead}")
 
 
-def _flat(values: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{at}{key}.")
-        else:
-            yield f"{at}{key}", list(value) if isinstance(value, tuple) else value
+def changes(kept: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where two differ: the dotted key, what was kept, what is now; None where one has no such key."""
+    for key in sorted(kept.keys() | now.keys()):
+        a, b = kept.get(key), now.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            yield from changes(a, b, f"{at}{key}.")
+        elif a != b:
+            yield f"{at}{key}", a, b

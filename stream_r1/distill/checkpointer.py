@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from stream_r1.disk.origin import changes
 from stream_r1.distill.checkpoint_files import (
     list_checkpoints,
     load_checkpoint,
@@ -157,13 +158,9 @@ class Checkpointer:
         return self.state.tensors(), self.state.values() | {"identity": self.identity}
 
 
-def _refuse_another_run(path: Path | str, theirs: dict, ours: dict, at: str = "") -> None:
-    for key in sorted(theirs.keys() | ours.keys()):
-        a, b = theirs.get(key), ours.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            _refuse_another_run(path, a, b, f"{at}{key}.")
-        elif a != b:
-            raise CheckpointError(
-                f"{path}: made with {at}{key} = {shown(a)}, this run has {shown(b)}: "
-                "resume with the same settings, or start again"
-            )
+def _refuse_another_run(path: Path | str, theirs: dict, ours: dict) -> None:
+    for key, a, b in changes(theirs, ours):
+        raise CheckpointError(
+            f"{path}: made with {key} = {shown(a)}, this run has {shown(b)}: "
+            "resume with the same settings, or start again"
+        )

@@ -92,7 +92,7 @@ def origin(study: Study, run: Run) -> dict[str, Any]:
 
 def require_same(study: Study) -> None:
     """Raises SettingsError when a run was begun with other settings, models or judges than the study's."""
-    for run in study.runs:
+    for run in (run for run in study.runs if run.folder.is_dir()):
         require_origin(run.folder, origin(study, run), run.folder / FIGURES)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from stream_r1.config import Settings, SettingsError
 from stream_r1.disk.fingerprint import fingerprint
+from stream_r1.disk.origin import changes
 from stream_r1.disk.whole import written
 from stream_r1.distill.optimizer_step import OptimizerStep
 from stream_r1.distill.precision import computing_in
@@ -29,11 +30,7 @@ from stream_r1.tiny_world.muon import Muon
 
 log = logging.getLogger(__name__)
 
-_ANY_TIME = {
-    "steps",
-    "save_seconds",
-    "log_steps",
-}  # of the loop's settings, those that may change between two runs
+_ANY_TIME = {"steps", "save_seconds", "log_steps"}  # what may change between two runs
 _PLACES = {"out", "work", "latents", "vae", "start", "teacher"}
 
 
@@ -201,14 +198,14 @@ class Loop:
             raise SettingsError(
                 f"{self.path}: written by an earlier version; remove it or name another folder"
             )
-        kept = state["origin"]
-        changed = [key for key in {**kept, **self._origin} if kept.get(key) != self._origin.get(key)]
+        changed = [
+            f"{key} was {shown(was)}, is {shown(now)}"
+            for key, was, now in changes(state["origin"], self._origin)
+        ]
         if changed:
-            was = some(
-                [f"{key} was {shown(kept.get(key))}, is {shown(self._origin.get(key))}" for key in changed]
-            )
             raise SettingsError(
-                f"{self.path}: holds the state of another training ({was}); remove it or name another folder"
+                f"{self.path}: holds the state of another training ({some(changed)}); "
+                "remove it or name another folder"
             )
         if state["step"] > self.settings.steps:
             raise SettingsError(

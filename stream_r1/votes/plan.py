@@ -92,14 +92,15 @@ class Comparison:
 
     def require_same(self) -> None:
         """Raises SettingsError when the votes that are there are on other videos, models or prompts."""
-        require_origin(self.out, self._origin(), self.database)
+        require_origin(self.out, self._origin, self.database)
 
     def begin(self) -> None:
         """Make the folder of the votes, and keep what they will be on; otherwise as `require_same`."""
         self.require_same()
         self.out.mkdir(parents=True, exist_ok=True)
-        keep_origin(self.out, self._origin())
+        keep_origin(self.out, self._origin)
 
+    @cached_property
     def _origin(self) -> dict[str, Any]:
         return {
             "models": list(self.videos),

@@ -8,27 +8,23 @@ from stream_r1.config import SettingsError
 from stream_r1.models.block_vae import BlockVAE
 from stream_r1.models.checkpoints import load_student
 from stream_r1.tiny_world.student import StudentSettings, train_student
+from stream_r1.tiny_world.teacher import TeacherSettings, teacher_config
 
-SIZES = {
-    "patch_size": (1, 2, 2),
-    "num_attention_heads": 1,
-    "attention_head_dim": 16,
-    "in_channels": 4,
-    "out_channels": 4,
-    "text_dim": 384,
-    "freq_dim": 256,
-    "ffn_dim": 16,
-    "num_layers": 1,
-    "cross_attn_norm": True,
-    "qk_norm": "rms_norm_across_heads",
-}
+ONE = {"steps": 1, "lr": 1e-12, "warmup": 0, "ema": 0.0}
+
+
+def write_teacher(folder):
+    sizes = TeacherSettings(
+        out="", work="", latents="", vae="", heads=1, head_dim=16, layers=1, ffn_ratio=1, training=ONE
+    )
+    WanTransformer3DModel(**teacher_config(sizes, 4, 384)).save_pretrained(folder / "teacher")
 
 
 @pytest.fixture
 def settings(tmp_path):
     torch.manual_seed(0)
     BlockVAE(4, width=8, depth=1, fine_width=8).save_pretrained(tmp_path / "vae")
-    WanTransformer3DModel(**SIZES).save_pretrained(tmp_path / "teacher")
+    write_teacher(tmp_path)
     places = {name: str(tmp_path / name) for name in ("out", "work", "latents", "vae", "teacher")}
 
     def made(**training):
@@ -37,7 +33,7 @@ def settings(tmp_path):
             clips=4,
             forced_clips=4,
             batch=2,
-            training={"steps": 1, "lr": 1e-12, "warmup": 0, "ema": 0.0} | training,
+            training=ONE | training,
         )
 
     return made
@@ -56,6 +52,6 @@ def test_it_starts_with_the_teachers_weights_streams_in_chunks_and_learns(settin
 
 def test_a_finished_training_is_not_taken_for_that_of_another_teacher(settings, tmp_path):
     train_student(settings())
-    WanTransformer3DModel(**SIZES).save_pretrained(tmp_path / "teacher")
+    write_teacher(tmp_path)
     with pytest.raises(SettingsError, match="start was"):
         train_student(settings())
